@@ -1,0 +1,34 @@
+"""From CLIP's outputs to the visual prompt that the RefAdapters read."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class VisualPrompt:
+    """A visual prompt and what it was made from, for previews, comparison and training.
+
+    `before` and `after` are equal where no SemInpainter ran.
+    """
+
+    tokens: torch.Tensor  # (B, G*G/4, D), pooled, row-major
+    before: torch.Tensor  # (B, G*G, D), CLIP's patch features of the picture that was seen
+    after: torch.Tensor  # (B, G*G, D), with the hole's features replaced by the predicted ones
+    patch_mask: torch.Tensor  # (B, 1, G, G), 1 = patch was repainted
+    text: str = ""
+
+
+def blend(predicted: torch.Tensor, observed: torch.Tensor, patch_mask: torch.Tensor) -> torch.Tensor:
+    """Predicted features inside the hole, observed ones outside: (B, N, D) x 2, (B, 1, G, G) -> (B, N, D)."""
+    m = patch_mask.flatten(1).unsqueeze(2).to(predicted)  # (B, N, 1)
+    return m * predicted + (1 - m) * observed
+
+
+def pool(patches: torch.Tensor) -> torch.Tensor:
+    """2x2 average over the patch grid: (B, G*G, D) -> (B, G*G/4, D), row-major."""
+    side = math.isqrt(patches.shape[1])
+    grid = patches.transpose(1, 2).unflatten(2, (side, side))  # (B, D, G, G)
+    return nn.functional.avg_pool2d(grid, 2).flatten(2).transpose(1, 2)

@@ -1,0 +1,1 @@
+"""The two networks that CAT-Diffusion adds to Stable Diffusion."""
