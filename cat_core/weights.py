@@ -1,0 +1,302 @@
+"""Weight files: official CAT-Diffusion checkpoints, CAT weights files and ordinary inpainting checkpoints.
+
+Every reader returns the same thing, a Checkpoint of named parts. Loading is strict and never runs code.
+"""
+
+import os
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable, Iterable, Mapping
+
+import safetensors
+import safetensors.torch
+import torch
+
+from .config import Architecture, ArchitectureError, RefAdapterConfig, SemInpainterConfig, Tensors
+from .models.ref_adapter import RefAdapter
+from .models.sem_inpainter import SemInpainter
+
+FORMAT = "cat-diffusion"
+FORMAT_VERSION = 1
+
+# Part -> its prefix in the official checkpoint. RefAdapter sits between the U-Net's own keys.
+PREFIXES = {
+    "sem_inpainter": "fusion_model.",
+    "ref_adapter": "model.diffusion_model.",
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "clip_text": "cond_stage_model.transformer.",
+    "clip_vision": "cond_stage_model2.encoder.",
+}
+TITLES = {"sem_inpainter": "SemInpainter", "ref_adapter": "RefAdapter", "unet": "U-Net", "vae": "VAE",
+          "clip_text": "CLIP text encoder", "clip_vision": "CLIP vision encoder"}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# Keys that hold no weights: the noise schedule, an EMA copy, constant indices, logit buffers.
+_SCHEDULE = {"betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+             "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod",
+             "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2",
+             "lvlb_weights", "logvar"}
+
+
+class WeightsError(ValueError):
+    """A file that cannot be used; the message names it, says what was found and what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors by part, each without its prefix, and the architecture they have."""
+
+    name: str
+    parts: Mapping[str, Tensors]
+    architecture: Architecture
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def require(self, *parts: str) -> None:
+        """Raise WeightsError unless every named part is here."""
+        missing = [TITLES[part] for part in parts if not self.parts.get(part)]
+        if missing:
+            raise WeightsError(f"{self.name} holds {describe(self.parts)}, but no {' and no '.join(missing)}. "
+                               "Choose a file that has it.")
+
+
+def describe(parts: Iterable[str]) -> str:
+    """"SemInpainter and RefAdapter", for messages."""
+    titles = [TITLES[part] for part in PREFIXES if part in parts]
+    return " and ".join(filter(None, (", ".join(titles[:-1]), titles[-1]))) if titles else "nothing of CAT-Diffusion"
+
+
+# Reading ------------------------------------------------------------------------------------------------------------
+
+
+def read(path: str | os.PathLike, load_safetensors: Callable | None = None, inert_objects: bool = False) -> Checkpoint:
+    """Read any file this module knows, check it and sort it into parts.
+
+    Args:
+        path: `.safetensors`, or a PyTorch pickle (`.ckpt`, `.pt`, `.pth`, `.bin`), bare or Lightning's.
+        load_safetensors: a host's own reader, path -> (tensors, metadata).
+        inert_objects: read a pickle with foreign objects by putting empty placeholders in their place.
+            Nothing named in the file is imported or called either way.
+    Raises:
+        WeightsError: missing, empty, truncated, mislabelled, with code in it, with unknown, missing or
+            misshapen keys, with NaN or Inf, or of another kind altogether.
+    """
+    path = Path(path)
+    kind = _kind(path)
+    try:
+        if kind == "safetensors":
+            tensors, metadata = (load_safetensors or _load_safetensors)(str(path))
+        else:
+            tensors, metadata = _load_pickle(path, inert_objects), {}
+    except safetensors.SafetensorError as error:
+        raise WeightsError(f"{path.name} is damaged or cut short ({error}). Download or copy it again.") from error
+    parts, unknown = sort_keys(tensors)
+    if not parts:
+        raise WeightsError(f"{path.name} is not a CAT-Diffusion file: none of its {len(tensors)} tensors belongs to a "
+                           f"SemInpainter, RefAdapter or Stable Diffusion checkpoint ({_few(unknown) or 'it is empty'}).")
+    if unknown:
+        raise WeightsError(f"{path.name} has {len(unknown)} keys that are not part of CAT-Diffusion: {_few(unknown)}. "
+                           "It may belong to another model.")
+    try:
+        architecture = _architecture(parts, metadata or {}, path.name)
+    except ArchitectureError as error:
+        raise WeightsError(f"{path.name}: {error}. The file is incomplete or of another model.") from error
+    checkpoint = Checkpoint(path.name, parts, architecture, metadata or {})
+    for part, tensors in parts.items():
+        _check_numbers(tensors, path.name, part)
+    for part, module in cat_modules(architecture, device="meta").items():
+        check_keys({key: value.shape for key, value in module.state_dict().items()}, parts[part], path.name, part)
+    return checkpoint
+
+
+def sort_keys(tensors: Tensors) -> tuple[dict[str, dict[str, torch.Tensor]], list[str]]:
+    """Sort a flat state dict into parts with canonical keys; also return the keys that fit nowhere.
+
+    Drops what is not a weight (schedule buffers, EMA copy, position_ids) and writes both spellings of the CLIP
+    keys as Hugging Face's transformers 4 does, with `text_model.` and `vision_model.`.
+    """
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    unknown = []
+    for key, tensor in tensors.items():
+        if key in _SCHEDULE or key.startswith("model_ema.") or key.endswith(".position_ids"):
+            continue
+        part = next((part for part, prefix in PREFIXES.items() if key.startswith(prefix)), None)
+        if part is None:
+            unknown.append(key)
+            continue
+        name = key.removeprefix(PREFIXES[part])
+        if part == "ref_adapter" and ".attn3." not in name and ".norm4." not in name:
+            part = "unet"
+        for clip, level in (("clip_text", "text_model."), ("clip_vision", "vision_model.")):
+            if part == clip and not name.startswith((level, "text_projection", "visual_projection")):
+                name = level + name
+        parts.setdefault(part, {})[name] = tensor
+    return parts, unknown
+
+
+def cat_modules(architecture: Architecture, **kwargs) -> dict[str, torch.nn.Module]:
+    """Build the CAT parts that `architecture` describes; `kwargs` go to the modules (ops, attention, device, dtype)."""
+    builders = {"sem_inpainter": (SemInpainter, architecture.sem_inpainter),
+                "ref_adapter": (RefAdapter, architecture.ref_adapter)}
+    return {part: build(config, **kwargs) for part, (build, config) in builders.items() if config is not None}
+
+
+def check_keys(expected: Mapping[str, torch.Size], tensors: Tensors, name: str, part: str) -> None:
+    """Raise WeightsError naming every key of `part` that is missing, extra or of another shape."""
+    missing = [key for key in expected if key not in tensors]
+    extra = [key for key in tensors if key not in expected]
+    shapes = [f"{key} is {tuple(tensors[key].shape)} instead of {tuple(shape)}" for key, shape in expected.items()
+              if key in tensors and tensors[key].shape != shape]
+    if missing or extra or shapes:
+        found = [f"{len(keys)} {what}: {_few(keys)}"
+                 for what, keys in (("missing", missing), ("unknown", extra), ("of another shape", shapes)) if keys]
+        raise WeightsError(f"The {TITLES[part]} in {name} does not fit: {'; '.join(found)}. "
+                           f"Expected the {len(expected)} keys of the official layout.")
+
+
+def _kind(path: Path) -> str:
+    """"safetensors" or "pickle", by content; a name that says otherwise is an error."""
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist or is not a file.")
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if not head:
+        raise WeightsError(f"{path.name} is empty (0 bytes). Download or copy it again.")
+    if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000:
+        kind = "safetensors"
+    elif head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04"):
+        kind = "pickle"
+    else:
+        raise WeightsError(f"{path.name} is not a weights file: it starts with {head[:24]!r}. "
+                           "Expected safetensors or a PyTorch checkpoint; download it again.")
+    labelled = "safetensors" if path.suffix.lower() in (".safetensors", ".sft") else "pickle"
+    if kind != labelled:
+        raise WeightsError(f"{path.name} is mislabelled: its content is a {kind} file. "
+                           f"Rename it to end in {'.safetensors' if kind == 'safetensors' else '.ckpt'}.")
+    return kind
+
+
+def _load_safetensors(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
+    with safetensors.safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+
+
+class _Inert(dict):
+    """Stands for a foreign object; takes any arguments and keeps none."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+
+    def __setstate__(self, state):
+        pass
+
+
+def _load_pickle(path: Path, inert_objects: bool) -> dict[str, torch.Tensor]:
+    zipped = zipfile.is_zipfile(path)
+    try:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+        if foreign and not inert_objects:
+            raise WeightsError(f"{path.name} is a pickle with Python objects besides tensors ({_few(foreign)}), which "
+                               "could run code; nothing was run. To take only its tensors: "
+                               f"python tools/convert.py {path.name} --inert-objects --cat-weights OUT.safetensors")
+        placeholders = [(type("Inert", (_Inert,), {}), name) for name in foreign]
+        with torch.serialization.safe_globals(placeholders):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except WeightsError:
+        raise
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for what is broken
+        raise WeightsError(f"{path.name} cannot be read as a PyTorch checkpoint: it is damaged, cut short or holds "
+                           f"more than tensors; nothing in it was run ({str(error).splitlines()[0][:200]}).") from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]  # Lightning's wrapper
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path.name} holds a {type(content).__name__}, expected a state dict of tensors.")
+    return {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+
+
+def _architecture(parts: Mapping[str, Tensors], metadata: Mapping[str, str], name: str) -> Architecture:
+    if metadata.get("format") == FORMAT:
+        version = metadata.get("format_version", "")
+        if not version.isdigit() or int(version) > FORMAT_VERSION:
+            raise WeightsError(f"{name} has format version {version or 'none'}, this pack reads up to "
+                               f"{FORMAT_VERSION}. Update the pack.")
+        architecture = Architecture.from_json(metadata.get("architecture", ""))
+        for part in ("sem_inpainter", "ref_adapter"):
+            if (getattr(architecture, part) is None) != (part not in parts):
+                raise ArchitectureError(f"metadata and tensors disagree about a {TITLES[part]}")
+        return architecture
+    return Architecture(
+        SemInpainterConfig.from_tensors(parts["sem_inpainter"]) if "sem_inpainter" in parts else None,
+        RefAdapterConfig.from_tensors(parts["ref_adapter"]) if "ref_adapter" in parts else None)
+
+
+def _check_numbers(tensors: Tensors, name: str, part: str) -> None:
+    for key, tensor in tensors.items():
+        if tensor.dtype not in DTYPES.values():
+            raise WeightsError(f"{key} of the {TITLES[part]} in {name} is {str(tensor.dtype).removeprefix('torch.')}, "
+                               "expected fp32, fp16 or bf16.")
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise WeightsError(f"{key} of the {TITLES[part]} in {name} contains NaN or Inf. "
+                               "The file is damaged or its training diverged; use another.")
+
+
+def _few(names: Iterable[str], most: int = 5) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# Writing ------------------------------------------------------------------------------------------------------------
+
+
+def flat(parts: Mapping[str, Tensors]) -> dict[str, torch.Tensor]:
+    """Inverse of `sort_keys`: one state dict under the official prefixes."""
+    return {PREFIXES[part] + key: tensor for part, tensors in parts.items() for key, tensor in tensors.items()}
+
+
+def write_cat_weights(path: str | os.PathLike, parts: Mapping[str, Tensors], architecture: Architecture, *,
+                      licence: str, provenance: str, dtype: torch.dtype | None = None, overwrite: bool = False) -> None:
+    """Write a CAT weights file: `parts` under their official prefixes, the architecture in the header.
+
+    Args:
+        licence, provenance: who may use the weights and where they come from, for the header.
+        dtype: store as this type; None keeps each tensor's own.
+    Raises:
+        WeightsError: nothing to write, the file exists, or the disk refuses.
+    """
+    described = {part for part in ("sem_inpainter", "ref_adapter") if getattr(architecture, part) is not None}
+    if not parts or described != described.union(parts) & {"sem_inpainter", "ref_adapter"}:
+        raise WeightsError(f"Cannot write {Path(path).name}: the architecture describes {describe(described)}, "
+                           f"the tensors are {describe(parts)}.")
+    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "architecture": architecture.to_json(),
+                "license": licence, "provenance": provenance}
+    save(path, flat(parts), metadata, dtype, overwrite)
+
+
+def save(path: str | os.PathLike, tensors: Tensors, metadata: Mapping[str, str], dtype: torch.dtype | None = None,
+         overwrite: bool = False) -> None:
+    """Write safetensors to a temporary name beside `path`, then rename it; an old file stays whole until then."""
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise WeightsError(f"{path} exists already and was not touched. Choose another name or allow overwriting.")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file({key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()},
+                                    partial, metadata=dict(metadata))
+        os.replace(partial, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise WeightsError(f"Cannot write {path}: {error}. Check free space and permissions; "
+                           "no other file was touched.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def split(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], dict[str, Tensors]]:
+    """Split a full checkpoint into (an ordinary SD 1.5 inpainting state dict, the CAT parts).
+
+    The first holds U-Net, VAE and text encoder and no key that a stock loader would not know.
+    """
+    checkpoint.require("sem_inpainter", "ref_adapter", "unet", "vae", "clip_text")
+    base = flat({part: checkpoint.parts[part] for part in ("unet", "vae", "clip_text")})
+    return base, {part: checkpoint.parts[part] for part in ("sem_inpainter", "ref_adapter")}

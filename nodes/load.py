@@ -1,0 +1,71 @@
+"""Loaders: a full official checkpoint, or a CAT weights file beside a stock SD 1.5 inpainting model."""
+
+from comfy_api.latest import io
+
+from ..cat_core import weights
+from . import host
+from .wires import CATEGORY, CatModelWire
+
+
+class CATLoadCheckpoint(io.ComfyNode):
+    """A full CAT-Diffusion checkpoint: everything in one file."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="CATLoadCheckpoint",
+            display_name="CAT Load Checkpoint",
+            category=CATEGORY,
+            description="Load a full CAT-Diffusion checkpoint: U-Net, text encoder, VAE, CLIP vision and the CAT parts.",
+            inputs=[io.Combo.Input("checkpoint", options=host.list_files(),
+                                   tooltip="A full checkpoint in models/cat_diffusion (.safetensors or .ckpt).")],
+            outputs=[
+                io.Model.Output(tooltip="The fine-tuned inpainting U-Net, still without RefAdapter."),
+                io.Clip.Output(tooltip="The text encoder, for prompts and for CAT Semantic Inpaint."),
+                io.Vae.Output(tooltip="The VAE."),
+                io.ClipVision.Output(tooltip="The image encoder that SemInpainter was trained with."),
+                CatModelWire.Output(display_name="CAT_MODEL", tooltip="SemInpainter and RefAdapter."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, checkpoint):
+        return host.fingerprint(checkpoint)
+
+    @classmethod
+    def execute(cls, checkpoint) -> io.NodeOutput:
+        file = host.read(checkpoint)
+        file.require(*weights.PREFIXES)
+        bar = host.progress_bar(5)
+        outputs = []
+        for build in (host.build_unet, host.build_clip, host.build_vae, host.build_clip_vision, host.build_cat_model):
+            outputs.append(build(file))
+            bar.update(1)
+        return io.NodeOutput(*outputs)
+
+
+class CATLoadWeights(io.ComfyNode):
+    """The CAT parts alone, to use with models loaded elsewhere."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="CATLoadWeights",
+            display_name="CAT Load Weights",
+            category=CATEGORY,
+            description="Load SemInpainter and/or RefAdapter from a CAT weights file. Model, CLIP, VAE and CLIP vision "
+                        "come from ComfyUI's own loaders.",
+            inputs=[io.Combo.Input("weights", options=host.list_files(".safetensors"),
+                                   tooltip="A CAT weights file in models/cat_diffusion (.safetensors).")],
+            outputs=[CatModelWire.Output(display_name="CAT_MODEL", tooltip="The parts that the file holds.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, weights):
+        return host.fingerprint(weights)
+
+    @classmethod
+    def execute(cls, weights) -> io.NodeOutput:
+        cat_model = host.build_cat_model(host.read(weights))
+        host.say(str(cat_model))
+        return io.NodeOutput(cat_model)

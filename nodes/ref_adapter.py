@@ -1,0 +1,115 @@
+"""Step two of CAT-Diffusion: RefAdapter attention inside the host's own U-Net and samplers."""
+
+import torch
+from comfy_api.latest import io
+
+from ..cat_core.features import VisualPrompt
+from . import host
+from .wires import CATEGORY, CatModelWire, VisualPromptWire
+
+
+class RefAdapterPatch:
+    """Adds the RefAdapters' output between self-attention and text cross-attention (the host's `middle_patch`).
+
+    Immutable but for caches that hold what is constant over a sampling: one object serves all clones of a model
+    and all samplers.
+    """
+
+    def __init__(self, adapter, visual_prompt: VisualPrompt, strength: float, sigma_start: float, sigma_end: float):
+        self.adapter = adapter  # ModelPatcher around RefAdapter
+        self.visual_prompt = visual_prompt
+        self.strength = strength
+        self.sigma_start, self.sigma_end = sigma_start, sigma_end
+        self._constants: dict[tuple, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._range: tuple[torch.Tensor | None, bool] = (None, True)
+
+    def __call__(self, x: torch.Tensor, extra_options: dict) -> torch.Tensor:
+        """(B, N, C) hidden states -> the same plus the adapter's output; x itself where nothing is to be added."""
+        if self.strength == 0 or not self._in_range(extra_options["sigmas"]):
+            return x
+        name = host.block_name(extra_options)
+        block = self.adapter.model.block(name)
+        k, v, bias = self._constant(name, block, x)
+        conds = extra_options["cond_or_uncond"]  # one entry a chunk of x; 0 is the positive prompt
+        if all(cond == 0 for cond in conds):
+            return self._conditional(x, block, k, v)
+        chunks = [self._conditional(chunk, block, k, v) if cond == 0 else torch.add(chunk, bias, alpha=self.strength)
+                  for cond, chunk in zip(conds, x.chunk(len(conds)))]
+        return torch.cat(chunks)
+
+    def _conditional(self, x, block, k, v):
+        if len(k) != len(x):  # one visual prompt for all rows, or as many as there are, over and over
+            rows = torch.arange(len(x), device=k.device) % len(k)
+            k, v = k[rows], v[rows]
+        return torch.add(x, block.attend(x, k, v), alpha=self.strength)
+
+    def _constant(self, name, block, x):
+        key = (name, x.device, x.dtype)
+        if key not in self._constants:
+            tokens = self.visual_prompt.tokens.to(x)
+            self._constants[key] = (*block.keys_values(tokens), block.unconditional(x))
+        return self._constants[key]
+
+    def _in_range(self, sigmas: torch.Tensor) -> bool:
+        if self.sigma_end <= 0 and self.sigma_start >= host.ANY_SIGMA:
+            return True
+        if self._range[0] is not sigmas:  # the same tensor for all blocks of a call: look at its value once
+            self._range = (sigmas, self.sigma_end <= sigmas.max().item() <= self.sigma_start)
+        return self._range[1]
+
+    def models(self):
+        """The host loads these together with the U-Net and counts them."""
+        return [self.adapter]
+
+    def to(self, device_or_dtype):
+        """The host moves the adapter's weights itself, and the caches belong to a device."""
+        return self
+
+    def cleanup(self):
+        """Called by the host after each sampling."""
+        self._constants.clear()
+        self._range = (None, True)
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class CATApplyRefAdapter(io.ComfyNode):
+    """Patch a clone of an SD 1.5 inpainting model with RefAdapter attention onto a visual prompt."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="CATApplyRefAdapter",
+            display_name="CAT Apply RefAdapter",
+            category=CATEGORY,
+            description="Let the sampler look at the visual prompt. Works with any sampler, LoRA and ControlNet.",
+            inputs=[
+                io.Model.Input("model", tooltip="An SD 1.5 inpainting model (9 input channels)."),
+                CatModelWire.Input("cat_model", tooltip="A CAT model with a RefAdapter."),
+                VisualPromptWire.Input("visual_prompt", tooltip="From CAT Semantic Inpaint or CAT Encode Visual Prompt."),
+                io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.05,
+                               tooltip="How much of the adapter's output is added. 1 as trained, 0 leaves the model alone."),
+                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.001,
+                               tooltip="Share of the sampling at which the adapter sets in."),
+                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.001,
+                               tooltip="Share of the sampling at which the adapter stops."),
+            ],
+            outputs=[io.Model.Output(tooltip="The patched model, for any sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, model, cat_model, visual_prompt, strength, start_percent, end_percent) -> io.NodeOutput:
+        host.require_part(cat_model, "ref_adapter")
+        config = cat_model.architecture.ref_adapter
+        host.check_unet(model, config)
+        width = visual_prompt.tokens.shape[2]
+        if width != config.visual_size:
+            raise ValueError(f"The visual prompt is {width} wide, the RefAdapter expects {config.visual_size}. "
+                             "Load SemInpainter and RefAdapter from one CAT file, with the CLIP vision they were trained on.")
+        if start_percent > end_percent:
+            raise ValueError(f"start_percent is {start_percent}, after end_percent {end_percent}. Set it below.")
+        patched = model.clone()
+        sigmas = (host.percent_to_sigma(model, percent) for percent in (start_percent, end_percent))
+        patched.set_model_patch(RefAdapterPatch(cat_model.ref_adapter, visual_prompt, strength, *sigmas), "middle_patch")
+        return io.NodeOutput(patched)
