@@ -35,18 +35,15 @@ def clip_input(image: torch.Tensor, mask: torch.Tensor | None = None, patch_size
         mask: (B or 1, 1, H', W') in [0, 1], 1 = repaint, soft or hard; None means no hole.
         patch_size: side of CLIP's patches in pixels.
     """
-    batch = max(image.shape[0], 1 if mask is None else mask.shape[0])
-    image_224 = np.stack([_resize(_resize(array, SIZE, SIZE), CLIP_SIZE, CLIP_SIZE) for array in _uint8(image)])
-    if mask is None:
-        mask_224 = np.zeros((1, CLIP_SIZE, CLIP_SIZE, 1), np.uint8)
-    else:
-        mask_224 = np.stack([_resize(_resize(array, SIZE, SIZE), CLIP_SIZE, CLIP_SIZE) for array in _uint8(mask)])
+    mask = image.new_zeros(1, 1, 1, 1) if mask is None else mask
+    image_224, mask_224 = (_resize(_resize(_uint8(x), SIZE, SIZE), CLIP_SIZE, CLIP_SIZE) for x in (image, mask))
     m = mask_224 / 255.0  # float64, as in the official code
     masked = (image_224 * (1 - m) + 1 * m * GREY).astype(np.uint8)  # truncated, not rounded
     side = CLIP_SIZE // patch_size
     cells = (mask_224[..., 0] >= 128).reshape(-1, side, patch_size, side, patch_size)
     patch_mask = torch.from_numpy(cells.any(axis=(2, 4)).astype(np.int64)).unsqueeze(1)
-    return ClipInput(*(_expand(t, batch) for t in (_tensor(image_224), _tensor(masked), patch_mask)))
+    batch = len(masked)
+    return ClipInput(_tensor(image_224).expand(batch, -1, -1, -1), _tensor(masked), patch_mask.expand(batch, -1, -1, -1))
 
 
 def clip_normalise(image: torch.Tensor) -> torch.Tensor:
@@ -55,26 +52,34 @@ def clip_normalise(image: torch.Tensor) -> torch.Tensor:
     return (image.float() / 255 - mean) / std
 
 
+def resize(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """(B, C, H, W) in [0, 1] -> (B, C, height, width) uint8, by Pillow's bicubic filter."""
+    return _tensor(_resize(_uint8(x), height, width))
+
+
 def resize_mask(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """(B, 1, H, W) in [0, 1] -> (B, 1, height, width) float32, bicubic over 8 bits; unchanged if the size fits."""
-    if tuple(mask.shape[-2:]) == (height, width):
-        return mask.float()
-    return _tensor(np.stack([_resize(array, height, width) for array in _uint8(mask)])).float() / 255
+    """(B, 1, H, W) in [0, 1] -> (B, 1, height, width) in [0, 1]; untouched if the size fits already."""
+    return mask.float() if tuple(mask.shape[-2:]) == (height, width) else resize(mask, height, width).float() / 255
 
 
 def latent_mask(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """The mask that the U-Net sees: (B, 1, H, W) in [0, 1] -> (B, 1, height, width), exactly 0 or 1."""
-    return (_tensor(np.stack([_resize(array, height, width) for array in _uint8(mask)])) / 255.0 > 0.5).float()
+    return (resize(mask, height, width) / 255.0 > 0.5).float()
 
 
-def fill_black(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """CAT's VAE input: (B, 3, H, W) and (B, 1, H, W), both in [0, 1] -> the hole faded to 0, the mask kept soft."""
-    return image * (1 - mask)
+def vae_input(image: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """What CAT's VAE encodes: the hole faded to black by the soft mask.
+
+    (B, 3, H, W) and (B or 1, 1, H, W), both in [0, 1] -> (B, 3, H, W) float64 in [-1, 1], no rounding after 8 bits.
+    """
+    image = _uint8(image)
+    m = 0.0 if mask is None else _uint8(mask) / 255.0
+    return _tensor(image * (1 - m) / 127.5 - 1)
 
 
-def fill_grey(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Stable Diffusion Inpainting's VAE input: the mask rounded, the hole set to 0.5."""
-    return (image - 0.5) * (1 - mask.round()) + 0.5
+def vae_input_grey(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """What stock Stable Diffusion Inpainting's VAE encodes: the mask rounded, the hole grey; shapes as `vae_input`."""
+    return (image * 2 - 1) * (1 - mask.round())
 
 
 def _uint8(x: torch.Tensor) -> np.ndarray:
@@ -87,12 +92,8 @@ def _tensor(arrays: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous()
 
 
-def _resize(array: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W, C) uint8 -> (height, width, C) uint8 by Pillow's bicubic filter."""
-    picture = Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array)
-    resized = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
-    return resized[..., None] if resized.ndim == 2 else resized
-
-
-def _expand(x: torch.Tensor, batch: int) -> torch.Tensor:
-    return x.expand(batch, *x.shape[1:]) if x.shape[0] == 1 else x
+def _resize(arrays: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(B, H, W, 1 or 3) uint8 -> (B, height, width, 1 or 3) uint8 by Pillow's bicubic filter."""
+    pictures = [Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array) for array in arrays]
+    resized = np.stack([np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC)) for picture in pictures])
+    return resized.reshape(len(arrays), height, width, -1)

@@ -48,10 +48,15 @@ class WeightsError(ValueError):
 class Checkpoint:
     """Tensors by part, each without its prefix, and the architecture they have."""
 
-    name: str
+    path: Path
     parts: Mapping[str, Tensors]
     architecture: Architecture
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The file's name, for messages."""
+        return self.path.name
 
     def require(self, *parts: str) -> None:
         """Raise WeightsError unless every named part is here."""
@@ -102,7 +107,7 @@ def read(path: str | os.PathLike, load_safetensors: Callable | None = None, iner
         architecture = _architecture(parts, metadata or {}, path.name)
     except ArchitectureError as error:
         raise WeightsError(f"{path.name}: {error}. The file is incomplete or of another model.") from error
-    checkpoint = Checkpoint(path.name, parts, architecture, metadata or {})
+    checkpoint = Checkpoint(path, parts, architecture, metadata or {})
     for part, tensors in parts.items():
         _check_numbers(tensors, path.name, part)
     for part, module in cat_modules(architecture, device="meta").items():

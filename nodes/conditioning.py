@@ -49,8 +49,8 @@ class CATInpaintConditioning(io.ComfyNode):
             raise ValueError(f"The image is {width}x{height} pixels; the VAE needs at least {cell}x{cell}. Scale it up.")
         mask = preprocess.resize_mask(mask, height, width)
         image, mask = (_crop(t, cell) for t in (image, mask))
-        filled = (preprocess.fill_black if fill == "black" else preprocess.fill_grey)(image, mask)
-        masked_latent = vae.encode(filled.movedim(1, -1))  # (B, 4, h, w)
+        masked = (preprocess.vae_input if fill == "black" else preprocess.vae_input_grey)(image, mask)  # in [-1, 1]
+        masked_latent = vae.encode(((masked + 1) / 2).float().movedim(1, -1))  # (B, 4, h, w)
         latent = {"samples": vae.encode(image.movedim(1, -1))}
         if noise_mask:
             latent["noise_mask"] = mask

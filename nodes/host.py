@@ -71,7 +71,7 @@ def _path(name: str) -> str:
     return folder_paths.get_full_path_or_raise(FOLDER, name)
 
 
-def _read(path: str) -> Checkpoint:
+def _read(path) -> Checkpoint:
     return weights.read(path, lambda path: comfy.utils.load_torch_file(path, return_metadata=True))
 
 
@@ -132,8 +132,7 @@ def _cat_patcher(file: Checkpoint, part: str, patcher_class=None):
     comfy.model_management.archive_model_dtypes(module)
     patcher = (patcher_class or comfy.model_patcher.CoreModelPatcher)(module, load_device=device, offload_device=offload)
     module.load_state_dict(tensors, assign=patcher.is_dynamic())
-    if os.path.basename(_path(file.name)):
-        patcher.cached_patcher_init = (_reload, (_cat_patcher, _path(file.name), part))
+    patcher.cached_patcher_init = (_reload, (_cat_patcher, file.path, part))
     return patcher
 
 
@@ -268,7 +267,7 @@ def build_unet(file: Checkpoint, patcher_class=None):
     patcher = (patcher_class or comfy.model_patcher.CoreModelPatcher)(
         model, load_device=device, offload_device=management.unet_offload_device())
     model.load_model_weights(tensors, "", assign=patcher.is_dynamic())
-    patcher.cached_patcher_init = (_reload, (build_unet, _path(file.name)))
+    patcher.cached_patcher_init = (_reload, (build_unet, file.path))
     if initial != torch.device("cpu"):
         management.load_models_gpu([patcher], force_full_load=True)
     return patcher
@@ -336,7 +335,7 @@ def build_clip_vision(file: Checkpoint) -> comfy.clip_vision.ClipVisionModel:
     return clip_vision
 
 
-def _reload(build, path: str, *args, disable_dynamic: bool = False):
+def _reload(build, path, *args, disable_dynamic: bool = False):
     """Build a part again from its file; the host calls this for copies on other devices."""
     return build(_read(path), *args, comfy.model_patcher.ModelPatcher if disable_dynamic else None)
 

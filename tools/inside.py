@@ -1,0 +1,30 @@
+"""What a tool does once it runs in ComfyUI's own Python: import the host and load this pack into it."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COMFYUI = "CAT_DIFFUSION_COMFYUI"  # environment variable: the host's folder, set for the process inside
+
+
+def rerun(host, script: str, arguments: list[str]) -> int:
+    """Run `script` again in the host's Python; returns its exit code."""
+    return subprocess.run([host.python, script, *arguments], env={**os.environ, COMFYUI: str(host.path)}).returncode
+
+
+def load_pack(cpu: bool = True):
+    """Import ComfyUI, then this pack as the package `cat_diffusion`; returns the package."""
+    if "cat_diffusion" in sys.modules:
+        return sys.modules["cat_diffusion"]
+    if os.environ[COMFYUI] not in sys.path:
+        sys.path.insert(0, os.environ[COMFYUI])
+    import comfy.cli_args
+    comfy.cli_args.args.cpu = cpu
+    spec = importlib.util.spec_from_file_location("cat_diffusion", ROOT / "__init__.py",
+                                                  submodule_search_locations=[str(ROOT)])
+    pack = sys.modules["cat_diffusion"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pack)
+    return pack
