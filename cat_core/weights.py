@@ -5,7 +5,7 @@ Every reader returns the same thing, a Checkpoint of named parts. Loading is str
 
 import os
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable, Iterable, Mapping
 
@@ -198,7 +198,7 @@ class _Inert(dict):
 
 
 def _load_pickle(path: Path, inert_objects: bool) -> dict[str, torch.Tensor]:
-    zipped = zipfile.is_zipfile(path)
+    zipped, foreign = zipfile.is_zipfile(path), []
     try:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
         if foreign and not inert_objects:
@@ -211,8 +211,9 @@ def _load_pickle(path: Path, inert_objects: bool) -> dict[str, torch.Tensor]:
     except WeightsError:
         raise
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for what is broken
-        raise WeightsError(f"{path.name} cannot be read as a PyTorch checkpoint: it is damaged, cut short or holds "
-                           f"more than tensors; nothing in it was run ({str(error).splitlines()[0][:200]}).") from error
+        reason = f"it holds objects that no setting makes safe ({_few(foreign)})" if foreign else "it is damaged or cut short"
+        raise WeightsError(f"{path.name} cannot be read as a PyTorch checkpoint: {reason}; nothing in it was run. "
+                           "Get it again, or ask for it as safetensors.") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]  # Lightning's wrapper
     if not isinstance(content, dict):
@@ -259,23 +260,25 @@ def flat(parts: Mapping[str, Tensors]) -> dict[str, torch.Tensor]:
     return {PREFIXES[part] + key: tensor for part, tensors in parts.items() for key, tensor in tensors.items()}
 
 
+def cat_metadata(parts: Mapping[str, Tensors], architecture: Architecture, *, licence: str,
+                 provenance: str) -> dict[str, str]:
+    """Header of a CAT weights file: who may use the weights, where they come from, and what `parts` are.
+
+    Raises WeightsError if there is nothing of CAT-Diffusion in `parts` or no description of it.
+    """
+    described = {part: getattr(architecture, part) for part in ("sem_inpainter", "ref_adapter") if part in parts}
+    if not described or None in described.values():
+        raise WeightsError(f"Not a CAT weights file: the tensors are {describe(parts)}, expected a SemInpainter or "
+                           "RefAdapter and its architecture.")
+    architecture = replace(architecture, **{"sem_inpainter": None, "ref_adapter": None, **described})
+    return {"format": FORMAT, "format_version": str(FORMAT_VERSION), "architecture": architecture.to_json(),
+            "license": licence, "provenance": provenance}
+
+
 def write_cat_weights(path: str | os.PathLike, parts: Mapping[str, Tensors], architecture: Architecture, *,
                       licence: str, provenance: str, dtype: torch.dtype | None = None, overwrite: bool = False) -> None:
-    """Write a CAT weights file: `parts` under their official prefixes, the architecture in the header.
-
-    Args:
-        licence, provenance: who may use the weights and where they come from, for the header.
-        dtype: store as this type; None keeps each tensor's own.
-    Raises:
-        WeightsError: nothing to write, the file exists, or the disk refuses.
-    """
-    described = {part for part in ("sem_inpainter", "ref_adapter") if getattr(architecture, part) is not None}
-    if not parts or described != described.union(parts) & {"sem_inpainter", "ref_adapter"}:
-        raise WeightsError(f"Cannot write {Path(path).name}: the architecture describes {describe(described)}, "
-                           f"the tensors are {describe(parts)}.")
-    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "architecture": architecture.to_json(),
-                "license": licence, "provenance": provenance}
-    save(path, flat(parts), metadata, dtype, overwrite)
+    """Write a CAT weights file: `parts` under their official prefixes, see `cat_metadata` and `save`."""
+    save(path, flat(parts), cat_metadata(parts, architecture, licence=licence, provenance=provenance), dtype, overwrite)
 
 
 def save(path: str | os.PathLike, tensors: Tensors, metadata: Mapping[str, str], dtype: torch.dtype | None = None,
@@ -289,12 +292,16 @@ def save(path: str | os.PathLike, tensors: Tensors, metadata: Mapping[str, str],
         path.parent.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file({key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()},
                                     partial, metadata=dict(metadata))
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)  # safetensors makes its files private
         os.replace(partial, path)
     except (OSError, safetensors.SafetensorError) as error:
         raise WeightsError(f"Cannot write {path}: {error}. Check free space and permissions; "
                            "no other file was touched.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.exists():
+            partial.unlink()
 
 
 def split(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], dict[str, Tensors]]:

@@ -1,0 +1,96 @@
+"""SemInpainter and RefAdapter: sizes of the paper, and what the goldens cannot tell."""
+
+import json
+
+import pytest
+import torch
+from cat_core import features, weights
+from cat_core.config import Architecture, ArchitectureError, RefAdapterConfig, SemInpainterConfig
+from cat_core.models.ref_adapter import RefAdapter
+from cat_core.models.sem_inpainter import SemInpainter
+from conftest import GOLDENS
+
+TINY = SemInpainterConfig(32, 64, 2, 4, 16, 24, 48, 64, 64)
+BLOCKS = RefAdapterConfig(32, 4, (("input_blocks.1.1.transformer_blocks.0", 40), ("middle_block.1.transformer_blocks.0", 80)))
+
+
+def random_(module, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    return module.requires_grad_(False)
+
+
+def test_full_size_has_every_official_key_shape_and_parameter():
+    shapes = json.loads((GOLDENS / "official_checkpoint_shapes.json").read_text())
+    parts, unknown = weights.sort_keys({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
+    assert not unknown
+    architecture = Architecture(SemInpainterConfig.from_tensors(parts["sem_inpainter"]),
+                                RefAdapterConfig.from_tensors(parts["ref_adapter"]))
+    assert architecture.sem_inpainter == SemInpainterConfig()
+    assert len(architecture.ref_adapter.blocks) == 16
+    modules = weights.cat_modules(architecture, device="meta")
+    for part, module in modules.items():
+        found = {key: list(value.shape) for key, value in module.state_dict().items()}
+        assert found == {key: list(value.shape) for key, value in parts[part].items()}
+    assert {part: sum(p.numel() for p in module.parameters()) for part, module in modules.items()} == \
+        {"sem_inpainter": 324_872_192, "ref_adapter": 50_377_280}
+
+
+def test_a_zero_visual_prompt_adds_exactly_the_bias():
+    adapter = random_(RefAdapter(BLOCKS))
+    block = adapter.block("input_blocks.1.1.transformer_blocks.0")
+    x = torch.randn(2, 9, 40)
+    bias = block.attn3.to_out[0].bias
+    assert torch.equal(block(x, torch.zeros(2, 64, 32)), bias.expand(2, 9, 40))
+    assert torch.equal(block.unconditional(x), bias.expand(1, 1, 40))
+
+
+def test_an_adapter_knows_only_its_own_blocks():
+    with pytest.raises(KeyError):
+        RefAdapter(BLOCKS).block("input_blocks.1.1")
+
+
+def test_blend_and_pool_keep_what_is_outside():
+    observed, predicted = torch.randn(1, 256, 32), torch.randn(1, 256, 32)
+    mask = torch.zeros(1, 1, 16, 16)
+    assert torch.equal(features.blend(predicted, observed, mask), observed)
+    assert torch.equal(features.blend(predicted, observed, mask + 1), predicted)
+    mask[0, 0, 2:4, 6:8] = 1  # exactly the pooled cell (1, 3), row-major
+    before, after = (features.pool(x) for x in (observed, features.blend(predicted, observed, mask)))
+    assert (before != after).any(dim=2).nonzero().tolist() == [[0, 1 * 8 + 3]]
+    assert torch.allclose(after[0, 11], predicted.view(16, 16, 32)[2:4, 6:8].mean((0, 1)), atol=1e-6)
+
+
+def test_rows_of_a_batch_do_not_see_each_other():
+    model = random_(SemInpainter(TINY))
+    inputs = torch.randn(3, 256, 32), torch.randn(3, 32), torch.randn(3, 24), torch.rand(3, 1, 16, 16).round()
+    together = model(*inputs)
+    for i in range(3):
+        for whole, single in zip(together, model(*(x[i:i + 1] for x in inputs))):
+            assert torch.allclose(whole[i:i + 1], single, atol=1e-4)
+
+
+def test_operations_and_attention_can_be_injected():
+    calls = []
+
+    class Linear(torch.nn.Linear):
+        def forward(self, x):
+            calls.append("linear")
+            return super().forward(x)
+
+    class Ops:
+        LayerNorm, Embedding = torch.nn.LayerNorm, torch.nn.Embedding
+
+    Ops.Linear = Linear
+    model = SemInpainter(TINY, ops=Ops, attention=lambda q, k, v, heads: calls.append("attention") or v)
+    model(torch.randn(1, 256, 32), torch.randn(1, 32), torch.randn(1, 24), torch.zeros(1, 1, 16, 16))
+    assert calls.count("attention") == 2 and calls.count("linear") == 2 * 3 + 2 * 6
+
+
+def test_architecture_survives_the_header_and_nothing_else_passes():
+    architecture = Architecture(TINY, BLOCKS, 4, 4, 4)
+    assert Architecture.from_json(architecture.to_json()) == architecture
+    for text in ("", "{", "[]", '{"sem_inpainter": {"hidden": 3}}', '{"ref_adapter": {"blocks": 1}}', '{"new": 1}'):
+        with pytest.raises(ArchitectureError):
+            Architecture.from_json(text)

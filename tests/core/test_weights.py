@@ -1,0 +1,277 @@
+"""Weight files: every accepted form, and a readable refusal of everything else."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+from cat_core import weights
+from cat_core.weights import WeightsError
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+
+
+@pytest.fixture(scope="module")
+def official(tiny):
+    """The tiny checkpoint as a flat official state dict; heads 64 wide as there is no metadata."""
+    return weights.flat(tiny[0]) | {"betas": torch.rand(1000), "alphas_cumprod": torch.rand(1000)}
+
+
+def assert_same_parts(found, expected):
+    assert found.keys() == expected.keys()
+    for part in expected:
+        assert found[part].keys() == expected[part].keys()
+        assert all(torch.equal(found[part][key], expected[part][key]) for key in expected[part])
+
+
+# What is accepted -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, wrap", [("bare.ckpt", False), ("lightning.ckpt", True)])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_reads_pickled_checkpoints(tiny, official, tmp_path, name, wrap, zipped):
+    content = {"state_dict": official, "epoch": 3, "global_step": 40000, "callbacks": {}} if wrap else official
+    torch.save(content, tmp_path / name, _use_new_zipfile_serialization=zipped)
+    assert_same_parts(weights.read(tmp_path / name).parts, tiny[0])
+
+
+def test_reads_safetensors_with_and_without_position_ids(tiny, official, tmp_path):
+    extra = {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
+             "cond_stage_model2.encoder.vision_model.embeddings.position_ids": torch.arange(257)[None],
+             "model_ema.decay": torch.zeros(1)}
+    for tensors in (official, official | extra):
+        save_file(tensors, tmp_path / "x.safetensors")
+        assert_same_parts(weights.read(tmp_path / "x.safetensors").parts, tiny[0])
+
+
+def test_reads_both_spellings_of_the_clip_keys(tiny, official, tmp_path):
+    short = {key.replace("text_model.", "").replace("vision_model.", ""): tensor for key, tensor in official.items()}
+    assert len(short) == len(official) and short.keys() != official.keys()
+    save_file(short, tmp_path / "x.safetensors")
+    assert_same_parts(weights.read(tmp_path / "x.safetensors").parts, tiny[0])
+
+
+@pytest.mark.parametrize("dtype", weights.DTYPES.values())
+def test_reads_every_precision(official, tmp_path, dtype):
+    save_file({key: tensor.to(dtype) for key, tensor in official.items()}, tmp_path / "x.safetensors")
+    file = weights.read(tmp_path / "x.safetensors")
+    assert {tensor.dtype for tensors in file.parts.values() for tensor in tensors.values()} == {dtype}
+
+
+def test_metadata_carries_the_architecture(tiny, tiny_file):
+    file = weights.read(tiny_file)
+    assert file.architecture.to_json() == tiny[1].to_json()
+    assert file.architecture.sem_inpainter.num_attention_heads == 4  # tensors alone would say 1
+    assert file.metadata["license"] == "MIT" and file.metadata["provenance"] == "random"
+
+
+@pytest.mark.parametrize("part", ["sem_inpainter", "ref_adapter"])
+def test_a_file_may_hold_one_part(tiny, tmp_path, part):
+    weights.write_cat_weights(tmp_path / "x.safetensors", {part: tiny[0][part]}, tiny[1], licence="MIT", provenance="x")
+    file = weights.read(tmp_path / "x.safetensors")
+    assert list(file.parts) == [part]
+    other = "ref_adapter" if part == "sem_inpainter" else "sem_inpainter"
+    assert getattr(file.architecture, other) is None
+    with pytest.raises(WeightsError, match=f"but no {weights.TITLES[other]}"):
+        file.require(other)
+
+
+def test_split_leaves_no_cat_key_in_the_base(tiny, tiny_file):
+    base, cat = weights.split(weights.read(tiny_file))
+    assert list(cat) == ["sem_inpainter", "ref_adapter"]
+    assert {key.split(".")[0] for key in base} == {"model", "first_stage_model", "cond_stage_model"}
+    assert not any(".attn3." in key or ".norm4." in key for key in base)
+    assert len(base) == sum(len(tiny[0][part]) for part in ("unet", "vae", "clip_text"))
+
+
+# What is refused --------------------------------------------------------------------------------------------------
+
+
+def refused(path, *words):
+    with pytest.raises(WeightsError) as error:
+        weights.read(path)
+    message = str(error.value)
+    assert path.name in message
+    for word in words:
+        assert word in message
+    assert "\n" not in message and len(message) < 700
+
+
+def test_missing_empty_and_foreign_files(tmp_path):
+    refused(tmp_path / "none.safetensors", "does not exist")
+    (tmp_path / "empty.safetensors").touch()
+    refused(tmp_path / "empty.safetensors", "empty (0 bytes)")
+    (tmp_path / "page.safetensors").write_text("<!DOCTYPE html><html>404</html>")
+    refused(tmp_path / "page.safetensors", "not a weights file", "<!DOCTYPE html>")
+
+
+@pytest.mark.parametrize("keep", [0.99, 0.5, 0.001])
+def test_truncated_files(tiny_file, official, tmp_path, keep):
+    torch.save(official, tmp_path / "whole.ckpt")
+    for source, name in ((tiny_file, "cut.safetensors"), (tmp_path / "whole.ckpt", "cut.ckpt")):
+        content = source.read_bytes()
+        (tmp_path / name).write_bytes(content[:int(len(content) * keep)])
+        refused(tmp_path / name, "cut short")
+
+
+def test_mislabelled_files(tiny_file, official, tmp_path):
+    torch.save(official, tmp_path / "x.safetensors")
+    refused(tmp_path / "x.safetensors", "mislabelled", "pickle", ".ckpt")
+    (tmp_path / "x.ckpt").write_bytes(tiny_file.read_bytes())
+    refused(tmp_path / "x.ckpt", "mislabelled", "safetensors")
+
+
+def test_another_model_and_unknown_keys(official, tmp_path):
+    save_file({"lora_unet_x.lora_up.weight": torch.rand(3)}, tmp_path / "lora.safetensors")
+    refused(tmp_path / "lora.safetensors", "not a CAT-Diffusion file", "lora_unet_x.lora_up.weight")
+    save_file(official | {"conditioner.embedders.1.x": torch.rand(3)}, tmp_path / "x.safetensors")
+    refused(tmp_path / "x.safetensors", "1 keys that are not part", "conditioner.embedders.1.x")
+
+
+def test_missing_extra_and_misshapen_keys_are_named(official, tmp_path):
+    name = "fusion_model.encoder.layers.1.mlp.fc2.bias"
+    save_file({key: tensor for key, tensor in official.items() if key != name}, tmp_path / "x.safetensors")
+    refused(tmp_path / "x.safetensors", "SemInpainter", "1 missing: encoder.layers.1.mlp.fc2.bias", "Expected the 48 keys")
+    save_file(official | {"fusion_model.encoder.layers.1.mlp.fc3.bias": torch.rand(3)}, tmp_path / "x.safetensors")
+    refused(tmp_path / "x.safetensors", "1 unknown: encoder.layers.1.mlp.fc3.bias")
+    save_file(official | {name: torch.rand(3)}, tmp_path / "x.safetensors")
+    refused(tmp_path / "x.safetensors", "encoder.layers.1.mlp.fc2.bias is (3,) instead of (32,)")
+    norm = "model.diffusion_model.middle_block.1.transformer_blocks.0.norm4.weight"
+    save_file({key: tensor for key, tensor in official.items() if key != norm}, tmp_path / "x.safetensors")
+    refused(tmp_path / "x.safetensors", "RefAdapter", "1 missing: middle_block.1.transformer_blocks.0.norm4.weight")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", weights.DTYPES.values())
+def test_numbers_that_are_none(official, tmp_path, value, dtype):
+    broken = official["fusion_model.post_layernorm.bias"].clone().to(dtype)
+    broken[7] = value
+    save_file(official | {"fusion_model.post_layernorm.bias": broken}, tmp_path / "x.safetensors")
+    refused(tmp_path / "x.safetensors", "post_layernorm.bias", "NaN or Inf")
+
+
+def test_other_number_types(official, tmp_path):
+    save_file(official | {"fusion_model.post_layernorm.bias": torch.ones(32, dtype=torch.float64)}, tmp_path / "x.safetensors")
+    refused(tmp_path / "x.safetensors", "float64", "expected fp32, fp16 or bf16")
+
+
+def test_metadata_that_lies(tiny, tmp_path):
+    tensors = weights.flat({"ref_adapter": tiny[0]["ref_adapter"]})
+    header = weights.cat_metadata({"ref_adapter": {}}, tiny[1], licence="MIT", provenance="x")
+    for change, word in (({"format_version": "99"}, "Update the pack"), ({"architecture": "{"}, "cannot be read"),
+                         ({"architecture": "{}"}, "disagree about a RefAdapter")):
+        save_file(tensors, tmp_path / "x.safetensors", header | change)
+        refused(tmp_path / "x.safetensors", word)
+
+
+class Evil:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(official, tmp_path):
+    torch.save({"state_dict": official, "callbacks": Evil(tmp_path / "ran")}, tmp_path / "evil.ckpt")
+    refused(tmp_path / "evil.ckpt", "could run code", "nothing was run", "posix.system", "tools/convert.py")
+    (tmp_path / "bare.ckpt").write_bytes(pickle.dumps(Evil(tmp_path / "ran"), protocol=2))
+    refused(tmp_path / "bare.ckpt", "nothing in it was run")
+    with zipfile.ZipFile(tmp_path / "zip.ckpt", "w") as file:
+        file.writestr("a/data.pkl", pickle.dumps(Evil(tmp_path / "ran"), protocol=2))
+    refused(tmp_path / "zip.ckpt", "run")
+    assert not (tmp_path / "ran").exists()
+
+
+class Callback(dict):
+    """Foreign like Lightning's callbacks: a class as a key, state, items, arguments."""
+
+    made = 0
+
+    def __init__(self, *args):
+        Callback.made += 1
+
+    def __reduce__(self):
+        return Callback, (1, 2), {"state": 3}, None, iter([("a", 1)])
+
+
+def test_inert_objects_gives_the_tensors_and_runs_nothing(tiny, official, tmp_path):
+    path = tmp_path / "lightning.ckpt"
+    torch.save({"state_dict": official, "callbacks": {Callback: Callback()}}, path)
+    refused(path, "Callback", "--inert-objects")
+    made = Callback.made
+    assert_same_parts(weights.read(path, inert_objects=True).parts, tiny[0])
+    assert Callback.made == made
+    torch.save({"state_dict": official, "callbacks": Evil(tmp_path / "ran")}, path)
+    with pytest.raises(WeightsError, match="posix.system.*nothing in it was run"):
+        weights.read(path, inert_objects=True)
+    assert not (tmp_path / "ran").exists()
+
+
+# Writing ----------------------------------------------------------------------------------------------------------
+
+
+def test_writing_never_overwrites_unless_told_and_leaves_no_scraps(tiny, tiny_file, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_text("precious")
+    with pytest.raises(WeightsError, match="exists already"):
+        weights.write_cat_weights(path, *tiny, licence="MIT", provenance="x")
+    assert path.read_text() == "precious"
+    weights.write_cat_weights(path, *tiny, licence="MIT", provenance="x", overwrite=True)
+    assert_same_parts(weights.read(path).parts, tiny[0])
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_a_failed_write_keeps_the_old_file(tiny, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_text("precious")
+    broken = {"fusion_model.x": torch.empty(3, device="meta")}
+    with pytest.raises(Exception):
+        weights.save(path, broken, {}, overwrite=True)
+    assert path.read_text() == "precious" and os.listdir(tmp_path) == ["x.safetensors"]
+    (tmp_path / "file").touch()
+    with pytest.raises(WeightsError, match="Cannot write"):
+        weights.save(tmp_path / "file" / "x.safetensors", {"a": torch.ones(1)}, {})
+
+
+def test_nothing_of_cat_is_not_a_cat_file(tiny, tmp_path):
+    with pytest.raises(WeightsError, match="the tensors are VAE"):
+        weights.write_cat_weights(tmp_path / "x.safetensors", {"vae": tiny[0]["vae"]}, tiny[1], licence="", provenance="")
+
+
+# tools/convert.py -------------------------------------------------------------------------------------------------
+
+
+def convert(*arguments):
+    return subprocess.run([sys.executable, ROOT / "tools/convert.py", *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_convert_splits_and_refuses_to_overwrite(tiny, official, tmp_path):
+    torch.save({"state_dict": official, "callbacks": Callback()}, tmp_path / "in.ckpt")
+    outputs = ["--base", tmp_path / "base.safetensors", "--cat-weights", tmp_path / "cat.safetensors",
+               "--clip-vision", tmp_path / "vision.safetensors"]
+    run = convert(tmp_path / "in.ckpt", *outputs)
+    assert run.returncode == 1 and "could run code" in run.stderr and "Traceback" not in run.stderr
+    run = convert(tmp_path / "in.ckpt", *outputs, "--inert-objects", "--licence", "MIT", "--dtype", "bf16")
+    assert run.returncode == 0, run.stderr
+    cat = weights.read(tmp_path / "cat.safetensors")
+    assert set(cat.parts) == {"sem_inpainter", "ref_adapter"} and cat.metadata["license"] == "MIT"
+    base = load_file(tmp_path / "base.safetensors")
+    assert not any(word in key for key in base for word in ("attn3", "norm4", "fusion_model", "cond_stage_model2"))
+    assert {tensor.dtype for tensor in base.values()} == {torch.bfloat16}
+    assert all(key.startswith("vision_model.") for key in load_file(tmp_path / "vision.safetensors"))
+    run = convert(tmp_path / "cat.safetensors", "--cat-weights", tmp_path / "base.safetensors")
+    assert run.returncode == 1 and "exists already" in run.stderr
+    run = convert(tmp_path / "cat.safetensors", "--base", tmp_path / "new.safetensors")
+    assert run.returncode == 1 and "no U-Net" in run.stderr
+    assert convert(tmp_path / "cat.safetensors").returncode == 2
+
+
+def test_header_is_strings_only(tiny_file):
+    size = int.from_bytes(tiny_file.read_bytes()[:8], "little")
+    header = json.loads(tiny_file.read_bytes()[8:8 + size])["__metadata__"]
+    assert header["format"] == "cat-diffusion" and all(isinstance(value, str) for value in header.values())

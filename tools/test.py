@@ -1,0 +1,46 @@
+"""Run all tests on real ComfyUI releases, installing them into a cache on first use.
+
+    python tools/test.py [--host 0.30.0|0.16.3] [pytest arguments]
+
+Without --host: everything on ComfyUI 0.30.0, then the node and server tests on 0.16.3.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+
+import host as hosts
+import inside
+
+TESTS = inside.ROOT / "tests"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--host", choices=hosts.SOURCES, help="only this ComfyUI release, all tests")
+    arguments, pytest_arguments = parser.parse_known_args()
+    plans = [(hosts.NEWEST, []), ("0.16.3", ["nodes", "server", "-m", "not full"])]
+    if arguments.host:
+        plans = [(arguments.host, [])]
+    failed = []
+    for version, chosen in plans:
+        start = time.monotonic()
+        try:
+            host = hosts.prepare_host(version)
+            hosts.require(host, TESTS / "requirements.txt")
+        except hosts.SetupError as error:
+            parser.error(str(error))
+        print(f"\n===== ComfyUI {version} (ready after {time.monotonic() - start:.1f} s) =====", flush=True)
+        start = time.monotonic()
+        code = subprocess.run([host.python, "-m", "pytest", *chosen, *pytest_arguments], cwd=TESTS,
+                              env={**os.environ, inside.COMFYUI: str(host.path)}).returncode
+        print(f"===== ComfyUI {version}: {'passed' if code == 0 else f'FAILED ({code})'} "
+              f"in {time.monotonic() - start:.0f} s =====", flush=True)
+        failed += [version] * (code != 0)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
