@@ -5,6 +5,7 @@ Every reader returns the same thing, a Checkpoint of named parts. Loading is str
 
 import os
 import zipfile
+from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable, Iterable, Mapping
@@ -187,14 +188,11 @@ def _load_safetensors(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
 
 
-class _Inert(dict):
-    """Stands for a foreign object; takes any arguments and keeps none."""
+class _Inert:
+    """Stands for a foreign class: whatever it is called with, an empty dict comes out (torch fills only dicts)."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__()
-
-    def __setstate__(self, state):
-        pass
+    def __new__(cls, *args, **kwargs):
+        return OrderedDict()
 
 
 def _load_pickle(path: Path, inert_objects: bool) -> dict[str, torch.Tensor]:
