@@ -2,14 +2,12 @@
 
 import os
 import sys
-from pathlib import Path
 
 import pytest
+from paths import COMFYUI, ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-GOLDENS = Path(__file__).parent / "goldens"
+sys.path[:0] = [str(COMFYUI), str(ROOT / "tools")]
 sys.path.append(str(ROOT))  # for cat_core on its own; last, since ComfyUI has a module called nodes too
-sys.path.insert(0, str(ROOT / "tools"))
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ def demo(steps: int, out: Path) -> int:
     """Runs in ComfyUI's Python: checkpoint, server, prompt, picture."""
     import torch
     from PIL import Image
-    from server import Server, make_base
+    from comfy_server import Server, make_base
 
     seconds, clock = {}, time.monotonic()
     base = hosts.cache_dir() / "demo"

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from conftest import ROOT
+from paths import ROOT
 
 
 def test_core_imports_no_comfyui():

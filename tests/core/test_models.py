@@ -8,7 +8,7 @@ from cat_core import features, weights
 from cat_core.config import Architecture, ArchitectureError, RefAdapterConfig, SemInpainterConfig
 from cat_core.models.ref_adapter import RefAdapter
 from cat_core.models.sem_inpainter import SemInpainter
-from conftest import GOLDENS
+from paths import GOLDENS
 
 TINY = SemInpainterConfig(32, 64, 2, 4, 16, 24, 48, 64, 64)
 BLOCKS = RefAdapterConfig(32, 4, (("input_blocks.1.1.transformer_blocks.0", 40), ("middle_block.1.transformer_blocks.0", 80)))

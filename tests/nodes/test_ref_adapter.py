@@ -1,0 +1,234 @@
+"""RefAdapter inside the host's U-Net, through the host's own sampler."""
+
+import copy
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def counted(pack, monkeypatch):
+    """Counts calls: `keys` of key and value projections, `rows` of each attention."""
+    from cat_diffusion.cat_core.models.ref_adapter import RefAdapterBlock
+
+    counts = {"keys": 0, "rows": []}
+    keys_values, attend = RefAdapterBlock.keys_values, RefAdapterBlock.attend
+
+    def count_keys(self, tokens):
+        counts["keys"] += 1
+        return keys_values(self, tokens)
+
+    def count_rows(self, x, k, v):
+        counts["rows"].append(len(x))
+        return attend(self, x, k, v)
+
+    monkeypatch.setattr(RefAdapterBlock, "keys_values", count_keys)
+    monkeypatch.setattr(RefAdapterBlock, "attend", count_rows)
+    return counts
+
+
+def patches(model):
+    return model.model_options["transformer_options"]["patches"]["middle_patch"]
+
+
+def trace(model, sample, **kwargs):
+    """(latent, [denoised of each call of the U-Net]) of a sampling."""
+    calls = []
+
+    def wrapper(apply_model, arguments):
+        out = apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+        calls.append((list(arguments["cond_or_uncond"]), out))
+        return out
+
+    model = model.clone()
+    model.set_model_unet_function_wrapper(wrapper)
+    return sample(model, **kwargs), calls
+
+
+def test_it_changes_the_result_and_seeds_reproduce(models, apply, sample):
+    plain, adapted = sample(models.model), sample(apply())
+    assert (plain - adapted).abs().max() > 1e-2
+    assert torch.equal(adapted, sample(apply()))
+    assert not torch.equal(adapted, sample(apply(), seed=2))
+    assert adapted.isfinite().all()
+
+
+def test_strength_0_is_bit_identical_to_the_plain_model(models, apply, sample):
+    assert torch.equal(sample(models.model), sample(apply(strength=0.0)))
+
+
+def test_an_empty_range_is_bit_identical_to_the_plain_model(models, apply, sample):
+    assert torch.equal(sample(models.model), sample(apply(start=0.0, end=0.0)))
+
+
+@pytest.mark.parametrize("start, end, active", [(0.0, 0.5, [True, True, False, False]), (0.5, 1.0, [False, False, True, True]),
+                                                (0.3, 0.6, [False, True, False, False])])
+def test_steps_outside_the_range_are_bit_identical(models, apply, sample, counted, start, end, active):
+    _, plain = trace(models.model, sample, steps=4)
+    patched = apply(start=start, end=end)
+    _, limited = trace(patched, sample, steps=4)
+    assert len(limited) == len(plain) == 4
+    before_any = active.index(True)
+    for step in range(before_any):  # the inputs are still the same here, so the outputs must be
+        assert torch.equal(limited[step][1], plain[step][1])
+    assert not torch.equal(limited[before_any][1], plain[before_any][1])
+    counted["rows"].clear()
+    sample(patched, steps=4)
+    assert len(counted["rows"]) == sum(active) * len(dict(models.cat_model.architecture.ref_adapter.blocks))
+
+
+def test_late_steps_outside_the_range_run_the_plain_unet(models, apply):
+    """The same input through both models at a noise level past the end."""
+    from cat_diffusion.nodes.ref_adapter import RefAdapterPatch
+
+    patch = patches(apply(end=0.5))[0]
+    assert isinstance(patch, RefAdapterPatch)
+    x = torch.randn(2, 16, 32)
+    options = {"block": ("input", 1), "block_index": 0, "cond_or_uncond": [0, 1]}
+    assert patch(x, {**options, "sigmas": torch.tensor([0.05])}) is x
+    assert not torch.equal(patch(x, {**options, "sigmas": torch.tensor([14.0])}), x)
+
+
+def test_keys_and_values_are_computed_once_per_sampling(models, apply, sample, counted):
+    model, blocks = apply(), len(models.cat_model.architecture.ref_adapter.blocks)
+    sample(model, steps=5)
+    assert counted["keys"] == blocks
+    assert len(counted["rows"]) == 5 * blocks
+
+
+def test_unconditional_rows_take_the_bias_only(models, apply, sample, counted):
+    model = apply()
+    _, calls = trace(model, sample, steps=2)
+    assert {tuple(sorted(conds)) for conds, _ in calls} == {(0, 1)}  # both in one call of the U-Net
+    assert set(counted["rows"]) == {1}  # yet only the conditional row attends
+    x, block = torch.randn(2, 16, 32), models.cat_model.ref_adapter.model.block("input_blocks.1.1.transformer_blocks.0")
+    out = patches(model)[0](x, {"block": ("input", 1), "block_index": 0, "cond_or_uncond": [1, 0], "sigmas": torch.ones(1)})
+    assert torch.equal(out[0], x[0] + block.attn3.to_out[0].bias)
+    assert torch.equal(out[1:], x[1:] + block(x[1:], patches(model)[0].visual_prompt.tokens))
+
+
+def test_cfg_1_runs_the_conditional_row_alone(models, apply, sample, counted):
+    latent, calls = trace(apply(), sample, cfg=1.0)
+    assert {tuple(conds) for conds, _ in calls} == {(0,)}
+    assert not torch.equal(latent, sample(models.model, cfg=1.0))
+
+
+def test_low_memory_runs_cond_and_uncond_apart_with_the_same_result(models, apply, sample, monkeypatch):
+    together = sample(apply())
+    monkeypatch.setattr(models.model.model, "memory_required", lambda *args, **kwargs: 1e20)
+    apart, calls = trace(apply(), sample)
+    assert {tuple(conds) for conds, _ in calls} == {(0,), (1,)}
+    assert torch.allclose(apart, together, atol=1e-4 * together.abs().max())
+
+
+def test_one_patched_model_in_two_samplers_and_again(apply, sample):
+    model = apply()
+    first, other = sample(model), sample(model, sampler="euler", scheduler="normal", steps=2)
+    assert torch.equal(first, sample(model))
+    assert torch.equal(other, sample(model.clone(), sampler="euler", scheduler="normal", steps=2))
+
+
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2m", "heun", "uni_pc", "lcm"])
+def test_other_samplers(apply, sample, sampler):
+    assert sample(apply(), sampler=sampler, scheduler="karras", steps=3).isfinite().all()
+
+
+def test_several_adapters_on_one_model(apply, sample, stack):
+    one, two = apply(), apply(apply(), visual_prompt=stack(-3.0))
+    assert len(patches(two)) == 2 and len(patches(one)) == 1
+    assert not torch.equal(sample(one), sample(two))
+    assert torch.equal(sample(one), sample(apply(apply(), strength=0.0)))
+
+
+def test_changing_the_strength_reloads_nothing(models, apply, sample):
+    weight = models.cat_model.ref_adapter.model.block("middle_block.1.transformer_blocks.0").attn3.to_q.weight
+    results = [sample(apply(strength=strength)) for strength in (0.5, 1.0, -1.0)]
+    assert not torch.equal(results[0], results[1]) and not torch.equal(results[1], results[2])
+    block = models.cat_model.ref_adapter.model.block("middle_block.1.transformer_blocks.0")
+    assert block.attn3.to_q.weight is weight
+    assert patches(apply(strength=0.3))[0].adapter is models.cat_model.ref_adapter
+
+
+def test_a_batch_of_prompts_equals_single_runs(apply, stack, conditioned):
+    """N prompts go with N latents row by row; fewer prompts repeat; one serves all."""
+    x = torch.randn(8, 16, 32)
+    options = {"block": ("input", 1), "block_index": 0, "cond_or_uncond": [1, 0], "sigmas": torch.ones(1)}
+    single = [patches(apply(visual_prompt=stack(factor)))[0] for factor in (1.0, -2.0)]
+    many = patches(apply(visual_prompt=stack(1.0, -2.0)))[0](x, options)
+    for row in range(4):
+        one = single[row % 2](torch.stack((x[row], x[4 + row])), options)
+        assert torch.allclose(many[[row, 4 + row]], one, atol=1e-5)
+    assert torch.allclose(single[0](x, options)[4:5], single[0](x[[0, 4]], options)[1:], atol=1e-5)
+
+
+@pytest.mark.parametrize("prompts, latents", [(1, 3), (3, 3), (2, 4), (3, 1)])
+def test_batches_of_latents(apply, sample, stack, conditioned, prompts, latents):
+    latent = {"samples": conditioned[2]["samples"].repeat(latents, 1, 1, 1)}
+    out = sample(apply(visual_prompt=stack(*range(1, prompts + 1))), latent=latent)
+    assert len(out) == latents and out.isfinite().all()
+
+
+def test_area_conditioning_crops_the_latent_and_still_works(apply, sample, conditioned):
+    area = [[c, {**d, "area": (4, 4, 2, 2), "strength": 1.0, "set_area_to_bounds": False}] for c, d in conditioned[0]]
+    assert sample(apply(), positive=conditioned[0] + area).isfinite().all()
+
+
+def test_clones_and_deep_copies_share_the_patch(apply):
+    model = apply()
+    assert patches(model.clone())[0] is patches(model)[0]
+    assert copy.deepcopy(patches(model)[0]) is patches(model)[0]
+    assert patches(model)[0].to("cpu") is patches(model)[0].to(torch.float16) is patches(model)[0]
+
+
+def test_the_original_model_is_left_alone(models, apply):
+    apply()
+    assert "middle_patch" not in models.model.model_options["transformer_options"].get("patches", {})
+
+
+def test_it_works_next_to_other_patches(models, apply, sample):
+    model = models.model.clone()
+    model.set_model_attn2_output_patch(lambda x, options: x * 0.5)
+    model.set_model_sampler_post_cfg_function(lambda arguments: arguments["denoised"] * 0.9)
+    alone, both = sample(model), sample(apply(model))
+    assert both.isfinite().all() and not torch.equal(alone, both)
+    assert torch.equal(alone, sample(apply(model, strength=0.0)))
+
+
+def test_its_weights_load_with_the_model(models, apply):
+    models_ = apply().model_patches_models()
+    assert models_ == [models.cat_model.ref_adapter]
+
+
+def test_half_precision_hidden_states_keep_their_type(apply):
+    patch = patches(apply())[0]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x = torch.randn(2, 16, 32, dtype=dtype)
+        out = patch(x, {"block": ("input", 1), "block_index": 0, "cond_or_uncond": [0, 1], "sigmas": torch.ones(1)})
+        assert out.dtype == dtype and out.isfinite().all()
+
+
+def test_caches_are_dropped_after_sampling(apply, sample):
+    from comfyui_version import __version__
+
+    model = apply()
+    sample(model)
+    if tuple(map(int, __version__.split(".")[:2])) >= (0, 30):  # older hosts do not call a patch's cleanup
+        assert not patches(model)[0]._constants
+    patches(model)[0].cleanup()
+    assert not patches(model)[0]._constants
+
+
+def test_wrappers_of_the_host_see_the_patched_model(apply, sample):
+    """Other packs wrap APPLY_MODEL; the patch must not depend on being called directly."""
+    from comfy.patcher_extension import WrappersMP
+
+    seen = []
+
+    def wrapper(executor, *args, **kwargs):
+        seen.append(1)
+        return executor(*args, **kwargs)
+
+    plain = sample(apply())
+    model = apply()
+    model.add_wrapper(WrappersMP.APPLY_MODEL, wrapper)
+    assert torch.equal(sample(model), plain) and seen
