@@ -69,6 +69,7 @@ class Checkpoint:
 
 def describe(parts: Iterable[str]) -> str:
     """"SemInpainter and RefAdapter", for messages."""
+    parts = set(parts)
     titles = [TITLES[part] for part in PREFIXES if part in parts]
     return " and ".join(filter(None, (", ".join(titles[:-1]), titles[-1]))) if titles else "nothing of CAT-Diffusion"
 

@@ -91,8 +91,7 @@ def test_only_weight_files_are_offered(server):
 
 
 def test_queueing_again_reproduces_and_a_new_strength_reloads_nothing(prompt, run):
-    first, latent = run(prompt)
-    assert "1" in first.seconds
+    _, latent = run(prompt)
     prompt.inputs("KSampler")["steps"] = 3
     run(prompt)
     prompt.inputs("KSampler")["steps"] = 2
@@ -100,7 +99,7 @@ def test_queueing_again_reproduces_and_a_new_strength_reloads_nothing(prompt, ru
     prompt.inputs("CATApplyRefAdapter")["strength"] = 0.5
     changed, other = run(prompt)
     assert not torch.equal(other, latent)
-    assert not {"1", "7", "9"} & {node for node, seconds in changed.seconds.items() if node in prompt and seconds > 0 and node in ("1", "7", "9")}
+    assert {"8", "10"} <= set(changed.seconds) and not {"1", "7", "9"} & set(changed.seconds)
 
 
 def test_strength_0_equals_the_workflow_without_the_pack(prompt, run):
@@ -217,7 +216,7 @@ def test_cancel_stops_the_sampler_and_the_next_run_works(server, prompt, run):
     stopped = []
 
     def cancel(kind, data):
-        if kind == "progress" and data.get("max") == 1000 and not stopped:
+        if kind == "progress" and data["max"] > 900 and not stopped:
             stopped.append(time.monotonic())
             threading.Thread(target=server.post, args=("/interrupt",)).start()
 

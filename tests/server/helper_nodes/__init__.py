@@ -3,6 +3,7 @@
 import comfy.cldm.cldm
 import comfy.clip_vision
 import comfy.controlnet
+import comfy.ldm.flux.model
 import comfy.model_base
 import comfy.model_patcher
 import comfy.ops
@@ -32,10 +33,11 @@ def unet(family, heads=4, **changes):
 
 
 def flux():
+    newer = {"txt_ids_dims": []} if "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__ else {}
     config = comfy.supported_models.Flux(dict(
         image_model="flux", in_channels=16, out_channels=16, vec_in_dim=8, context_in_dim=8, hidden_size=32, mlp_ratio=4.0,
         num_heads=2, depth=1, depth_single_blocks=1, axes_dim=[4, 6, 6], theta=10000, patch_size=2, qkv_bias=True,
-        guidance_embed=False))
+        guidance_embed=False, **newer))
     config.set_inference_dtype(torch.float32, None)
     return patcher(config.get_model({}, ""))
 
@@ -65,7 +67,7 @@ class HelperClip(io.ComfyNode):
 
     @classmethod
     def execute(cls, kind):
-        small = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+        small = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64)
         options = {"clip_l_model_config": dict(small), "clip_g_model_config": dict(small),
                    "t5xxl_model_config": dict(d_model=32, d_ff=64, d_kv=16, num_heads=2, num_layers=1)}
         t5, sdxl, sd1 = comfy.text_encoders.pixart_t5, comfy.sdxl_clip, comfy.sd1_clip
@@ -87,7 +89,7 @@ class HelperClipVision(io.ComfyNode):
         import tempfile
 
         config = dict(model_type="clip_vision_model", hidden_act="quick_gelu", hidden_size=width, image_size=size,
-                      patch_size=patch, num_channels=3, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+                      patch_size=patch, num_channels=3, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
             json.dump(config, file)
             file.flush()
@@ -117,7 +119,7 @@ class HelperControlNet(io.ComfyNode):
     def execute(cls):
         torch.manual_seed(0)
         model = comfy.cldm.cldm.ControlNet(
-            image_size=32, in_channels=9, model_channels=32, hint_channels=3, num_res_blocks=[1, 1], channel_mult=[1, 2],
+            image_size=32, in_channels=4, model_channels=32, hint_channels=3, num_res_blocks=[1, 1], channel_mult=[1, 2],
             num_heads=4, num_head_channels=-1, use_spatial_transformer=True, transformer_depth=[1, 1],
             transformer_depth_middle=1, context_dim=24, legacy=False, dtype=torch.float32,
             operations=comfy.ops.disable_weight_init)
