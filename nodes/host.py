@@ -89,6 +89,15 @@ def say(text: str) -> None:
         server.send_progress_text(text, context.node_id)
 
 
+@contextmanager
+def plain_errors():
+    """Raise a WeightsError as ValueError: the host puts the module path of other classes before the sentence."""
+    try:
+        yield
+    except WeightsError as error:
+        raise ValueError(str(error)) from error
+
+
 def progress_bar(total: int) -> comfy.utils.ProgressBar:
     """The bar on the node that is running."""
     return comfy.utils.ProgressBar(total)

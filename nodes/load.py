@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..cat_core import weights
+from ..cat_core.weights import PREFIXES
 from . import host
 from .wires import CATEGORY, CatModelWire
 
@@ -34,13 +34,16 @@ class CATLoadCheckpoint(io.ComfyNode):
 
     @classmethod
     def execute(cls, checkpoint) -> io.NodeOutput:
-        file = host.read(checkpoint)
-        file.require(*weights.PREFIXES)
-        bar = host.progress_bar(5)
+        builders = (host.build_unet, host.build_clip, host.build_vae, host.build_clip_vision, host.build_cat_model)
+        bar = host.progress_bar(1 + len(builders))
         outputs = []
-        for build in (host.build_unet, host.build_clip, host.build_vae, host.build_clip_vision, host.build_cat_model):
-            outputs.append(build(file))
-            bar.update(1)
+        with host.plain_errors():
+            file = host.read(checkpoint)
+            file.require(*PREFIXES)
+            for build in builders:
+                bar.update(1)
+                outputs.append(build(file))
+        bar.update(1)
         return io.NodeOutput(*outputs)
 
 
@@ -66,6 +69,7 @@ class CATLoadWeights(io.ComfyNode):
 
     @classmethod
     def execute(cls, weights) -> io.NodeOutput:
-        cat_model = host.build_cat_model(host.read(weights))
+        with host.plain_errors():
+            cat_model = host.build_cat_model(host.read(weights))
         host.say(str(cat_model))
         return io.NodeOutput(cat_model)

@@ -43,7 +43,7 @@ class CATSemanticInpaint(io.ComfyNode):
         host.check_clip_vision(clip_vision, config.hidden_size, config.grid_size)
         seen = preprocess.clip_input(*to_core(image, mask))
         if not seen.patch_mask.any():
-            host.say("The mask is empty: the visual prompt is just the photo's own features.")
+            host.say("The mask is empty: the visual prompt is just the photo's own features. Paint a mask to change it.")
         elif seen.patch_mask.all():
             host.say("The mask covers everything: the visual prompt rests on the text alone.")
         text_feature = host.encode_text(clip, text, config.text_size)

@@ -130,6 +130,7 @@ def error(server):
     def error(prompt):
         result = server.run(prompt)
         assert result.error is not None
+        assert result.error["exception_type"] == "ValueError"  # the dialog shows the full path of any other class
         return result.error["node_type"], result.error["exception_message"].strip()
 
     return error
