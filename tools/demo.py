@@ -1,6 +1,6 @@
 """Inpaint a real photograph through a real ComfyUI with this pack, and say where the picture is.
 
-    python tools/demo.py [--comfyui PATH] [--python PYTHON] [--steps 20] [--out demo.png]
+    python tools/demo.py [--comfyui PATH] [--python PYTHON] [--steps 4] [--out cat_demo.png]
 
 Needs only Python >= 3.10, git and pip; installs ComfyUI into a cache on first use. No trained CAT-Diffusion weights
 are public, so the weights are random and the inpainted part is noise: this shows that everything works.

