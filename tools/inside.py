@@ -19,6 +19,8 @@ def load_pack(cpu: bool = True):
     """Import ComfyUI, then this pack as the package `cat_diffusion`; returns the package."""
     if "cat_diffusion" in sys.modules:
         return sys.modules["cat_diffusion"]
+    if COMFYUI not in os.environ:
+        sys.exit(f"Set {COMFYUI} to a ComfyUI folder and run this with that ComfyUI's Python.")
     if os.environ[COMFYUI] not in sys.path:
         sys.path.insert(0, os.environ[COMFYUI])
     import comfy.cli_args
