@@ -23,14 +23,15 @@ class RefAdapterPatch:
         self._constants: dict[tuple, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._range: tuple[torch.Tensor | None, bool] = (None, True)
 
+    @torch.compiler.disable  # a compiled U-Net calls it as it is: caches and settings must not be traced
     def __call__(self, x: torch.Tensor, extra_options: dict) -> torch.Tensor:
         """(B, N, C) hidden states -> the same plus the adapter's output; x itself where nothing is to be added."""
-        if self.strength == 0 or not self._in_range(extra_options["sigmas"]):
+        if self.strength == 0 or not self._in_range(extra_options.get("sigmas")):
             return x
         name = host.block_name(extra_options)
         block = self.adapter.model.block(name)
         k, v, bias = self._constant(name, block, x)
-        conds = extra_options["cond_or_uncond"]  # one entry a chunk of x; 0 is the positive prompt
+        conds = extra_options.get("cond_or_uncond", [0])  # one entry a chunk of x; 0 is the positive prompt
         if all(cond == 0 for cond in conds):
             return self._conditional(x, block, k, v)
         chunks = [self._conditional(chunk, block, k, v) if cond == 0 else torch.add(chunk, bias, alpha=self.strength)
@@ -50,12 +51,14 @@ class RefAdapterPatch:
             self._constants[key] = (*block.keys_values(tokens), block.unconditional(x))
         return self._constants[key]
 
-    def _in_range(self, sigmas: torch.Tensor) -> bool:
-        if self.sigma_end <= 0 and self.sigma_start >= host.ANY_SIGMA:
+    def _in_range(self, sigmas: torch.Tensor | None) -> bool:
+        if sigmas is None or (self.sigma_end <= 0 and self.sigma_start >= host.ANY_SIGMA):
             return True
-        if self._range[0] is not sigmas:  # the same tensor for all blocks of a call: look at its value once
-            self._range = (sigmas, self.sigma_end <= sigmas.max().item() <= self.sigma_start)
-        return self._range[1]
+        seen, inside = self._range
+        if seen is not sigmas:  # the same tensor for all blocks of a call: wait for its value only once
+            inside = self.sigma_end <= sigmas.max().item() <= self.sigma_start
+            self._range = (sigmas, inside)
+        return inside
 
     def models(self):
         """The host loads these together with the U-Net and counts them."""

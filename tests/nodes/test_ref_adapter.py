@@ -232,3 +232,13 @@ def test_wrappers_of_the_host_see_the_patched_model(apply, sample):
     model = apply()
     model.add_wrapper(WrappersMP.APPLY_MODEL, wrapper)
     assert torch.equal(sample(model), plain) and seen
+
+
+def test_a_compiled_model_gives_the_same_and_follows_a_new_strength(apply, sample):
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    for strength in (1.0, -0.5):
+        model = apply(strength=strength)
+        plain = sample(model, steps=2)
+        set_torch_compile_wrapper(model, backend="eager")
+        assert torch.allclose(sample(model, steps=2), plain, atol=1e-4 * plain.abs().max())

@@ -262,17 +262,17 @@ def test_the_pack_brings_no_dependency_and_no_heavy_import():
     import sys
 
     code = """
-import sys, os
+import json, sys, os
 sys.argv = ["main.py", "--cpu"]
 sys.path[:0] = [os.environ["CAT_DIFFUSION_COMFYUI"], TOOLS]
 import comfy.options; comfy.options.enable_args_parsing()
 import server, nodes, execution  # in main.py's order: nodes puts comfy/ before everything
 before = set(sys.modules)
 import inside; inside.load_pack()
-print(sorted({name.split(".")[0] for name in set(sys.modules) - before}))
+print(json.dumps(sorted({name.split(".")[0] for name in set(sys.modules) - before})))
 """
     code = code.replace("TOOLS", repr(str(ROOT / "tools")))
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert run.returncode == 0, run.stderr
-    added = set(eval(run.stdout.strip().splitlines()[-1], {}))
+    added = set(json.loads(run.stdout.strip().splitlines()[-1]))
     assert added <= {"cat_diffusion", "inside", "comfy", "comfy_api", "node_helpers", "tempfile", "zipfile"}, added
