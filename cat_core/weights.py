@@ -77,12 +77,12 @@ def describe(parts: Iterable[str]) -> str:
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
-def read(path: str | os.PathLike, load_safetensors: Callable | None = None, inert_objects: bool = False) -> Checkpoint:
+def read(path: str | os.PathLike, reader: Callable | None = None, inert_objects: bool = False) -> Checkpoint:
     """Read any file this module knows, check it and sort it into parts.
 
     Args:
         path: `.safetensors`, or a PyTorch pickle (`.ckpt`, `.pt`, `.pth`, `.bin`), bare or Lightning's.
-        load_safetensors: a host's own reader, path -> (tensors, metadata).
+        reader: a host's own reader of safetensors, path -> (tensors, metadata).
         inert_objects: read a pickle with foreign objects by putting empty placeholders in their place.
             Nothing named in the file is imported or called either way.
     Raises:
@@ -93,7 +93,7 @@ def read(path: str | os.PathLike, load_safetensors: Callable | None = None, iner
     kind = _kind(path)
     try:
         if kind == "safetensors":
-            tensors, metadata = (load_safetensors or _load_safetensors)(str(path))
+            tensors, metadata = (reader or load_safetensors)(str(path))
         else:
             tensors, metadata = _load_pickle(path, inert_objects), {}
     except safetensors.SafetensorError as error:
@@ -184,7 +184,8 @@ def _kind(path: Path) -> str:
     return kind
 
 
-def _load_safetensors(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
+def load_safetensors(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
+    """Tensors, memory-mapped, and the header's metadata."""
     with safetensors.safe_open(path, framework="pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
 

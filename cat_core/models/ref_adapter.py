@@ -1,4 +1,4 @@
-"""RefAdapter: cross-attention from the U-Net's latents onto the visual prompt (paper, section 3.3)."""
+"""RefAdapter: cross-attention from the U-Net's latents onto the visual prompt."""
 
 import torch
 from torch import nn

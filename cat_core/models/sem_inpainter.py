@@ -1,4 +1,4 @@
-"""SemInpainter: predicts the CLIP features of an object that is not in the picture yet (paper, section 3.2)."""
+"""SemInpainter: predicts the CLIP features of an object that is not in the picture yet."""
 
 from typing import NamedTuple
 

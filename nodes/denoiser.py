@@ -1,0 +1,64 @@
+"""The host's own U-Net with RefAdapters as a differentiable module: the denoiser that training optimises."""
+
+import comfy.ldm.modules.attention
+import comfy.ldm.modules.diffusionmodules.openaimodel
+import comfy.model_detection
+import comfy.ops
+import comfy.supported_models
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..cat_core.models.ref_adapter import RefAdapter
+from ..cat_core.weights import Checkpoint
+from . import host
+
+
+class Denoiser(nn.Module):
+    """(x (B, 9, h, w), timestep (B,), context (B, L, T), visual_prompt (B, M, D)) -> noise (B, 4, h, w).
+
+    Args:
+        unet, ref_adapter: modules with real parameters (see `trainable_unet`).
+        checkpointing: compute activations of RefAdapters and transformer blocks again in the backward pass.
+    """
+
+    def __init__(self, unet: nn.Module, ref_adapter: RefAdapter, checkpointing: bool = False):
+        super().__init__()
+        self.unet, self.ref_adapter = unet, ref_adapter
+        if checkpointing:
+            for module in unet.modules():
+                if isinstance(module, comfy.ldm.modules.attention.SpatialTransformer):
+                    _checkpoint(module)
+
+    def forward(self, x, timestep, context, visual_prompt):
+        def middle_patch(hidden, extra_options):
+            return hidden + self.ref_adapter.block(host.block_name(extra_options))(hidden, visual_prompt)
+
+        options = {"patches": {"middle_patch": [middle_patch]}, "optimized_attention_override": _differentiable}
+        return self.unet(x, timestep, context=context, transformer_options=options)
+
+
+def trainable_unet(file: Checkpoint) -> nn.Module:
+    """The host's U-Net class with the file's weights as fp32 parameters that can be trained."""
+    tensors = {key: tensor.float() for key, tensor in file.parts["unet"].items()}
+    config = comfy.supported_models.SD15(comfy.model_detection.detect_unet_config(tensors, ""))
+    config.unet_config["num_heads"] = file.architecture.unet_num_heads
+    unet = comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel(
+        **config.unet_config, operations=comfy.ops.disable_weight_init, dtype=torch.float32)
+    unet.load_state_dict(tensors)
+    return unet
+
+
+def _differentiable(attention, *args, **kwargs):
+    """PyTorch's attention has a memory-efficient backward; the host's choice for inference may have none."""
+    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+
+
+def _checkpoint(module: nn.Module) -> None:
+    forward = module.forward
+
+    def recomputed(x, context, transformer_options):
+        # The U-Net writes the block's name into the same dict for every block; keep this block's.
+        return checkpoint(forward, x, context, dict(transformer_options), use_reentrant=False)
+
+    module.forward = recomputed
