@@ -1,0 +1,233 @@
+"""The training data manifest on real files, good and bad."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+
+import pytest
+from cat_core.training import manifest
+from cat_core.training.manifest import ManifestError, Record, Report, SampleError
+from paths import ROOT
+from PIL import Image
+from pictures import cut, mask, picture
+
+WHOLE = Record("1", "a/1.jpg", "m/1.png", (0.1, 0.2, 0.6, 0.9), "Bus", "a red bus in the rain", "validation")
+LINE = {"id": "x", "image": "x.png", "mask": "x_mask.png", "label": "cup"}
+
+
+def lines(path, *objects):
+    path.write_text("".join(json.dumps(item) + "\n" for item in objects))
+    return path
+
+
+# Reading and writing ----------------------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_read(tmp_path):
+    records = [WHOLE, Record("2", "2.png", "m.png", label="cup"), Record("3", "3.png", box=(0, 0, 1, 1), label="Tür\u2028門"),
+               Record("4", "4.png", caption="hole-free"), Record("5", "odd\udcff name.png", label="bytes that are no UTF-8")]
+    assert manifest.write(tmp_path / "new/m.jsonl", iter(records)) == 5
+    assert manifest.read(tmp_path / "new/m.jsonl") == records
+    assert manifest.read(tmp_path / "new/m.jsonl", "validation") == [WHOLE]
+    assert manifest.read(tmp_path / "new/m.jsonl", "test") == []
+    assert os.listdir(tmp_path / "new") == ["m.jsonl"]
+    assert [record.hole for record in records] == [True, True, True, False, False]
+
+
+def test_the_documented_example_is_a_record():
+    text = manifest.__doc__[manifest.__doc__.index("{"):manifest.__doc__.index("}") + 1]
+    record = manifest._parse(text.encode())
+    assert record.box == (0.1, 0.2, 0.6, 0.9) and record.split == "train"
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"id": 3}, ["id is 3", "expected a string"]),
+    ({"id": ""}, ["id is ''"]),
+    ({"id": None}, ["id is None"]),
+    ({"label": "  "}, ["label is '  '", "not empty"]),
+    ({"label": None}, ["label is missing"]),
+    ({"label": None, "mask": None}, ["nothing describes the image", "caption or a label"]),
+    ({"area": 0.5}, ["unknown key 'area'", "id, image, mask, box, label, caption, split"]),
+    ({"split": "val"}, ["split is 'val'", "train, validation or test"]),
+    ({"split": ["train"]}, ["split is ['train']"]),
+    ({"box": [0.1, 0.2, 0.1, 0.4]}, ["box is", "x0 < x1"]),
+    ({"box": [0.1, 0.2, 0.5]}, ["box is"]),
+    ({"box": [0, 0, 40, 30]}, ["box is", "fractions"]),
+    ({"box": [0, 0, True, 1]}, ["box is"]),
+    ({"box": [0, 0, float("nan"), 1]}, ["box is"]),
+    ({"box": "0 0 1 1"}, ["box is '0 0 1 1'"]),
+    ({"image": "../secret.png"}, ["image is '../secret.png'", "stays in the manifest's folder"]),
+    ({"image": "a/../../secret.png"}, ["stays in"]),
+    ({"image": "/etc/passwd"}, ["stays in"]),
+    ({"image": "C:/secret.png"}, ["stays in"]),
+    ({"mask": "a\\b.png"}, ["mask is", "forward slashes"]),
+    ({"mask": "a\0.png"}, ["stays in"]),
+])
+def test_malformed_records_are_named_with_file_and_line(tmp_path, change, words):
+    path = lines(tmp_path / "m.jsonl", LINE, {**LINE, "id": "y", **change})
+    with pytest.raises(ManifestError) as error:
+        manifest.read(path)
+    for word in [f"{path}, line 2: ", *words, "Correct the line"]:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("line", [b"", b"{", b"[1, 2]", b"null", b'{"image": "x.png"}', b'{"id": "\xff", "image": "x"}',
+                                  b"[" * 100_000, b'{"id": ' + b"9" * 100_000 + b"}", json.dumps(LINE).encode()[:-9]])
+def test_lines_that_are_no_record(tmp_path, line):
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(json.dumps(LINE).encode() + b"\n" + line + b"\n")
+    with pytest.raises(ManifestError, match="m.jsonl, line 2: .*expected") as error:
+        manifest.read(path)
+    assert len(str(error.value)) < 500
+
+
+def test_other_splits_are_checked_too_and_ids_are_unique(tmp_path):
+    path = lines(tmp_path / "m.jsonl", LINE, {**LINE, "split": "test"})
+    with pytest.raises(ManifestError, match="line 2: id 'x' was used before"):
+        manifest.read(path, "train")
+    with pytest.raises(ManifestError, match="split is 'val'"):
+        manifest.read(path, "val")
+    with pytest.raises(ManifestError, match="none.jsonl cannot be read .*prepare_data.py"):
+        manifest.read(tmp_path / "none.jsonl")
+
+
+def test_a_failed_write_keeps_the_old_manifest(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text("precious")
+    with pytest.raises(ManifestError, match="id '1' is used twice"):
+        manifest.write(path, [WHOLE, WHOLE])
+
+    def broken():
+        yield WHOLE
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(ManifestError, match="Cannot write .*No space left.*Check free space"):
+        manifest.write(path, broken())
+    assert path.read_text() == "precious" and os.listdir(tmp_path) == ["m.jsonl"]
+    manifest.write(path, [WHOLE])
+    assert manifest.read(path) == [WHOLE]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_a_killed_writer_leaves_the_old_manifest(tmp_path):
+    path = tmp_path / "m.jsonl"
+    manifest.write(path, [WHOLE])
+    code = """
+import sys, time
+from cat_core.training import manifest
+def records():
+    for i in range(10**9):
+        if i == 50_000:
+            print("half", flush=True); time.sleep(60)
+        yield manifest.Record(str(i), "x.png", label="cup")
+manifest.write(sys.argv[1], records())
+"""
+    process = subprocess.Popen([sys.executable, "-c", code, path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "half\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert manifest.read(path) == [WHOLE]
+    assert len(os.listdir(tmp_path)) == 2  # and its own scrap
+
+
+def test_reading_is_linear_and_compact(tmp_path):
+    def record(i):
+        name = f"{i:016x}"
+        return Record(f"{name}_8ae41a6b", f"train/{name}.jpg", f"masks/{name[-1]}/{name}_m01bjv_8ae41a6b.png",
+                      (0.1 + i * 1e-7, 0.2, 0.6, 0.9), f"class {i % 300}")
+
+    seconds = {}
+    for count in (10_000, 100_000):
+        path = tmp_path / f"{count}.jsonl"
+        manifest.write(path, map(record, range(count)))
+        start = time.process_time()
+        assert len(manifest.read(path)) == count
+        seconds[count] = (time.process_time() - start) / count
+    assert seconds[100_000] < 3 * seconds[10_000]
+    tracemalloc.start()
+    records = manifest.read(path)
+    size, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    print(f"{seconds[count] * 1e6:.0f} µs and {size / count:.0f} bytes a record")
+    assert size / count < 700  # 3 million records fit into 2.1 GB
+    assert peak < 1.3 * size  # nothing but the ids is held besides the records
+    assert not hasattr(records[0], "__dict__") and records[0].label is records[300].label
+
+
+def test_records_and_errors_travel_between_processes():
+    assert pickle.loads(pickle.dumps(WHOLE)) == WHOLE
+    error = pickle.loads(pickle.dumps(SampleError("empty mask", "x")))
+    assert (error.reason, error.detail, str(error)) == ("empty mask", "x", "empty mask: x")
+
+
+# Pictures ---------------------------------------------------------------------------------------------------------
+
+
+def reason(folder, **fields):
+    with pytest.raises(SampleError) as error:
+        manifest.load(Record(**{"id": "x", "image": "x.jpg", "label": "cup", **fields}), folder)
+    return error.value.reason
+
+
+def test_load(tmp_path):
+    picture(tmp_path / "x.jpg", colour="red")
+    picture(tmp_path / "grey.png", colour=100, mode="L")
+    mask(tmp_path / "m.png", mode="1")
+    mask(tmp_path / "large.png", (80, 60), (20, 10, 60, 40))
+    image, hole = manifest.load(Record("1", "x.jpg", "m.png", label="cup"), tmp_path)
+    assert (image.mode, image.size, hole.mode, hole.size, hole.getbbox()) == ("RGB", (40, 30), "L", (40, 30), (10, 5, 30, 20))
+    image, hole = manifest.load(Record("1", "grey.png", "large.png", label="cup"), tmp_path)
+    assert image.getpixel((0, 0)) == (100, 100, 100)
+    assert hole.size == (40, 30) and hole.point(lambda x: 255 * (x >= 128)).getbbox() == (10, 5, 30, 20)
+    image, hole = manifest.load(Record("1", "x.jpg", box=(0.25, 0.5, 0.76, 1), label="cup"), tmp_path)
+    assert hole.getbbox() == (10, 15, 30, 30) and hole.getextrema() == (0, 255)
+    assert manifest.load(Record("1", "x.jpg", caption="a cup"), tmp_path)[1] is None
+
+
+def test_load_turns_photographs_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    Image.new("RGB", (40, 30)).save(tmp_path / "x.jpg", exif=exif)
+    mask(tmp_path / "m.png", (30, 40), (0, 0, 10, 40))
+    image, hole = manifest.load(Record("1", "x.jpg", "m.png", label="cup"), tmp_path)
+    assert image.size == hole.size == (30, 40) and hole.getbbox() == (0, 0, 10, 40)
+
+
+def test_load_says_why_not(tmp_path):
+    assert reason(tmp_path) == "missing image"
+    (tmp_path / "folder.jpg").mkdir()
+    assert reason(tmp_path, image="folder.jpg") == "missing image"
+    picture(tmp_path / "x.jpg")
+    for name, content in (("empty.jpg", b""), ("page.jpg", b"<html>404</html>")):
+        (tmp_path / name).write_bytes(content)
+        assert reason(tmp_path, image=name) == "corrupt image"
+    for name in ("cut.jpg", "cut.png"):
+        Image.effect_noise((64, 64), 90).save(tmp_path / name)
+        cut(tmp_path / name, 0.6)
+        assert reason(tmp_path, image=name) == "corrupt image"
+    assert reason(tmp_path, mask="none.png") == "missing mask"
+    assert reason(tmp_path, mask="cut.png") == "corrupt mask"
+    mask(tmp_path / "black.png", box=None)
+    assert reason(tmp_path, mask="black.png") == "empty mask"
+    picture(tmp_path / "ones.png", colour=1, mode="L")  # 0 and 1 instead of 0 and 255
+    assert reason(tmp_path, mask="ones.png") == "empty mask"
+    assert reason(tmp_path, box=(0.5, 0.5, 0.501, 0.501)) == "empty mask"  # less than a pixel
+
+
+def test_report_counts_and_keeps_few_examples():
+    report = Report()
+    for i in range(1000):
+        report.skip("corrupt image", f"id{i}")
+    report.skip("missing mask", "a\nb\x1b[2J")
+    report.keep()
+    text = str(report)
+    assert report.skipped == {"corrupt image": 1000, "missing mask": 1} and len(report.examples["corrupt image"]) == 20
+    assert text.splitlines()[0] == "1,002 samples: 1 kept, 1,001 skipped"
+    assert "corrupt image: 1,000 (id0, " in text and "id19, and 980 more)" in text and "id20" not in text
+    assert text.splitlines()[2] == r"  missing mask: 1 ('a\nb\x1b[2J')"
