@@ -18,6 +18,11 @@ class ArchitectureError(ValueError):
     """Tensors or metadata that do not describe a CAT-Diffusion model."""
 
 
+def _check_heads(width: int, heads: int | None) -> None:
+    if heads is not None and not (isinstance(heads, int) and heads > 0 and width % heads == 0):
+        raise ArchitectureError(f"{heads!r} attention heads do not divide a width of {width}")
+
+
 @dataclass(frozen=True)
 class SemInpainterConfig:
     """The official SemInpainter (`fusion_model`); defaults are the paper's ViT-L/14 size."""
@@ -45,6 +50,7 @@ class SemInpainterConfig:
         except KeyError as error:
             raise ArchitectureError(f"the SemInpainter lacks {error.args[0]}") from None
         layers = {key.split(".")[2] for key in tensors if key.startswith("encoder.layers.")}
+        _check_heads(hidden, num_attention_heads)
         return cls(hidden, intermediate, len(layers), num_attention_heads or max(hidden // HEAD_WIDTH, 1),
                    math.isqrt(positions), text, text_intermediate, spatial_intermediate, global_intermediate)
 
@@ -65,9 +71,11 @@ class RefAdapterConfig:
             raise ArchitectureError("the RefAdapter has no attn3.to_k.weight")
         blocks = [(key.removesuffix(".attn3.to_k.weight"), tensors[key].shape[0]) for key in keys]
         visual = {tensors[key].shape[1] for key in keys}
+        for _, width in blocks:
+            _check_heads(width, num_heads or 8)
         if len(visual) != 1:
             raise ArchitectureError(f"the RefAdapter's blocks expect visual prompts of different widths {sorted(visual)}")
-        return cls(visual.pop(), num_heads or 8, tuple(sorted(blocks, key=_natural)))
+        return cls(visual.pop(), num_heads or 8, tuple(sorted(blocks, key=block_order)))
 
 
 @dataclass(frozen=True)
@@ -95,10 +103,16 @@ class Architecture:
                 adapter = fields["ref_adapter"]
                 blocks = tuple((str(name), int(width)) for name, width in adapter["blocks"])
                 fields["ref_adapter"] = RefAdapterConfig(adapter["visual_size"], adapter["num_heads"], blocks)
+            for name in ("unet_num_heads", "clip_text_num_heads", "clip_vision_num_heads"):
+                if not isinstance(fields.get(name, 1), int) or fields.get(name, 1) < 1:
+                    raise ArchitectureError(f"{name} is {fields[name]!r}, expected a positive number")
             return cls(**fields)
+        except ArchitectureError:
+            raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ArchitectureError(f"the architecture in the metadata cannot be read ({error})") from None
 
 
-def _natural(block: tuple[str, int]) -> list:
+def block_order(block: tuple[str, int]) -> list:
+    """Sort key that puts input_blocks.10 after input_blocks.9."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", block[0])]

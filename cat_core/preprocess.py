@@ -62,9 +62,12 @@ def resize_mask(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return mask.float() if tuple(mask.shape[-2:]) == (height, width) else resize(mask, height, width).float() / 255
 
 
-def latent_mask(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The mask that the U-Net sees: (B, 1, H, W) in [0, 1] -> (B, 1, height, width), exactly 0 or 1."""
-    return (resize(mask, height, width) / 255.0 > 0.5).float()
+def latent_mask(mask: torch.Tensor, height: int, width: int, threshold: float = 0.5) -> torch.Tensor:
+    """The mask that the U-Net sees: (B, 1, H, W) in [0, 1] -> (B, 1, height, width), exactly 0 or 1.
+
+    A cell is masked above the threshold; the official training data uses 0.
+    """
+    return (resize(mask, height, width) / 255.0 > threshold).float()
 
 
 def vae_input(image: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -75,11 +78,6 @@ def vae_input(image: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Te
     image = _uint8(image)
     m = 0.0 if mask is None else _uint8(mask) / 255.0
     return _tensor(image * (1 - m) / 127.5 - 1)
-
-
-def vae_input_grey(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """What stock Stable Diffusion Inpainting's VAE encodes: the mask rounded, the hole grey; shapes as `vae_input`."""
-    return (image * 2 - 1) * (1 - mask.round())
 
 
 def _uint8(x: torch.Tensor) -> np.ndarray:

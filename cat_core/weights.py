@@ -4,6 +4,7 @@ Every reader returns the same thing, a Checkpoint of named parts. Loading is str
 """
 
 import os
+import pickle
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
@@ -142,11 +143,16 @@ def sort_keys(tensors: Tensors) -> tuple[dict[str, dict[str, torch.Tensor]], lis
     return parts, unknown
 
 
+def cat_module(architecture: Architecture, part: str, **kwargs) -> torch.nn.Module:
+    """Build a CAT part that `architecture` describes; `kwargs` go to the module (ops, attention, device, dtype)."""
+    build = {"sem_inpainter": SemInpainter, "ref_adapter": RefAdapter}[part]
+    return build(getattr(architecture, part), **kwargs)
+
+
 def cat_modules(architecture: Architecture, **kwargs) -> dict[str, torch.nn.Module]:
-    """Build the CAT parts that `architecture` describes; `kwargs` go to the modules (ops, attention, device, dtype)."""
-    builders = {"sem_inpainter": (SemInpainter, architecture.sem_inpainter),
-                "ref_adapter": (RefAdapter, architecture.ref_adapter)}
-    return {part: build(config, **kwargs) for part, (build, config) in builders.items() if config is not None}
+    """Build all CAT parts that `architecture` describes, as `cat_module`."""
+    return {part: cat_module(architecture, part, **kwargs) for part in ("sem_inpainter", "ref_adapter")
+            if getattr(architecture, part) is not None}
 
 
 def check_keys(expected: Mapping[str, torch.Size], tensors: Tensors, name: str, part: str) -> None:
@@ -166,8 +172,11 @@ def _kind(path: Path) -> str:
     """"safetensors" or "pickle", by content; a name that says otherwise is an error."""
     if not path.is_file():
         raise WeightsError(f"{path} does not exist or is not a file.")
-    with open(path, "rb") as file:
-        head = file.read(64)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise WeightsError(f"{path.name} cannot be opened ({error.strerror}). Check its permissions.") from error
     if not head:
         raise WeightsError(f"{path.name} is empty (0 bytes). Download or copy it again.")
     if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000:
@@ -200,25 +209,31 @@ class _Inert:
 def _load_pickle(path: Path, inert_objects: bool) -> dict[str, torch.Tensor]:
     zipped, foreign = zipfile.is_zipfile(path), []
     try:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+        if zipped and hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):  # PyTorch 2.6
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         if foreign and not inert_objects:
             raise WeightsError(f"{path.name} is a pickle with Python objects besides tensors ({_few(foreign)}), which "
-                               "could run code; nothing was run. To take only its tensors: "
-                               f"python tools/convert.py {path.name} --inert-objects --cat-weights OUT.safetensors")
+                               "could run code; nothing was run. To take only its tensors, run the pack's converter with "
+                               f"ComfyUI's Python: tools/convert.py \"{path}\" --inert-objects "
+                               f"--full \"{path.with_suffix('.safetensors')}\"")
         placeholders = [(type("Inert", (_Inert,), {}), name) for name in foreign]
         with torch.serialization.safe_globals(placeholders):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except WeightsError:
         raise
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for what is broken
-        reason = f"it holds objects that no setting makes safe ({_few(foreign)})" if foreign else "it is damaged or cut short"
+        reason = "it is damaged or cut short"
+        if foreign:
+            reason = f"it holds objects that no setting makes safe ({_few(foreign)})"
+        elif isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error).upper():
+            reason = "it holds Python objects besides tensors, in a form that only its own program can read"
         raise WeightsError(f"{path.name} cannot be read as a PyTorch checkpoint: {reason}; nothing in it was run. "
                            "Get it again, or ask for it as safetensors.") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]  # Lightning's wrapper
     if not isinstance(content, dict):
         raise WeightsError(f"{path.name} holds a {type(content).__name__}, expected a state dict of tensors.")
-    return {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+    return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
 
 
 def _architecture(parts: Mapping[str, Tensors], metadata: Mapping[str, str], name: str) -> Architecture:
@@ -228,9 +243,14 @@ def _architecture(parts: Mapping[str, Tensors], metadata: Mapping[str, str], nam
             raise WeightsError(f"{name} has format version {version or 'none'}, this pack reads up to "
                                f"{FORMAT_VERSION}. Update the pack.")
         architecture = Architecture.from_json(metadata.get("architecture", ""))
-        for part in ("sem_inpainter", "ref_adapter"):
-            if (getattr(architecture, part) is None) != (part not in parts):
-                raise ArchitectureError(f"metadata and tensors disagree about a {TITLES[part]}")
+        for part, config in (("sem_inpainter", SemInpainterConfig), ("ref_adapter", RefAdapterConfig)):
+            described, heads = getattr(architecture, part), None
+            if described is not None:
+                heads = getattr(described, "num_attention_heads", None) or getattr(described, "num_heads", None)
+            found = config.from_tensors(parts[part], heads) if part in parts else None
+            if described != found:
+                raise ArchitectureError(f"metadata and tensors disagree about the {TITLES[part]}: described is {described}, "
+                                        f"found {found}")
         return architecture
     return Architecture(
         SemInpainterConfig.from_tensors(parts["sem_inpainter"]) if "sem_inpainter" in parts else None,
@@ -242,9 +262,14 @@ def _check_numbers(tensors: Tensors, name: str, part: str) -> None:
         if tensor.dtype not in DTYPES.values():
             raise WeightsError(f"{key} of the {TITLES[part]} in {name} is {str(tensor.dtype).removeprefix('torch.')}, "
                                "expected fp32, fp16 or bf16.")
-        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        if not _finite(tensor):
             raise WeightsError(f"{key} of the {TITLES[part]} in {name} contains NaN or Inf. "
                                "The file is damaged or its training diverged; use another.")
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """One pass, no copy: NaN and Inf show in the extremes."""
+    return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def _few(names: Iterable[str], most: int = 5) -> str:
@@ -290,8 +315,11 @@ def save(path: str | os.PathLike, tensors: Tensors, metadata: Mapping[str, str],
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file({key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()},
-                                    partial, metadata=dict(metadata))
+        tensors = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
+        for key, tensor in tensors.items():
+            if dtype == torch.float16 and not _finite(tensor):
+                raise WeightsError(f"{key} does not fit into fp16: it holds numbers beyond 65504 or none at all. Use bf16.")
+        safetensors.torch.save_file(tensors, partial, metadata=dict(metadata))
         umask = os.umask(0)
         os.umask(umask)
         partial.chmod(0o666 & ~umask)  # safetensors makes its files private

@@ -28,7 +28,7 @@ class CATInpaintConditioning(io.ComfyNode):
                 io.Mask.Input("mask", tooltip="White where the object goes. Any size; soft edges are fine."),
                 io.Combo.Input("fill", options=["black", "grey"], default="black",
                                tooltip="Colour of the hole before encoding. Black: CAT-Diffusion. "
-                                       "Grey: stock SD 1.5 inpainting, the same as Inpaint Model Conditioning."),
+                                       "Grey: stock SD 1.5 inpainting, by ComfyUI's own Inpaint Model Conditioning."),
                 io.Boolean.Input("noise_mask", default=False,
                                  tooltip="Sample only inside the mask and keep the photo's latents outside at every step. "
                                          "Off as in the paper; turn it on for a denoise below 1."),
@@ -47,9 +47,14 @@ class CATInpaintConditioning(io.ComfyNode):
         height, width = image.shape[2:]
         if min(height, width) < cell:
             raise ValueError(f"The image is {width}x{height} pixels; the VAE needs at least {cell}x{cell}. Scale it up.")
+        if fill == "grey":
+            import nodes  # the host's own, which is loaded long before a prompt runs
+
+            return io.NodeOutput(*nodes.InpaintModelConditioning().encode(
+                positive, negative, image.movedim(1, -1), vae, mask.squeeze(1), noise_mask))
         mask = preprocess.resize_mask(mask, height, width)
         image, mask = (_crop(t, cell) for t in (image, mask))
-        masked = (preprocess.vae_input if fill == "black" else preprocess.vae_input_grey)(image, mask)  # in [-1, 1]
+        masked = preprocess.vae_input(image, mask)  # in [-1, 1]
         masked_latent = vae.encode(((masked + 1) / 2).float().movedim(1, -1))  # (B, 4, h, w)
         latent = {"samples": vae.encode(image.movedim(1, -1))}
         if noise_mask:
@@ -82,8 +87,8 @@ class CATScheduler(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="An SD 1.5 model."),
                 io.Int.Input("steps", default=50, min=1, max=1000,
-                             tooltip="The paper uses 50. Where 1000 is not a multiple, the official code makes a few "
-                                     "steps more; so does this."),
+                             tooltip="The paper uses 50. Where 1000 is not a multiple, the official code makes more steps "
+                                     "(31 for 30, 999 above 500); so does this."),
                 io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01,
                                tooltip="1 starts from noise alone; less keeps that much of the latent."),
             ],
@@ -98,5 +103,5 @@ class CATScheduler(io.ComfyNode):
         stride = max(len(sigmas) // (steps if denoise == 1 else int(steps / denoise)), 1)
         timesteps = torch.arange(1, len(sigmas), stride)  # ascending, the official range(0, 1000, stride) + 1
         if denoise < 1:
-            timesteps = timesteps[:steps]
+            timesteps = timesteps[:min(steps, round(len(timesteps) * denoise))]
         return io.NodeOutput(torch.cat((sigmas[timesteps.flip(0)], sigmas[:1])))

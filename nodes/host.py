@@ -103,6 +103,15 @@ def progress_bar(total: int) -> comfy.utils.ProgressBar:
     return comfy.utils.ProgressBar(total)
 
 
+def chunks(total: int):
+    """Slices of at most BATCH rows, with progress on the node; raises where the user has pressed Cancel."""
+    bar = progress_bar(total)
+    for start in range(0, total, BATCH):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        yield slice(start, min(start + BATCH, total))
+        bar.update(BATCH)
+
+
 # CAT models ---------------------------------------------------------------------------------------------------------
 
 
@@ -136,8 +145,8 @@ def build_cat_model(file: Checkpoint) -> CatModel:
 def _cat_patcher(file: Checkpoint, part: str, patcher_class=None):
     tensors = file.parts[part]
     device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
-    module = weights.cat_modules(file.architecture, ops=comfy.ops.manual_cast, attention=_attention, device=offload,
-                                 dtype=_dtype(tensors))[part].eval().requires_grad_(False)
+    module = weights.cat_module(file.architecture, part, ops=comfy.ops.manual_cast, attention=_attention, device=offload,
+                                dtype=_dtype(tensors)).eval().requires_grad_(False)
     comfy.model_management.archive_model_dtypes(module)
     patcher = (patcher_class or comfy.model_patcher.CoreModelPatcher)(module, load_device=device, offload_device=offload)
     module.load_state_dict(tensors, assign=patcher.is_dynamic())
@@ -158,14 +167,11 @@ def run_sem_inpainter(cat_model: CatModel, patches, image, text, patch_mask) -> 
     config = cat_model.architecture.sem_inpainter
     activations = 8 * min(BATCH, len(patches)) * (config.grid_size**2 + 2) * config.intermediate_size * 4  # bytes
     comfy.model_management.load_models_gpu([patcher], memory_required=activations)
-    bar = progress_bar(len(patches))
     predicted = []
-    for rows in torch.arange(len(patches)).split(BATCH):
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        inputs = (patches[rows], image[rows], text.expand(len(rows), -1), patch_mask[rows])
+    for rows in chunks(len(patches)):
+        inputs = (patches[rows], image[rows], text.expand(len(patches[rows]), -1), patch_mask[rows])
         output = patcher.model(*(t.to(patcher.load_device) for t in inputs))
         predicted.append(output.patches.to(comfy.model_management.intermediate_device()))
-        bar.update(len(rows))
     return torch.cat(predicted)
 
 
@@ -184,27 +190,29 @@ def check_clip_vision(clip_vision, width: int | None = None, grid: int = 16) -> 
 
 def encode_image(clip_vision, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, 3, 224, 224) uint8 -> patch features (B, N, D) before, and image feature (B, D) after post-layernorm."""
-    hidden = []
-    for chunk in pixels.split(BATCH):
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        output = clip_vision.encode_image(chunk.movedim(1, -1).float() / 255, crop=False)
-        hidden.append(output["last_hidden_state"].float())
-    hidden = torch.cat(hidden)  # (B, N + 1, D)
+    output = clip_vision.encode_image(pixels.movedim(1, -1).float() / 255, crop=False)
+    hidden = output["last_hidden_state"].float()  # (B, N + 1, D)
     norm = clip_vision.model.vision_model.post_layernorm
     return hidden[:, 1:], norm(hidden[:, 0].to(clip_vision.load_device)).float().to(hidden.device)
 
 
-def encode_text(clip, text: str, width: int) -> torch.Tensor:
-    """Plain text -> CLIP's pooled, unprojected feature (1, T), of its first 77 tokens."""
-    tokens = clip.tokenize(text, disable_weights=True)
-    if set(tokens) != {"l"}:
-        raise ValueError(f"This CLIP is not SD 1.5's: it has the text encoders {', '.join(sorted(tokens))}, expected l "
-                         "(CLIP ViT-L/14) alone. Use the CLIP of an SD 1.5 checkpoint.")
-    _, pooled = clip.encode_from_tokens({"l": tokens["l"][:1]}, return_pooled="unprojected")
-    if pooled is None or pooled.shape[1] != width:
+def encode_text(clip, text: str, width: int | None = None) -> torch.Tensor:
+    """Plain text -> CLIP's pooled, unprojected feature (1, T), of its first 77 tokens; raises if T is not `width`."""
+    _, pooled = clip.encode_from_tokens(plain_tokens(clip, text), return_pooled="unprojected")
+    if pooled is None or width not in (None, pooled.shape[1]):
         raise ValueError(f"This CLIP's text feature is {0 if pooled is None else pooled.shape[1]} wide, the SemInpainter "
                          f"expects {width}. Use the CLIP that belongs to the CAT file.")
     return pooled.float()
+
+
+def plain_tokens(clip, text: str) -> dict[str, list]:
+    """The first 77 tokens of a text as it is: no weights, no embeddings, no escapes, which the host would read in it."""
+    encoders = set(clip.tokenize(""))
+    if encoders != {"l"}:
+        raise ValueError(f"This CLIP is not SD 1.5's: it has the text encoders {', '.join(sorted(encoders))}, expected l "
+                         "(CLIP ViT-L/14) alone. Use the CLIP of an SD 1.5 checkpoint.")
+    ids = clip.tokenizer.clip_l.tokenizer(text, padding="max_length", truncation=True, max_length=77)["input_ids"]
+    return {"l": [[(id, 1.0) for id in ids]]}
 
 
 # The U-Net ----------------------------------------------------------------------------------------------------------

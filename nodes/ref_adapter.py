@@ -22,6 +22,7 @@ class RefAdapterPatch:
         self.sigma_start, self.sigma_end = sigma_start, sigma_end
         self._constants: dict[tuple, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._range: tuple[torch.Tensor | None, bool] = (None, True)
+        self._negative: set = set()  # ids of conditions that came as unconditional in this sampling
 
     @torch.compiler.disable  # a compiled U-Net calls it as it is: caches and settings must not be traced
     def __call__(self, x: torch.Tensor, extra_options: dict) -> torch.Tensor:
@@ -31,17 +32,25 @@ class RefAdapterPatch:
         name = host.block_name(extra_options)
         block = self.adapter.model.block(name)
         k, v, bias = self._constant(name, block, x)
-        conds = extra_options.get("cond_or_uncond", [0])  # one entry a chunk of x; 0 is the positive prompt
-        if all(cond == 0 for cond in conds):
-            return self._conditional(x, block, k, v)
-        chunks = [self._conditional(chunk, block, k, v) if cond == 0 else torch.add(chunk, bias, alpha=self.strength)
-                  for cond, chunk in zip(conds, x.chunk(len(conds)))]
+        positive = self._positive(extra_options)  # one entry a chunk of x
+        if all(positive):
+            return self._conditional(x, len(positive), block, k, v)
+        chunks = [self._conditional(chunk, 1, block, k, v) if is_positive else torch.add(chunk, bias, alpha=self.strength)
+                  for is_positive, chunk in zip(positive, x.chunk(len(positive)))]
         return torch.cat(chunks)
 
-    def _conditional(self, x, block, k, v):
-        if len(k) != len(x):  # one visual prompt for all rows, or as many as there are, over and over
-            rows = torch.arange(len(x), device=k.device) % len(k)
-            k, v = k[rows], v[rows]
+    def _positive(self, extra_options) -> list[bool]:
+        """Which chunks belong to the positive prompt. Self-attention guidance and the like run the negative one alone,
+        as if it were the positive; its id tells."""
+        conds = extra_options.get("cond_or_uncond", [0])  # 0 is the positive prompt
+        ids = extra_options.get("uuids", conds)
+        self._negative.update(id for cond, id in zip(conds, ids) if cond != 0)
+        return [cond == 0 and id not in self._negative for cond, id in zip(conds, ids)]
+
+    def _conditional(self, x, chunks, block, k, v):
+        """`chunks` batches of latents under each other; prompts go with the latents of a batch, over and over."""
+        latents = torch.arange(len(x) // chunks, device=k.device).repeat(chunks)
+        k, v = (k[latents % len(k)], v[latents % len(v)]) if len(k) > 1 else (k.expand(len(x), -1, -1), v.expand(len(x), -1, -1))
         return torch.add(x, block.attend(x, k, v), alpha=self.strength)
 
     def _constant(self, name, block, x):
@@ -71,6 +80,7 @@ class RefAdapterPatch:
     def cleanup(self):
         """Called by the host after each sampling."""
         self._constants.clear()
+        self._negative.clear()
         self._range = (None, True)
 
     def __deepcopy__(self, memo):

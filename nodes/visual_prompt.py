@@ -41,16 +41,15 @@ class CATSemanticInpaint(io.ComfyNode):
             raise ValueError("The text is empty. Type the name of the object that belongs in the hole.")
         config = cat_model.architecture.sem_inpainter
         host.check_clip_vision(clip_vision, config.hidden_size, config.grid_size)
-        seen = preprocess.clip_input(*to_core(image, mask))
-        if not seen.patch_mask.any():
+        patch_mask, patches, image_feature = _see(clip_vision, *to_core(image, mask))
+        if not patch_mask.any():
             host.say("The mask is empty: the visual prompt is just the photo's own features. Paint a mask to change it.")
-        elif seen.patch_mask.all():
+        elif patch_mask.all():
             host.say("The mask covers everything: the visual prompt rests on the text alone.")
         text_feature = host.encode_text(clip, text, config.text_size)
-        patches, image_feature = host.encode_image(clip_vision, seen.masked_image)
-        predicted = host.run_sem_inpainter(cat_model, patches, image_feature, text_feature, seen.patch_mask)
-        after = features.blend(predicted, patches, seen.patch_mask)
-        return io.NodeOutput(features.VisualPrompt(features.pool(after), patches, after, seen.patch_mask, text))
+        predicted = host.run_sem_inpainter(cat_model, patches, image_feature, text_feature, patch_mask)
+        after = features.blend(predicted, patches, patch_mask)
+        return io.NodeOutput(features.VisualPrompt(features.pool(after), patches, after, patch_mask, text))
 
 
 class CATEncodeVisualPrompt(io.ComfyNode):
@@ -75,7 +74,14 @@ class CATEncodeVisualPrompt(io.ComfyNode):
     @classmethod
     def execute(cls, clip_vision, image, mask=None) -> io.NodeOutput:
         host.check_clip_vision(clip_vision)
-        seen = preprocess.clip_input(*to_core(image, mask))
-        patches, _ = host.encode_image(clip_vision, seen.masked_image)
-        return io.NodeOutput(features.VisualPrompt(features.pool(patches), patches, patches,
-                                                   torch.zeros_like(seen.patch_mask)))
+        patch_mask, patches, _ = _see(clip_vision, *to_core(image, mask))
+        return io.NodeOutput(features.VisualPrompt(features.pool(patches), patches, patches, torch.zeros_like(patch_mask)))
+
+
+def _see(clip_vision, image, mask) -> list[torch.Tensor]:
+    """The core's image and mask -> patch mask (B, 1, G, G), patch features (B, N, D), image feature (B, D)."""
+    parts = []
+    for rows in host.chunks(len(image)):
+        seen = preprocess.clip_input(image[rows], None if mask is None else mask[rows])
+        parts.append((seen.patch_mask, *host.encode_image(clip_vision, seen.masked_image)))
+    return [torch.cat(part) for part in zip(*parts)]

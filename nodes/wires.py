@@ -16,15 +16,15 @@ def to_core(image: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torc
     if image.ndim != 4 or image.shape[3] not in (3, 4) or 0 in image.shape:
         raise ValueError(f"The image has shape {tuple(image.shape)}; expected (batch, height, width, 3). "
                          "Connect an IMAGE, for example from Load Image.")
-    image = image[..., :3].movedim(-1, 1).float()
+    image = image[..., :3].movedim(-1, 1).float().cpu()
     if not image.isfinite().all():
         raise ValueError("The image contains NaN or Inf. The node before it failed; look at its output.")
     image = image.clamp(0, 1)
     if mask is None:
         return image, None
-    if mask.ndim < 2 or 0 in mask.shape:
+    if mask.ndim not in (2, 3, 4) or (mask.ndim == 4 and mask.shape[1] != 1) or 0 in mask.shape:
         raise ValueError(f"The mask has shape {tuple(mask.shape)}; expected (batch, height, width).")
-    mask = mask.reshape(-1, 1, *mask.shape[-2:]).float()
+    mask = mask.reshape(-1, 1, *mask.shape[-2:]).float().cpu()
     if not mask.isfinite().all():
         raise ValueError("The mask contains NaN or Inf. The node before it failed; look at its output.")
     batch = max(len(image), len(mask))

@@ -27,11 +27,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--comfyui", help="an existing ComfyUI folder; installed into the cache if not given")
     parser.add_argument("--python", help="the Python that runs that ComfyUI")
-    parser.add_argument("--steps", type=int, default=4, help="sampling steps (default 4: random weights gain nothing by more)")
+    parser.add_argument("--steps", type=positive, default=4, help="sampling steps (default 4: random weights gain nothing by more)")
     parser.add_argument("--out", type=Path, default=Path("cat_demo.png"), help="where to write the picture")
     arguments = parser.parse_args()
+    out = arguments.out.absolute()
+    if not out.parent.is_dir() or out.suffix.lower() not in (".png", ".jpg", ".webp"):
+        parser.error(f"cannot write {out}: expected a name ending in .png, .jpg or .webp in a folder that exists")
     if inside.COMFYUI in os.environ:
-        return demo(arguments.steps, arguments.out.absolute())
+        from comfy_server import ServerError
+        try:
+            return demo(arguments.steps, out)
+        except (ServerError, OSError) as error:
+            print(f"\nerror: {error}", file=sys.stderr)
+            return 1
     start = time.monotonic()
     try:
         host = (hosts.existing_host(arguments.comfyui, arguments.python) if arguments.comfyui else hosts.prepare_host())
@@ -39,6 +47,13 @@ def main() -> int:
         parser.error(str(error))
     print(f"ComfyUI: {host.path} ({time.monotonic() - start:.1f} s)", flush=True)
     return inside.rerun(host, __file__, sys.argv[1:])
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
 
 
 def demo(steps: int, out: Path) -> int:
@@ -99,4 +114,4 @@ def _progress(kind: str, data: dict, prompt: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    inside.interruptible(main)

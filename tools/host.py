@@ -52,12 +52,14 @@ def cache_dir() -> Path:
 def existing_host(path: str, python: str | None = None) -> Host:
     """The user's own ComfyUI at `path`, with `python` or the environment found beside it."""
     root = Path(path).expanduser().absolute()
+    if python is not None and shutil.which(python) is None:
+        raise SetupError(f"{python} is not a program that can be run. Name ComfyUI's own Python with --python.")
     if not (root / "main.py").is_file() or not (root / "comfy").is_dir():
         raise SetupError(f"{root} is not a ComfyUI folder: expected main.py and comfy/ in it.")
     beside = (".venv/bin/python", "venv/bin/python", ".venv/Scripts/python.exe", "venv/Scripts/python.exe",
               "../python_embeded/python.exe")
     found = [root / name for name in beside if (root / name).is_file()]
-    host = Host(root, Path(python).absolute() if python else found[0] if found else Path(sys.executable))
+    host = Host(root, Path(shutil.which(python)).absolute() if python else found[0] if found else Path(sys.executable))
     if subprocess.run([host.python, "-c", "import torch, safetensors, aiohttp"], capture_output=True).returncode:
         raise SetupError(f"{host.python} lacks ComfyUI's requirements (torch, safetensors, aiohttp). "
                          "Name ComfyUI's own Python with --python.")
@@ -67,10 +69,6 @@ def existing_host(path: str, python: str | None = None) -> Host:
 def prepare_host(version: str = NEWEST) -> Host:
     """ComfyUI `version` and an environment that runs it, installed on first use."""
     cache = cache_dir()
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SetupError(f"Cannot create the cache folder {cache}: {error}. Set CAT_DIFFUSION_CACHE.") from error
     with _lock(cache / "install.lock"):
         source = _source(cache, version)
         python = _environment(cache, _source(cache, NEWEST))
@@ -169,11 +167,20 @@ def _partial(target: Path):
 @contextlib.contextmanager
 def _lock(path: Path):
     """Hold an exclusive lock that the operating system frees when this process ends, however it ends."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"Cannot create the cache folder {path.parent}: {error}. Set CAT_DIFFUSION_CACHE.") from error
     with open(path, "a+b") as file:
         if os.name == "nt":
             import msvcrt
             file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+            while True:
+                try:
+                    msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)  # gives up after ten seconds
+                    break
+                except OSError:
+                    print("Another set-up is running; waiting for it ...", flush=True)
         else:
             import fcntl
             try:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,21 @@ COMFYUI = "CAT_DIFFUSION_COMFYUI"  # environment variable: the host's folder, se
 
 
 def rerun(host, script: str, arguments: list[str]) -> int:
-    """Run `script` again in the host's Python; returns its exit code."""
-    return subprocess.run([host.python, script, *arguments], env={**os.environ, COMFYUI: str(host.path)}).returncode
+    """Run `script` again in the host's Python; returns its exit code where this process goes on to live."""
+    command, environment = [str(host.python), script, *arguments], {**os.environ, COMFYUI: str(host.path)}
+    if os.name != "nt":
+        os.execve(command[0], command, environment)  # signals then reach the one process there is
+    return subprocess.run(command, env=environment).returncode
+
+
+def interruptible(main) -> None:
+    """Run a tool's main: Ctrl-C and SIGTERM end it after its clean-up, without a traceback."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\nStopped.")
+        sys.exit(130)
 
 
 def load_pack(cpu: bool = True):

@@ -33,7 +33,10 @@ def main() -> int:
         except hosts.SetupError as error:
             parser.error(str(error))
         return inside.rerun(host, __file__, sys.argv[1:])
-    failures = sum(_report(*line) for line in Cases(arguments.goldens).run())
+    try:
+        failures = sum(_report(*line) for line in Cases(arguments.goldens).run())
+    except FileNotFoundError as error:
+        parser.error(f"{arguments.goldens} is incomplete: {error}")
     print(f"{failures} of the cases exceed their bound." if failures else "All cases are within their bounds.")
     return int(failures > 0)
 
@@ -190,4 +193,4 @@ def _error(found, golden) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    inside.interruptible(main)

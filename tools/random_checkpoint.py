@@ -28,11 +28,11 @@ SIZES = {
 }
 
 
-def random_checkpoint(size: str = "tiny", seed: int = 0, dtype: torch.dtype = torch.float32, in_channels: int = 9):
+def random_checkpoint(size: str = "tiny", seed: int = 0, dtype: torch.dtype = torch.float32):
     """Parts by name, and their architecture; the same seed gives the same weights on any machine."""
     sizes = SIZES[size]
     with torch.device("meta"):
-        modules = _modules(sizes, in_channels)
+        modules = _modules(sizes)
         blocks = tuple((name, module.norm1.normalized_shape[0]) for name, module in modules["unet"].named_modules()
                        if isinstance(module, BasicTransformerBlock))
         sem_inpainter = SemInpainterConfig(
@@ -48,7 +48,7 @@ def random_checkpoint(size: str = "tiny", seed: int = 0, dtype: torch.dtype = to
     return parts, replace(architecture, ref_adapter=RefAdapterConfig.from_tensors(parts["ref_adapter"], sizes["heads"]))
 
 
-def _modules(sizes: dict, in_channels: int) -> dict[str, torch.nn.Module]:
+def _modules(sizes: dict) -> dict[str, torch.nn.Module]:
     text = dict(hidden_size=sizes["text"], intermediate_size=4 * sizes["text"], num_hidden_layers=sizes["text_layers"],
                 num_attention_heads=sizes["clip_heads"] or 12, hidden_act="quick_gelu", max_position_embeddings=77,
                 eos_token_id=49407)
@@ -61,7 +61,7 @@ def _modules(sizes: dict, in_channels: int) -> dict[str, torch.nn.Module]:
     per_level = [sizes["depth"][i * sizes["res"]:(i + 1) * sizes["res"]] for i in range(levels)]
     return {
         "unet": UNetModel(
-            image_size=32, in_channels=in_channels, model_channels=sizes["unet"], out_channels=4,
+            image_size=32, in_channels=9, model_channels=sizes["unet"], out_channels=4,
             num_res_blocks=[sizes["res"]] * levels, channel_mult=sizes["mult"], num_heads=sizes["heads"],
             num_head_channels=-1, use_spatial_transformer=True, transformer_depth=list(sizes["depth"]),
             transformer_depth_output=[depth for level in per_level for depth in [*level, level[-1]]],

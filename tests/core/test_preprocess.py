@@ -46,12 +46,10 @@ def test_one_pixel_masks_its_patch_only():
     assert preprocess.clip_input(noise(1, 3, 224, 224), mask).patch_mask[0, 0].nonzero().tolist() == [[3, 5]]
 
 
-def test_vae_input_fades_to_black_and_grey_is_hard():
+def test_vae_input_fades_to_black():
     image, mask = torch.full((1, 3, 8, 8), 1.0), torch.full((1, 1, 8, 8), 0.4)
     assert torch.allclose(preprocess.vae_input(image, mask), torch.tensor(2 * (1 - 102 / 255) - 1, dtype=torch.double))
     assert (preprocess.vae_input(image, torch.ones(1, 1, 8, 8)) == -1).all()
-    assert (preprocess.vae_input_grey(image, mask) == 1).all()
-    assert (preprocess.vae_input_grey(image, mask + 0.2) == 0).all()
 
 
 def test_clip_pixel_values_equal_the_official_processor():

@@ -1,8 +1,10 @@
 """Weight files: every accepted form, and a readable refusal of everything else."""
 
+import dataclasses
 import json
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -162,8 +164,14 @@ def test_other_number_types(official, tmp_path):
 def test_metadata_that_lies(tiny, tmp_path):
     tensors = weights.flat({"ref_adapter": tiny[0]["ref_adapter"]})
     header = weights.cat_metadata({"ref_adapter": {}}, tiny[1], licence="MIT", provenance="x")
+    tiny = tiny[0], dataclasses.replace(tiny[1], sem_inpainter=None)
     for change, word in (({"format_version": "99"}, "Update the pack"), ({"architecture": "{"}, "cannot be read"),
-                         ({"architecture": "{}"}, "disagree about a RefAdapter")):
+                         ({"architecture": "{}"}, "disagree about the RefAdapter"),
+                         *((({"architecture": tiny[1].to_json().replace(old, new)}), word) for old, new, word in (
+                             ('"visual_size": 32', '"visual_size": "32"', "disagree"), ('"visual_size": 32', '"visual_size": -1', "disagree"),
+                             ('"num_heads": 4', '"num_heads": 5', "do not divide"), ('"num_heads": 4', '"num_heads": 0', "disagree"),
+                             ('"unet_num_heads": 4', '"unet_num_heads": "x"', "expected a positive number"),
+                             ('"input_blocks.1.1.transformer_blocks.0"', '""', "disagree")))):
         save_file(tensors, tmp_path / "x.safetensors", header | change)
         refused(tmp_path / "x.safetensors", word)
 
@@ -275,3 +283,37 @@ def test_header_is_strings_only(tiny_file):
     size = int.from_bytes(tiny_file.read_bytes()[:8], "little")
     header = json.loads(tiny_file.read_bytes()[8:8 + size])["__metadata__"]
     assert header["format"] == "cat-diffusion" and all(isinstance(value, str) for value in header.values())
+
+
+def test_a_number_too_large_for_fp16_is_not_written(tmp_path):
+    with pytest.raises(WeightsError, match="does not fit into fp16.*Use bf16"):
+        weights.save(tmp_path / "x.safetensors", {"a": torch.tensor([1e5])}, {}, torch.float16)
+    assert os.listdir(tmp_path) == []
+    weights.save(tmp_path / "x.safetensors", {"a": torch.tensor([1e5])}, {}, torch.bfloat16)
+
+
+def test_the_command_that_the_error_names_makes_a_loadable_checkpoint(tiny, official, tmp_path):
+    path = tmp_path / "a folder/lightning.ckpt"
+    path.parent.mkdir()
+    torch.save({"state_dict": official, "callbacks": Callback()}, path)
+    with pytest.raises(WeightsError) as error:
+        weights.read(path)
+    command = shlex.split(str(error.value).partition("tools/convert.py ")[2])
+    run = convert(*command)
+    assert run.returncode == 0, run.stderr
+    assert_same_parts(weights.read(path.with_suffix(".safetensors")).parts, tiny[0])
+
+
+def test_old_style_pickles_with_objects_are_called_so(official, tmp_path):
+    torch.save({"state_dict": official, "callbacks": Callback()}, tmp_path / "x.ckpt", _use_new_zipfile_serialization=False)
+    refused(tmp_path / "x.ckpt", "Python objects besides tensors")
+    torch.save({0: torch.ones(1), "fusion_model.x": 3}, tmp_path / "x.ckpt")
+    refused(tmp_path / "x.ckpt", "not a CAT-Diffusion file")
+
+
+def test_a_torch_without_the_list_of_foreign_objects_still_reads_plain_files(tiny, official, tmp_path, monkeypatch):
+    monkeypatch.delattr(torch.serialization, "get_unsafe_globals_in_checkpoint")
+    torch.save(official, tmp_path / "x.ckpt")
+    assert_same_parts(weights.read(tmp_path / "x.ckpt").parts, tiny[0])
+    torch.save({"state_dict": official, "callbacks": Callback()}, tmp_path / "x.ckpt")
+    refused(tmp_path / "x.ckpt", "Python objects besides tensors")

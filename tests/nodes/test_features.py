@@ -22,7 +22,7 @@ def test_image_features_equal_transformers(models, host):
     assert_close(image, expected.pooler_output)
 
 
-TEXTS = ["spoon", "a (red:1.4) [fire] hydrant", "one " * 200, "ünïcödé 汉字"]
+TEXTS = ["spoon", "a (red:1.4) [fire] hydrant", "a \\(thing\\) embedding:none", "one " * 200, "ünïcödé 汉字"]
 
 
 @pytest.mark.parametrize("text", TEXTS)

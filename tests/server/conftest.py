@@ -122,6 +122,7 @@ def run(server, base):
         latent = result.outputs.get("latent")
         return result, load_file(server.image_path(latent["latents"][0]))["latent_tensor"] if latent else None
 
+    run.server = server
     return run
 
 

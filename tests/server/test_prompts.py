@@ -32,6 +32,21 @@ def test_the_example_workflow_changes_the_hole_and_nothing_else(server, base, pr
     assert np.abs(made[alpha == 0] - original[alpha == 0]).mean() > 5
 
 
+def test_the_object_lands_where_the_hole_is(prompt, run):
+    """Nothing is cropped on the way, whatever the photo's size; a crop would be stretched over the photo in the end."""
+    for width, height in ((4000, 3000), (1920, 1080), (75, 101), (768, 1024)):
+        image = prompt.add("sized", "EmptyImage", width=width, height=height, batch_size=1, color=255)
+        small = prompt.copy()
+        small.inputs("ImageScaleToTotalPixels").update(image=image)
+        for number in [number for number in small if number not in ("6", "sized")]:
+            del small[number]
+        small.add("save", "SaveImage", images=["6", 0], filename_prefix="scaled")
+        result, _ = run(small)
+        scaled = Image.open(run.server.image_path(result.outputs["save"]["images"][0]))
+        assert scaled.width % 8 == 0 and scaled.height % 8 == 0
+        assert abs(scaled.width / scaled.height / (width / height) - 1) < 0.1
+
+
 def test_the_ui_workflow_is_the_same_graph_as_the_api_one(server):
     """Every node, link and value of the drag-in file against its scripting twin."""
     ui = json.loads((ROOT / "workflows/cat_inpaint.json").read_text())
@@ -104,7 +119,7 @@ def test_queueing_again_reproduces_and_a_new_strength_reloads_nothing(prompt, ru
     assert {"8", "10"} <= set(changed.seconds) and not {"1", "7", "9"} & set(changed.seconds)
 
 
-def test_strength_0_equals_the_workflow_without_the_pack(prompt, run):
+def test_strength_0_equals_the_workflow_without_the_adapter(prompt, run):
     prompt.inputs("CATApplyRefAdapter")["strength"] = 0.0
     _, zero = run(prompt)
     prompt.inputs("KSampler")["model"] = ["1", 0]
@@ -236,14 +251,16 @@ def test_cancel_stops_the_sampler_and_the_next_run_works(server, prompt, run):
 
 def test_cancel_stops_a_long_batch_in_semantic_inpaint(server, prompt):
     prompt.inputs("CATSemanticInpaint")["image"] = prompt.add("many", "RepeatImageBatch", image=["2", 0], amount=2000)
-    stopped = []
+    seen = []
 
     def cancel(kind, data):
-        if kind == "executing" and data.get("node") == "7" and not stopped:
-            stopped.append(time.monotonic())
-            threading.Thread(target=server.post, args=("/interrupt",)).start()
+        if kind == "progress" and data.get("node") == "7":
+            if not seen:
+                threading.Thread(target=server.post, args=("/interrupt",)).start()
+            seen.append(data["value"] / data["max"])
 
     assert server.run(prompt, cancel).interrupted
+    assert max(seen) < 0.9  # it did not run to its end
 
 
 def test_help_pages_and_workflow_are_served(server, base):
@@ -266,7 +283,7 @@ import json, sys, os
 sys.argv = ["main.py", "--cpu"]
 sys.path[:0] = [os.environ["CAT_DIFFUSION_COMFYUI"], TOOLS]
 import comfy.options; comfy.options.enable_args_parsing()
-import server, nodes, execution  # in main.py's order: nodes puts comfy/ before everything
+import utils.extra_config, server, nodes, execution  # main.py's order: nodes puts comfy/ before everything
 before = set(sys.modules)
 import inside; inside.load_pack()
 print(json.dumps(sorted({name.split(".")[0] for name in set(sys.modules) - before})))

@@ -1,6 +1,7 @@
 """The set-up that survives interruptions, and the demo as a user runs it."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -73,18 +74,48 @@ def test_an_existing_comfyui_is_checked(tmp_path):
         hosts.existing_host(str(COMFYUI), str(tmp_path / "python"))
 
 
-@pytest.mark.parametrize("tool", ["demo.py", "parity.py", "convert.py", "test.py", "random_checkpoint.py"])
+@pytest.mark.parametrize("tool", ["demo.py", "parity.py", "convert.py", "test.py", "random_checkpoint.py", "train.py"])
 def test_every_tool_explains_itself(tool):
     run = subprocess.run([sys.executable, ROOT / "tools" / tool, "--help"], capture_output=True, text=True)
     assert run.returncode == 0 and "usage:" in run.stdout
 
 
-def test_the_core_needs_no_more_than_python_3_10():
-    """Compile everything with the oldest supported grammar."""
+def test_all_code_parses_as_python_3_10():
     import ast
 
     for path in ROOT.rglob("*.py"):
         ast.parse(path.read_text(), str(path), feature_version=(3, 10))
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--out", "/none/x.png"], "folder that exists"), (["--out", "x.txt"], "ending in .png"), (["--steps", "0"], "above 0"),
+    (["--comfyui", str(COMFYUI), "--python", "no-such-python"], "not a program"), (["--comfyui", "/none"], "not a ComfyUI folder")])
+def test_the_demo_explains_what_it_cannot_do(arguments, words):
+    environment = {key: value for key, value in os.environ.items() if key != "CAT_DIFFUSION_COMFYUI"}
+    run = subprocess.run([sys.executable, ROOT / "tools/demo.py", *arguments], capture_output=True, text=True, env=environment)
+    assert run.returncode == 2 and words in run.stderr and "Traceback" not in run.stderr
+
+
+def test_a_stopped_tool_stops_its_server(base, tmp_path):
+    """SIGTERM to a process that runs a server, as a task manager sends it."""
+    script = tmp_path / "run.py"
+    script.write_text(f"""
+import sys, time; sys.path.insert(0, {str(ROOT / "tools")!r})
+import inside, pathlib
+from comfy_server import Server
+def main():
+    with Server(pathlib.Path({str(base)!r}), "--cpu") as server:
+        print(server.process.pid, flush=True)
+        time.sleep(300)
+inside.interruptible(main)
+""")
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        tool = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+        pid = int(tool.stdout.readline())
+        tool.send_signal(number)
+        assert tool.wait(60) == code
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 @pytest.mark.full

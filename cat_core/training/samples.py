@@ -1,0 +1,239 @@
+"""From a manifest's records to training batches that depend on nothing but the step.
+
+Masks: half the time the object's segment dilated by 5x5, half the time its bounding box, as the paper trains.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Callable, Protocol, Sequence
+
+import numpy as np
+import safetensors
+import torch
+from PIL import Image, ImageFilter
+from safetensors.torch import save_file
+
+from .. import preprocess
+from . import manifest
+from .objectives import Batch
+
+VARIANTS = ("segment", "box")
+DROP = 0.1  # share of samples that lose text and visual prompt together, for classifier-free guidance
+
+
+class Encoders(Protocol):
+    """The frozen networks, supplied by a host. Pixels as in preprocess.py; everything returned is on the CPU."""
+
+    def image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, 3, 224, 224) uint8 -> CLIP's patch features (B, N, D) and image feature (B, D)."""
+
+    def text(self, texts: Sequence[str]) -> torch.Tensor:
+        """-> CLIP's pooled text feature (B, T)."""
+
+    def context(self, texts: Sequence[str]) -> torch.Tensor:
+        """-> what the U-Net's cross-attention reads (B, 77, T)."""
+
+    def latent(self, image: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, h, w)."""
+
+
+def training_mask(mask: Image.Image | None, variant: str) -> Image.Image:
+    """The object's mask of any size -> the hole at 512x512, 8 bits, white = repaint; black without an object."""
+    hole = Image.new("L", (preprocess.SIZE, preprocess.SIZE))
+    if mask is None:
+        return hole
+    mask = mask.resize(hole.size, Image.Resampling.BICUBIC)
+    if variant == "segment":
+        return mask.filter(ImageFilter.MaxFilter(5))
+    hole.paste(255, mask.point(lambda value: 255 * (value >= manifest.MASKED)).getbbox())
+    return hole
+
+
+def prepare(record: manifest.Record, folder: Path, variant: str, size: int, cell: int) -> dict[str, torch.Tensor]:
+    """Everything that the encoders see of one record, without batch dimension.
+
+    Args:
+        size: side of the picture that the VAE encodes, in pixels.
+        cell: pixels along one side of a latent cell.
+    Raises:
+        manifest.SampleError: the files cannot be used.
+    """
+    picture, mask = manifest.load(record, folder)
+    hole = training_mask(mask, variant)
+    image, hole = (_tensor(array) for array in (np.asarray(picture), np.asarray(hole)[..., None]))
+    seen = preprocess.clip_input(image, hole)
+    image, hole = (preprocess.resize(x, size, size) / 255 for x in (image, hole))
+    prepared = {"whole": seen.image, "seen": seen.masked_image, "patch_mask": seen.patch_mask,
+                "picture": preprocess.vae_input(image).float(), "masked_picture": preprocess.vae_input(image, hole).float(),
+                "latent_mask": preprocess.latent_mask(hole, size // cell, size // cell, threshold=0)}
+    return {key: value[0] for key, value in prepared.items()}
+
+
+def encode(records: Sequence[manifest.Record], prepared: Sequence[dict], encoders: Encoders, objective: str) -> Batch:
+    """Run the frozen networks over samples made by `prepare`; keys as the objective wants them (see objectives.py)."""
+    stacked = {key: torch.stack([sample[key] for sample in prepared]) for key in prepared[0]}
+    patches, image = encoders.image(stacked["seen"])
+    teacher_patches, teacher_image = encoders.image(stacked["whole"])
+    batch = {"patches": patches, "image": image, "patch_mask": stacked["patch_mask"], "teacher_patches": teacher_patches,
+             "teacher_image": teacher_image, "text": encoders.text([record.label or record.caption for record in records])}
+    if objective == "diffusion":
+        batch |= {"latent": encoders.latent(stacked["picture"]), "masked_latent": encoders.latent(stacked["masked_picture"]),
+                  "latent_mask": stacked["latent_mask"],
+                  "context": encoders.context([record.caption or record.label for record in records])}
+    return {key: value.float() if value.is_floating_point() else value for key, value in batch.items()}
+
+
+class Fresh:
+    """Encodes pictures each time they are asked for."""
+
+    def __init__(self, records, folder: Path, encoders: Encoders, objective: str, size: int, cell: int):
+        self.records, self.folder, self.encoders, self.objective = records, folder, encoders, objective
+        self.size, self.cell = size, cell
+        self.report = manifest.Report()
+        self.bad: set[int] = set()
+
+    def __len__(self):
+        return len(self.records)
+
+    def usable(self, index: int, variant: str) -> dict | None:
+        """The prepared sample, or None (and a line in the report) if its files cannot be used."""
+        try:
+            return prepare(self.records[index], self.folder, variant, self.size, self.cell)
+        except manifest.SampleError as error:
+            if index not in self.bad:
+                self.bad.add(index)
+                self.report.skip(error.reason, self.records[index].id)
+            return None
+
+    def batch(self, picks: Sequence[tuple[int, str]], prepared: Sequence[dict]) -> Batch:
+        return encode([self.records[index] for index, _ in picks], prepared, self.encoders, self.objective)
+
+
+class Shards:
+    """Encoded once, kept on disk in half precision: training then opens no picture and runs no encoder.
+
+    Shards are written under a temporary name and renamed, so an interrupted `fill` continues.
+    """
+
+    per_shard = 64
+
+    def __init__(self, folder: Path, fresh: Fresh):
+        self.folder, self.fresh = folder, fresh
+        facts = {"objective": fresh.objective, "size": fresh.size, "cell": fresh.cell,
+                 "records": hashlib.sha256("\n".join(record.id for record in fresh.records).encode()).hexdigest()}
+        path = folder / "cache.json"
+        if path.exists() and json.loads(path.read_text()) != facts:
+            raise manifest.ManifestError(f"{folder} caches other data or settings ({path.read_text()}). "
+                                         "Give another cache folder or delete this one.")
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(facts))
+        self.open_shards: dict = {}
+
+    def __len__(self):
+        return len(self.fresh)
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"shard-{number:06d}.safetensors"
+
+    def fill(self, on_shard: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Encode what is not there yet."""
+        total = -(-len(self.fresh) // self.per_shard)
+        for number in range(total):
+            if not self.path(number).exists():
+                self._write(number)
+            on_shard(number + 1, total)
+
+    def _write(self, number: int) -> None:
+        tensors = {}
+        indices = range(number * self.per_shard, min((number + 1) * self.per_shard, len(self.fresh)))
+        for variant in VARIANTS:
+            prepared = {index: self.fresh.usable(index, variant) for index in indices}
+            good = [index for index in indices if prepared[index] is not None]
+            for start in range(0, len(good), 8):
+                some = good[start:start + 8]
+                batch = self.fresh.batch([(index, variant) for index in some], [prepared[index] for index in some])
+                for row, index in enumerate(some):
+                    for key, value in batch.items():
+                        shared = key.startswith("teacher_") or key in ("text", "context", "latent")
+                        tensors[f"{index}.{'both' if shared else variant}.{key}"] = _small(value[row])
+        partial = self.path(number).with_suffix(f".{os.getpid()}.partial")
+        save_file(tensors, partial)
+        os.replace(partial, self.path(number))
+
+    def usable(self, index: int, variant: str) -> dict | None:
+        number = index // self.per_shard
+        if number not in self.open_shards:
+            self.open_shards[number] = safetensors.safe_open(self.path(number), framework="pt")
+            names: dict = {}
+            for name in self.open_shards[number].keys():
+                owner, kind, key = name.split(".", 2)
+                names.setdefault((int(owner), kind), []).append((key, name))
+            self.open_shards[number] = (self.open_shards[number], names)
+        shard, names = self.open_shards[number]
+        found = names.get((index, variant), [])
+        return {key: shard.get_tensor(name) for key, name in found + names.get((index, "both"), [])} if found else None
+
+    def batch(self, picks, prepared) -> Batch:
+        stacked = {key: torch.stack([sample[key] for sample in prepared]) for key in prepared[0]}
+        return {key: value.float() if value.is_floating_point() else value.long() for key, value in stacked.items()}
+
+
+class Source:
+    """(step, positions in the global batch) -> batch; the same on every machine, process and run.
+
+    Every sample of the whole run has a number; its record, mask and noise follow from that number and the seed. A record
+    that cannot be used is replaced by the next one.
+    """
+
+    def __init__(self, store: Fresh | Shards, batch_size: int, seed: int, empty_context: torch.Tensor | None = None):
+        self.store, self.batch_size, self.seed, self.empty_context = store, batch_size, seed, empty_context
+        self.order: tuple[int, torch.Tensor] = (-1, torch.empty(0))
+        if not len(store):
+            raise manifest.ManifestError("There is nothing to train on: the manifest has no record of this split.")
+
+    def __call__(self, step: int, positions: range) -> Batch:
+        picks, prepared, generators = [], [], []
+        for position in positions:
+            number = step * self.batch_size + position
+            generator = torch.Generator().manual_seed(_mix(self.seed, number))
+            variant = VARIANTS[int(torch.randint(2, (1,), generator=generator))]
+            for attempt in range(len(self.store)):
+                index = self._index(number + attempt)
+                sample = self.store.usable(index, variant)
+                if sample is not None:
+                    break
+            else:
+                raise manifest.ManifestError("Not one record of the manifest can be used; see the report.")
+            picks.append((index, variant))
+            prepared.append(sample)
+            generators.append(generator)
+        batch = self.store.batch(picks, prepared)
+        if "latent" in batch:
+            shape = batch["latent"].shape[1:]
+            batch["noise"] = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+            batch["timestep"] = torch.cat([torch.randint(1000, (1,), generator=generator) for generator in generators])
+            batch["dropped"] = torch.cat([torch.rand(1, generator=generator) < DROP for generator in generators])
+            batch["context"] = torch.where(batch["dropped"].view(-1, 1, 1), self.empty_context, batch["context"])
+        return batch
+
+    def _index(self, number: int) -> int:
+        epoch, place = divmod(number, len(self.store))
+        if self.order[0] != epoch:
+            generator = torch.Generator().manual_seed(_mix(self.seed, -1 - epoch))
+            self.order = (epoch, torch.randperm(len(self.store), generator=generator))
+        return int(self.order[1][place])
+
+
+def _mix(seed: int, number: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:7], "big")
+
+
+def _small(x: torch.Tensor) -> torch.Tensor:
+    return (x.half() if x.is_floating_point() else x.to(torch.uint8)).contiguous()
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    """(H, W, C) uint8 -> (1, C, H, W) in [0, 1]."""
+    return torch.from_numpy(array.copy()).permute(2, 0, 1)[None].float() / 255

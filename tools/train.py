@@ -1,0 +1,188 @@
+"""Train CAT-Diffusion, one stage at a time.
+
+    python tools/train.py sem-inpainter --base sd15_inpainting.safetensors --clip-vision clip_vit_l14.safetensors \\
+        --data data/manifest.jsonl --run runs/sem-inpainter --cache cache/sem-inpainter
+
+The same command continues a run that was stopped, killed or out of disk. For several GPUs start it with
+`accelerate launch tools/train.py ...` in ComfyUI's Python with CAT_DIFFUSION_COMFYUI set to ComfyUI's folder.
+Needs requirements-train.txt. Prepare data with tools/prepare_data.py.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import host as hosts
+import inside
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> int:
+    sys.path.append(str(ROOT))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("stage", help="sem-inpainter, ref-adapter, ref-adapter-unet, cascade-sem-inpainter or cascade")
+    parser.add_argument("--base", type=Path, required=True, help="SD 1.5 inpainting checkpoint, or a full CAT checkpoint")
+    parser.add_argument("--clip-vision", type=Path, help="CLIP ViT-L/14 vision file, if the base has none")
+    parser.add_argument("--cat", type=Path, nargs="*", default=[], help="CAT weights from earlier stages to start from")
+    parser.add_argument("--data", type=Path, required=True, help="manifest (JSON lines), see tools/prepare_data.py")
+    parser.add_argument("--split", default="train", help="which records of the manifest")
+    parser.add_argument("--run", type=Path, required=True, help="folder for checkpoints and log; continued if it exists")
+    parser.add_argument("--cache", type=Path, help="folder for encoded samples; filled first, then used instead of pictures")
+    parser.add_argument("--masked", action="store_true", help="sem-inpainter: the paper's masked loss instead of the official code's")
+    parser.add_argument("--size", type=int, default=512, help="side of the pictures for the VAE, in pixels")
+    parser.add_argument("--steps", type=int, default=40_000)
+    parser.add_argument("--batch-size", type=int, default=128, help="over all processes")
+    parser.add_argument("--micro-batch-size", type=int, default=8, help="samples at once in each process")
+    parser.add_argument("--warmup", type=int, default=0, help="steps over which the rates rise")
+    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
+    parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--licence", default="unknown", help="licence of the result, for its header")
+    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    parser.add_argument("--comfyui", help="an existing ComfyUI folder; installed into the cache if not given")
+    parser.add_argument("--python", help="the Python that runs that ComfyUI")
+    arguments = parser.parse_args()
+    if inside.COMFYUI not in os.environ:
+        try:
+            host = (hosts.existing_host(arguments.comfyui, arguments.python) if arguments.comfyui else hosts.prepare_host())
+            hosts.require(host, ROOT / "requirements-train.txt")
+        except hosts.SetupError as error:
+            parser.error(str(error))
+        return inside.rerun(host, __file__, sys.argv[1:])
+    from cat_core.training.stages import STAGES
+    if arguments.stage not in STAGES:
+        parser.error(f"unknown stage {arguments.stage}; choose from {', '.join(STAGES)}")
+    inside.load_pack(arguments.cpu)
+    from cat_diffusion.cat_core.training.loop import TrainingError
+    from cat_diffusion.cat_core.training.manifest import ManifestError
+    from cat_diffusion.cat_core.weights import WeightsError
+    try:
+        print(f"\nCAT weights: {run(arguments)}")
+    except KeyboardInterrupt:
+        print(f"\nStopped. The same command continues from {arguments.run}.")
+        return 130
+    except (TrainingError, ManifestError, WeightsError) as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(arguments) -> Path:
+    """Load, build, cache, train."""
+    import torch
+    from cat_diffusion.cat_core.training import loop, manifest, samples
+    from cat_diffusion.cat_core.training.objectives import Diffusion, Distillation, stable_diffusion_schedule
+    from cat_diffusion.cat_core.training.stages import STAGES
+    from cat_diffusion.nodes import host
+    from cat_diffusion.nodes.denoiser import Denoiser, trainable_unet
+    from cat_diffusion.nodes.encoders import HostEncoders
+
+    stage = STAGES[arguments.stage]
+    file = assemble(arguments)
+    diffusion = stage.objective == "diffusion"
+    file.require("clip_text", "clip_vision", *(("unet", "vae") if diffusion else ()))
+    modules = trainable_parts(file, arguments.seed)
+    with torch.inference_mode():
+        clip, vision = host.build_clip(file), host.build_clip_vision(file)
+        vae, model = (host.build_vae(file), host.build_unet(file)) if diffusion else (None, None)
+    encoders = HostEncoders(vision, clip, vae, model)
+    cell = host.vae_cell(vae) if diffusion else 8
+    store = samples.Fresh(manifest.read(arguments.data, arguments.split), arguments.data.parent, encoders,
+                          stage.objective, arguments.size, cell)
+    if arguments.cache:
+        store = samples.Shards(arguments.cache, store)
+        with torch.inference_mode():
+            store.fill(lambda done, total: print(f"\rEncoded {done} of {total} shards", end="", flush=True))
+        print()
+    with torch.inference_mode():
+        empty = encoders.context([""]) if diffusion else None
+    source = samples.Source(store, arguments.batch_size, arguments.seed, empty)
+    if diffusion:
+        modules["unet"] = trainable_unet(file)
+        denoiser = Denoiser(modules["unet"], modules["ref_adapter"], arguments.checkpointing)
+        objective = Diffusion(denoiser, stable_diffusion_schedule(),
+                              modules["sem_inpainter"] if stage.uses_sem_inpainter else None)
+    else:
+        objective = Distillation(modules["sem_inpainter"], arguments.masked)
+    settings = loop.Settings(arguments.steps, arguments.batch_size, arguments.micro_batch_size, arguments.warmup,
+                             precision=arguments.precision, seed=arguments.seed, save_every=arguments.save_every)
+
+    def encoded(step, positions):
+        with torch.no_grad():
+            return {key: value.clone() for key, value in source(step, positions).items()}  # free of inference mode
+
+    try:
+        return loop.train(stage, objective, modules, encoded, arguments.run, settings, file.architecture,
+                          provenance=f"trained on {arguments.data.name}", licence=arguments.licence, cpu=arguments.cpu)
+    finally:
+        fresh = store.fresh if arguments.cache else store
+        if fresh.report.skipped:
+            print(f"\n{fresh.report}")
+
+
+def assemble(arguments):
+    """One Checkpoint of everything that the files hold; later files win."""
+    from dataclasses import replace
+
+    from cat_diffusion.cat_core import weights
+
+    files = [weights.read(path) for path in (arguments.base, *arguments.cat)]
+    parts = {part: tensors for file in files for part, tensors in file.parts.items()}
+    if arguments.clip_vision:
+        tensors, _ = weights.load_safetensors(str(arguments.clip_vision))
+        prefixed = {weights.PREFIXES["clip_vision"] + key: tensor for key, tensor in tensors.items()}
+        parts |= weights.sort_keys(prefixed)[0]
+    architecture = files[0].architecture
+    for file in files[1:]:
+        architecture = replace(architecture, **{part: getattr(file.architecture, part) for part in ("sem_inpainter", "ref_adapter")
+                                                if part in file.parts})
+    return weights.Checkpoint(arguments.base, parts, with_cat_parts(parts, architecture))
+
+
+def with_cat_parts(parts, architecture):
+    """Describe the CAT parts that will be made anew: as wide as CLIP, one adapter a transformer block."""
+    from dataclasses import replace
+
+    from cat_diffusion.cat_core.config import RefAdapterConfig, SemInpainterConfig, block_order
+
+    vision, text = parts["clip_vision"], parts["clip_text"]
+    width = vision["vision_model.post_layernorm.weight"].shape[0]
+    layers = len({key.split(".")[3] for key in vision if key.startswith("vision_model.encoder.layers.")})
+    text_width = text["text_model.final_layer_norm.weight"].shape[0]
+    if architecture.sem_inpainter is None:
+        heads = architecture.clip_vision_num_heads or max(width // 64, 1)
+        architecture = replace(architecture, sem_inpainter=SemInpainterConfig(
+            width, 4 * width, layers, heads, 16, text_width, 4 * text_width, 4 * width, 4 * width))
+    if architecture.ref_adapter is None and "unet" in parts:
+        blocks = [(key.removesuffix(".attn2.to_q.weight"), tensor.shape[0]) for key, tensor in parts["unet"].items()
+                  if key.endswith(".attn2.to_q.weight")]
+        architecture = replace(architecture, ref_adapter=RefAdapterConfig(
+            width, architecture.unet_num_heads, tuple(sorted(blocks, key=block_order))))
+    return architecture
+
+
+def trainable_parts(file, seed: int):
+    """SemInpainter and RefAdapter in fp32: from the file, or fresh (normal 0.02; RefAdapter's output zero: no effect yet)."""
+    import torch
+    from cat_diffusion.cat_core import weights
+
+    generator = torch.Generator().manual_seed(seed)
+    modules = weights.cat_modules(file.architecture, dtype=torch.float32)
+    for part, module in modules.items():
+        if part in file.parts:
+            module.load_state_dict(file.parts[part])
+            continue
+        for name, parameter in module.named_parameters():
+            with torch.no_grad():
+                if name.endswith("bias") or ".attn3.to_out." in name:
+                    parameter.zero_()
+                elif parameter.ndim > 1:
+                    parameter.normal_(std=0.02, generator=generator)
+    return modules
+
+
+if __name__ == "__main__":
+    sys.exit(main())
