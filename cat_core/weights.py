@@ -7,7 +7,7 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Callable, Iterable, Mapping
 
@@ -249,8 +249,8 @@ def _architecture(parts: Mapping[str, Tensors], metadata: Mapping[str, str], nam
                 heads = getattr(described, "num_attention_heads", None) or getattr(described, "num_heads", None)
             found = config.from_tensors(parts[part], heads) if part in parts else None
             if described != found:
-                raise ArchitectureError(f"metadata and tensors disagree about the {TITLES[part]}: described is {described}, "
-                                        f"found {found}")
+                wrong = [field.name for field in fields(config) if getattr(described, field.name, None) != getattr(found, field.name, None)]
+                raise ArchitectureError(f"metadata and tensors disagree about the {TITLES[part]} ({_few(wrong)})")
         return architecture
     return Architecture(
         SemInpainterConfig.from_tensors(parts["sem_inpainter"]) if "sem_inpainter" in parts else None,
