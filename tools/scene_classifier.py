@@ -86,7 +86,7 @@ def crop(picture: Image.Image, box: Iterable[float]) -> Image.Image:
 # Training ---------------------------------------------------------------------------------------------------------
 
 
-def train(steps: int = 1200, seed: int = 0, progress: bool = False) -> tuple[SceneClassifier, list[float]]:
+def train(steps: int = 600, seed: int = 0, progress: bool = False) -> tuple[SceneClassifier, list[float]]:
     """A trained classifier and its loss at each step."""
     generator = torch.Generator().manual_seed(seed)
     crops, targets = _examples(-(-steps * BATCH // REUSE), seed, progress)
@@ -106,7 +106,8 @@ def train(steps: int = 1200, seed: int = 0, progress: bool = False) -> tuple[Sce
         schedule.step()
         losses.append(loss.item())
         if progress and (step % 100 == 0 or step == steps):
-            print(f"\rstep {step}/{steps}, loss {np.mean(losses[-20:]):.4f}", end="\n" if step == steps else "", flush=True)
+            end = "\n" if step == steps else ""
+            print(f"\rstep {step}/{steps}, loss {np.mean(losses[-20:]):.4f}", end=end, flush=True)
     return model.eval(), losses
 
 
@@ -134,8 +135,7 @@ def _degraded_crop(example: Scene, rng: np.random.Generator) -> Image.Image:
     side = len(example.image)
     window = min(round(1.5 * length * side) + 8, side)
     left, top = (min(max(round(at * side - window / 2), 0), side - window) for at in (x, y))
-    picture = Image.fromarray(example.image[top:top + window, left:left + window])
-    picture = _degraded(picture, rng)
+    picture = _degraded(Image.fromarray(example.image[top:top + window, left:left + window]), rng)
     return crop(picture, (box * side - (left, top, left, top)) / window)
 
 
@@ -144,7 +144,8 @@ def _degraded(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
         picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 2)))
     if rng.random() < 0.4:
         small = max(round(picture.width / rng.uniform(1.3, 3)), 8)
-        picture = picture.resize((small, small), Image.Resampling.BILINEAR).resize(picture.size, Image.Resampling.BICUBIC)
+        shrunk = picture.resize((small, small), Image.Resampling.BILINEAR)
+        picture = shrunk.resize(picture.size, Image.Resampling.BICUBIC)
     if rng.random() < 0.3:
         noise = rng.standard_normal((*picture.size, 3), np.float32) * rng.uniform(2, 18)
         picture = Image.fromarray((np.asarray(picture) + noise).clip(0, 255).astype(np.uint8))
@@ -201,6 +202,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, metavar="OUT.safetensors")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # on a busy machine two threads wait for each other and take twice as long
     start = time.monotonic()
     model, _ = train(progress=True)
     save(arguments.out, model)

@@ -178,7 +178,8 @@ def _caption(objects: list, family: str) -> str:
     others = []
     for (other_shape, other_colour), _, u, v in objects[1:]:
         across, along = u - x, v - y
-        side = ("left of" if across > 0 else "right of") if abs(across) > abs(along) else "above" if along > 0 else "below"
+        beside = abs(across) > abs(along)
+        side = ("left of" if across > 0 else "right of") if beside else ("above" if along > 0 else "below")
         others.append(f"{side} {_with_article(other_colour)} {other_shape}")
     relations = " and ".join(filter(None, (", ".join(others[:-1]), others[-1])))
     return f"{_with_article(colour)} {shape} {relations} on a {family} background"
@@ -192,7 +193,7 @@ def _with_article(word: str) -> str:
 
 
 def write(folder: str | os.PathLike, seeds: Iterable[int], size: int = 128) -> Path:
-    """Write pictures, masks and manifest.jsonl, one object a line; returns the manifest, which is complete or absent."""
+    """Write pictures, masks and manifest.jsonl, one object a line; the manifest returned is complete or absent."""
     folder, seeds = Path(folder), list(seeds)
     manifest = folder / "manifest.jsonl"
     if manifest.exists():
@@ -230,7 +231,8 @@ def sheet(seeds: Iterable[int], size: int = 128) -> Image.Image:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, nargs="?", metavar="OUT", help="write pictures, masks and manifest.jsonl here")
+    parser.add_argument("folder", type=Path, nargs="?", metavar="OUT",
+                        help="write pictures, masks and manifest.jsonl here")
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument("--count", type=int, default=_SHEET, help="number of scenes, from the split's first seed on")
     parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels")

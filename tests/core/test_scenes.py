@@ -145,8 +145,8 @@ def test_batch_stacks_scenes():
 
 
 def test_manifest_describes_what_is_on_disk(tmp_path):
-    command = [sys.executable, "tools/scenes.py", tmp_path / "set", "--split", "held-out", "--count", "5", "--size", "48",
-               "--sheet", tmp_path / "sheet.png"]
+    command = [sys.executable, "tools/scenes.py", tmp_path / "set", "--sheet", tmp_path / "sheet.png",
+               "--split", "held-out", "--count", "5", "--size", "48"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     lines = [json.loads(line) for line in (tmp_path / "set/manifest.jsonl").read_text().splitlines()]
     assert len({line["id"] for line in lines}) == 5
@@ -154,7 +154,8 @@ def test_manifest_describes_what_is_on_disk(tmp_path):
         s = scenes.scene(seed, 48)
         assert np.array_equal(np.asarray(Image.open(tmp_path / "set" / line["image"])), s.image)
         assert np.array_equal(np.asarray(Image.open(tmp_path / "set" / line["mask"])), s.mask)
-        assert (tuple(line["box"]), line["label"], line["caption"], line["split"]) == (s.box, s.label, s.caption, "held-out")
+        assert tuple(line["box"]) == s.box
+        assert (line["label"], line["caption"], line["split"]) == (s.label, s.caption, "held-out")
     assert Image.open(tmp_path / "sheet.png").width == 8 * 48
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 1 and "exists already and was not touched" in again.stderr
