@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..cat_core.weights import PREFIXES
-from . import host
+from . import builders, host
 from .wires import CATEGORY, CatModelWire
 
 
@@ -34,13 +34,14 @@ class CATLoadCheckpoint(io.ComfyNode):
 
     @classmethod
     def execute(cls, checkpoint) -> io.NodeOutput:
-        builders = (host.build_unet, host.build_clip, host.build_vae, host.build_clip_vision, host.build_cat_model)
-        bar = host.progress_bar(1 + len(builders))
+        builds = (builders.build_unet, builders.build_clip, builders.build_vae, builders.build_clip_vision,
+                  builders.build_cat_model)
+        bar = host.progress_bar(1 + len(builds))
         outputs = []
         with host.plain_errors():
             file = host.read(checkpoint)
             file.require(*PREFIXES)
-            for build in builders:
+            for build in builds:
                 bar.update(1)
                 outputs.append(build(file))
         bar.update(1)
@@ -70,6 +71,6 @@ class CATLoadWeights(io.ComfyNode):
     @classmethod
     def execute(cls, weights) -> io.NodeOutput:
         with host.plain_errors():
-            cat_model = host.build_cat_model(host.read(weights))
+            cat_model = builders.build_cat_model(host.read(weights))
         host.say(str(cat_model))
         return io.NodeOutput(cat_model)

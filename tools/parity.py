@@ -102,8 +102,8 @@ class Cases:
         tensors = file.parts["sem_inpainter"]
         core = weights.cat_modules(file.architecture)["sem_inpainter"]
         core.load_state_dict(tensors)
-        from cat_diffusion.nodes import host
-        hosted = host.build_cat_model(file).sem_inpainter.model
+        from cat_diffusion.nodes import builders
+        hosted = builders.build_cat_model(file).sem_inpainter.model
         for case, golden in self._cases("fusion_cases.safetensors"):
             for where, model in (("core", core), ("host", hosted)):
                 observed, mask = golden["clip_x"][:, 1:], golden["mask16"]
@@ -157,12 +157,12 @@ class Cases:
     def _patched(self, visual_prompt):
         """The golden U-Net in the host, with the golden RefAdapter looking at (B, 64, D) tokens."""
         from cat_diffusion.cat_core.features import VisualPrompt
-        from cat_diffusion.nodes import host
+        from cat_diffusion.nodes import builders
         from cat_diffusion.nodes.ref_adapter import CATApplyRefAdapter
 
         file = self._file("unet_tiny.safetensors")
         prompt = VisualPrompt(visual_prompt, *(visual_prompt,) * 2, visual_prompt)
-        return CATApplyRefAdapter.execute(host.build_unet(file), host.build_cat_model(file), prompt, 1.0, 0.0, 1.0).args[0]
+        return CATApplyRefAdapter.execute(builders.build_unet(file), builders.build_cat_model(file), prompt, 1.0, 0.0, 1.0).args[0]
 
     def _file(self, name: str):
         """A golden weights file in fp32; head counts come from the index, as tensors do not tell them."""

@@ -76,7 +76,7 @@ def run(arguments) -> Path:
     from cat_diffusion.cat_core.training import loop, manifest, samples
     from cat_diffusion.cat_core.training.objectives import Diffusion, Distillation, stable_diffusion_schedule
     from cat_diffusion.cat_core.training.stages import STAGES
-    from cat_diffusion.nodes import host
+    from cat_diffusion.nodes import builders, host
     from cat_diffusion.nodes.denoiser import Denoiser, trainable_unet
     from cat_diffusion.nodes.encoders import HostEncoders
 
@@ -86,8 +86,8 @@ def run(arguments) -> Path:
     file.require("clip_text", "clip_vision", *(("unet", "vae") if diffusion else ()))
     modules = trainable_parts(file, arguments.seed)
     with torch.inference_mode():
-        clip, vision = host.build_clip(file), host.build_clip_vision(file)
-        vae, model = (host.build_vae(file), host.build_unet(file)) if diffusion else (None, None)
+        clip, vision = builders.build_clip(file), builders.build_clip_vision(file)
+        vae, model = (builders.build_vae(file), builders.build_unet(file)) if diffusion else (None, None)
     encoders = HostEncoders(vision, clip, vae, model)
     cell = host.vae_cell(vae) if diffusion else 8
     store = samples.Fresh(manifest.read(arguments.data, arguments.split), arguments.data.parent, encoders,

@@ -22,13 +22,20 @@ def host(pack):
 
 
 @pytest.fixture(scope="session")
-def models(host, tiny_file):
+def builders(pack):
+    from cat_diffusion.nodes import builders
+
+    return builders
+
+
+@pytest.fixture(scope="session")
+def models(host, builders, tiny_file):
     """Everything that CATLoadCheckpoint makes of the tiny checkpoint."""
     with torch.inference_mode():
-        file = host._read(tiny_file)
+        file = host.read_path(tiny_file)
         return SimpleNamespace(
-            file=file, model=host.build_unet(file), clip=host.build_clip(file), vae=host.build_vae(file),
-            clip_vision=host.build_clip_vision(file), cat_model=host.build_cat_model(file))
+            file=file, model=builders.build_unet(file), clip=builders.build_clip(file), vae=builders.build_vae(file),
+            clip_vision=builders.build_clip_vision(file), cat_model=builders.build_cat_model(file))
 
 
 @pytest.fixture(scope="session")

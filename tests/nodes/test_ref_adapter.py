@@ -270,12 +270,12 @@ def test_self_attention_guidance_keeps_its_unconditional_pass_unconditional(appl
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_half_precision_unet_samples_nearly_the_same(models, host, apply, sample, monkeypatch, dtype):
+def test_a_half_precision_unet_samples_nearly_the_same(models, builders, apply, sample, monkeypatch, dtype):
     import comfy.model_management
 
     monkeypatch.setattr(comfy.model_management, "unet_dtype", lambda **kwargs: dtype)
     monkeypatch.setattr(comfy.model_management, "unet_manual_cast", lambda *args, **kwargs: None)
-    half = host.build_unet(models.file)
+    half = builders.build_unet(models.file)
     assert half.model.get_dtype() == dtype
     whole, approximate = sample(apply()), sample(apply(half))
     assert approximate.isfinite().all()
