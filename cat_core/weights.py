@@ -9,7 +9,7 @@ import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Callable, Iterable, Mapping
+from typing import Callable, Iterable, Mapping, Sequence
 
 import safetensors
 import safetensors.torch
@@ -122,13 +122,16 @@ def sort_keys(tensors: Tensors) -> tuple[dict[str, dict[str, torch.Tensor]], lis
     """Sort a flat state dict into parts with canonical keys; also return the keys that fit nowhere.
 
     Drops what is not a weight (schedule buffers, EMA copy, position_ids) and writes both spellings of the CLIP
-    keys as Hugging Face's transformers 4 does, with `text_model.` and `vision_model.`.
+    keys as Hugging Face's transformers 4 does, with `text_model.` and `vision_model.`. A CLIP vision file of its own,
+    without the official prefix, is taken too.
     """
     parts: dict[str, dict[str, torch.Tensor]] = {}
     unknown = []
     for key, tensor in tensors.items():
         if key in _SCHEDULE or key.startswith("model_ema.") or key.endswith(".position_ids"):
             continue
+        if key.startswith(("vision_model.", "visual_projection.")):
+            key = PREFIXES["clip_vision"] + key
         part = next((part for part, prefix in PREFIXES.items() if key.startswith(prefix)), None)
         if part is None:
             unknown.append(key)
@@ -141,6 +144,18 @@ def sort_keys(tensors: Tensors) -> tuple[dict[str, dict[str, torch.Tensor]], lis
                 name = level + name
         parts.setdefault(part, {})[name] = tensor
     return parts, unknown
+
+
+def merge(files: Sequence[Checkpoint]) -> Checkpoint:
+    """One Checkpoint of everything that the files hold; of parts that several have, the last one's."""
+    parts = {part: tensors for file in files for part, tensors in file.parts.items()}
+    facts = {}
+    for file in files:
+        for name, owner in (("sem_inpainter", "sem_inpainter"), ("ref_adapter", "ref_adapter"), ("unet_num_heads", "unet"),
+                            ("clip_text_num_heads", "clip_text"), ("clip_vision_num_heads", "clip_vision")):
+            if owner in file.parts:
+                facts[name] = getattr(file.architecture, name)
+    return Checkpoint(files[0].path, parts, Architecture(**facts), files[0].metadata)
 
 
 def cat_module(architecture: Architecture, part: str, **kwargs) -> torch.nn.Module:

@@ -1,6 +1,7 @@
 """Convert CAT-Diffusion checkpoints: official file in, safetensors out, for this pack and for stock loaders.
 
     python tools/convert.py official.ckpt --base sd15_cat_inpainting.safetensors --cat-weights cat.safetensors
+    python tools/convert.py sd15_inpainting.safetensors clip_vision.safetensors cat.safetensors --full cat_full.safetensors
 
 Run it with ComfyUI's Python (it needs torch and safetensors). Outputs are written to a temporary name and renamed;
 nothing is overwritten unless --overwrite is given. Memory: the checkpoint is mapped, not loaded, where the format allows.
@@ -17,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path, help="official checkpoint (.ckpt or .safetensors) or CAT weights file")
+    parser.add_argument("checkpoint", type=Path, nargs="+", help="official checkpoint (.ckpt or .safetensors), CAT weights, "
+                        "SD 1.5 inpainting checkpoint, CLIP vision file; of parts that several have, the last one's is taken")
     parser.add_argument("--base", type=Path, metavar="OUT",
                         help="write U-Net, VAE and text encoder as an ordinary SD 1.5 inpainting checkpoint")
     parser.add_argument("--cat-weights", type=Path, metavar="OUT",
@@ -56,11 +58,14 @@ def convert(weights, arguments) -> int:
         if path.exists() and not arguments.overwrite:
             raise weights.WeightsError(f"{path} exists already and was not touched. Give --overwrite to replace it.")
     dtype = weights.DTYPES.get(arguments.dtype)
-    with _step(f"Reading and checking {arguments.checkpoint}"):
-        file = weights.read(arguments.checkpoint, inert_objects=arguments.inert_objects)
+    files = []
+    for path in arguments.checkpoint:
+        with _step(f"Reading and checking {path}"):
+            files.append(weights.read(path, inert_objects=arguments.inert_objects))
+    file = weights.merge(files)
     print(f"Found {weights.describe(file.parts)}.")
-    provenance = f"converted from {file.name}"
-    header = {"licence": arguments.licence, "provenance": file.metadata.get("provenance", provenance)}
+    origins = [part.metadata.get("provenance", f"converted from {part.name}") for part in files]
+    header = {"licence": arguments.licence, "provenance": "; ".join(origins)}
 
     def save(path, tensors, metadata):
         size = sum(t.numel() * (dtype or t.dtype).itemsize for t in tensors.values()) / 1e9

@@ -192,19 +192,41 @@ def _draw(rle, segmentation, width: int, height: int) -> Image.Image:
             if not all(np.isfinite(polygon).all() and len(polygon) >= 3 for polygon in polygons):
                 raise ValueError("a polygon needs three points")
             segmentation = [np.clip(polygon, 0, (width, height)).ravel().tolist() for polygon in polygons]
-        elif list(segmentation["size"]) != [height, width]:
-            raise ValueError(f"run lengths for {segmentation['size']}, image {[height, width]}")
-        compressed = isinstance(segmentation, dict) and isinstance(segmentation["counts"], str)
-        runs = segmentation if compressed else rle.frPyObjects(segmentation, height, width)
-        runs = rle.merge(runs) if isinstance(runs, list) else runs
-        pixels = rle.decode(runs)
-        if int(pixels.sum()) != int(rle.area(runs)):  # run lengths that end early leave pixels undefined
-            raise ValueError("run lengths do not fill the image")
+        else:
+            counts = segmentation["counts"]
+            counts = _run_lengths(counts) if isinstance(counts, str) else [int(count) for count in counts]
+            # pycocotools believes any run lengths: too few leave pixels undefined, too many write past the picture.
+            if list(segmentation["size"]) != [height, width] or min(counts) < 0 or sum(counts) != width * height:
+                raise ValueError(f"run lengths of {sum(counts)} pixels, image {[height, width]}")
+            segmentation = {"size": [height, width], "counts": counts}
+        runs = rle.frPyObjects(segmentation, height, width)
+        pixels = rle.decode(rle.merge(runs) if isinstance(runs, list) else runs)
     except Exception as error:  # pycocotools raises Exception itself
         raise SampleError("malformed annotation", str(error)) from error
     if not pixels.any():
         raise SampleError("empty mask")
     return Image.fromarray(pixels * 255)
+
+
+def _run_lengths(text: str) -> list[int]:
+    """COCO's compressed run lengths: numbers in groups of five bits, from the third on as differences to the last but one."""
+    counts: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"{character!r} is not part of compressed run lengths")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value = shift = 0
+    if shift:
+        raise ValueError("compressed run lengths end within a number")
+    return counts
 
 
 # Plain folders ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Train CAT-Diffusion, one stage at a time.
 
-    python tools/train.py sem-inpainter --base sd15_inpainting.safetensors --clip-vision clip_vit_l14.safetensors \\
+    python tools/train.py sem-inpainter --base sd15_inpainting.safetensors clip_vit_l14.safetensors \\
         --data data/manifest.jsonl --run runs/sem-inpainter --cache cache/sem-inpainter
 
 The same command continues a run that was stopped, killed or out of disk. For several GPUs start it with
@@ -9,6 +9,7 @@ Needs requirements-train.txt. Prepare data with tools/prepare_data.py.
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -23,9 +24,9 @@ def main() -> int:
     sys.path.append(str(ROOT))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("stage", help="sem-inpainter, ref-adapter, ref-adapter-unet, cascade-sem-inpainter or cascade")
-    parser.add_argument("--base", type=Path, required=True, help="SD 1.5 inpainting checkpoint, or a full CAT checkpoint")
-    parser.add_argument("--clip-vision", type=Path, help="CLIP ViT-L/14 vision file, if the base has none")
-    parser.add_argument("--cat", type=Path, nargs="*", default=[], help="CAT weights from earlier stages to start from")
+    parser.add_argument("--base", type=Path, nargs="+", required=True, metavar="FILE",
+                        help="what to start from: SD 1.5 inpainting checkpoint, CLIP ViT-L/14 vision file, CAT weights of "
+                             "earlier stages; of parts that several have, the last one's")
     parser.add_argument("--data", type=Path, required=True, help="manifest (JSON lines), see tools/prepare_data.py")
     parser.add_argument("--split", default="train", help="which records of the manifest")
     parser.add_argument("--run", type=Path, required=True, help="folder for checkpoints and log; continued if it exists")
@@ -73,6 +74,7 @@ def main() -> int:
 def run(arguments) -> Path:
     """Load, build, cache, train."""
     import torch
+    from cat_diffusion.cat_core import weights
     from cat_diffusion.cat_core.training import loop, manifest, samples
     from cat_diffusion.cat_core.training.objectives import Diffusion, Distillation, stable_diffusion_schedule
     from cat_diffusion.cat_core.training.stages import STAGES
@@ -81,9 +83,10 @@ def run(arguments) -> Path:
     from cat_diffusion.nodes.encoders import HostEncoders
 
     stage = STAGES[arguments.stage]
-    file = assemble(arguments)
+    file = weights.merge([weights.read(path) for path in arguments.base])
     diffusion = stage.objective == "diffusion"
     file.require("clip_text", "clip_vision", *(("unet", "vae") if diffusion else ()))
+    file = dataclasses.replace(file, architecture=with_cat_parts(file.parts, file.architecture))
     modules = trainable_parts(file, arguments.seed)
     with torch.inference_mode():
         clip, vision = builders.build_clip(file), builders.build_clip_vision(file)
@@ -123,29 +126,8 @@ def run(arguments) -> Path:
             print(f"\n{fresh.report}")
 
 
-def assemble(arguments):
-    """One Checkpoint of everything that the files hold; later files win."""
-    from dataclasses import replace
-
-    from cat_diffusion.cat_core import weights
-
-    files = [weights.read(path) for path in (arguments.base, *arguments.cat)]
-    parts = {part: tensors for file in files for part, tensors in file.parts.items()}
-    if arguments.clip_vision:
-        tensors, _ = weights.load_safetensors(str(arguments.clip_vision))
-        prefixed = {weights.PREFIXES["clip_vision"] + key: tensor for key, tensor in tensors.items()}
-        parts |= weights.sort_keys(prefixed)[0]
-    architecture = files[0].architecture
-    for file in files[1:]:
-        architecture = replace(architecture, **{part: getattr(file.architecture, part) for part in ("sem_inpainter", "ref_adapter")
-                                                if part in file.parts})
-    return weights.Checkpoint(arguments.base, parts, with_cat_parts(parts, architecture))
-
-
 def with_cat_parts(parts, architecture):
     """Describe the CAT parts that will be made anew: as wide as CLIP, one adapter a transformer block."""
-    from dataclasses import replace
-
     from cat_diffusion.cat_core.config import RefAdapterConfig, SemInpainterConfig, block_order
 
     vision, text = parts["clip_vision"], parts["clip_text"]
@@ -154,12 +136,12 @@ def with_cat_parts(parts, architecture):
     text_width = text["text_model.final_layer_norm.weight"].shape[0]
     if architecture.sem_inpainter is None:
         heads = architecture.clip_vision_num_heads or max(width // 64, 1)
-        architecture = replace(architecture, sem_inpainter=SemInpainterConfig(
+        architecture = dataclasses.replace(architecture, sem_inpainter=SemInpainterConfig(
             width, 4 * width, layers, heads, 16, text_width, 4 * text_width, 4 * width, 4 * width))
     if architecture.ref_adapter is None and "unet" in parts:
         blocks = [(key.removesuffix(".attn2.to_q.weight"), tensor.shape[0]) for key, tensor in parts["unet"].items()
                   if key.endswith(".attn2.to_q.weight")]
-        architecture = replace(architecture, ref_adapter=RefAdapterConfig(
+        architecture = dataclasses.replace(architecture, ref_adapter=RefAdapterConfig(
             width, architecture.unet_num_heads, tuple(sorted(blocks, key=block_order))))
     return architecture
 

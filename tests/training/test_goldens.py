@@ -61,7 +61,7 @@ def check_gradients(module, expected, names=lambda key: key):
 
 
 @pytest.fixture(autouse=True)
-def gradients(no_gradients):
+def gradients():
     """Training runs outside the inference mode that the other node tests use."""
     with torch.inference_mode(False), torch.enable_grad():
         yield

@@ -39,7 +39,8 @@ def data(tmp_path_factory):
 
 
 def command(stage, base, data, run, *more):
-    return [sys.executable, ROOT / "tools/train.py", stage, "--base", base, "--data", data, "--run", run, "--batch-size", "4",
+    bases = base if isinstance(base, list) else [base]
+    return [sys.executable, ROOT / "tools/train.py", stage, "--base", *bases, "--data", data, "--run", run, "--batch-size", "4",
             "--micro-batch-size", "2", "--size", "64", "--cpu", "--save-every", "2", *map(str, more)]
 
 
@@ -160,14 +161,20 @@ def test_fresh_parts_on_a_plain_inpainting_checkpoint(tiny, data, tmp_path):
     header = {"format": "cat-diffusion", "format_version": "1", "architecture": plain.to_json()}
     weights.save(tmp_path / "base.safetensors", weights.flat({part: parts[part] for part in ("unet", "vae", "clip_text")}), header)
     weights.save(tmp_path / "vision.safetensors", parts["clip_vision"], {"format": "pt"})
-    more = ["--clip-vision", tmp_path / "vision.safetensors", "--steps", 1]
-    train("sem-inpainter", tmp_path / "base.safetensors", data, tmp_path / "one", *more)
-    one = tmp_path / "one/checkpoint-00000001/weights.safetensors"
-    train("ref-adapter", tmp_path / "base.safetensors", data, tmp_path / "two", *more, "--cat", one)
-    file = weights.read(tmp_path / "two/checkpoint-00000001/weights.safetensors")
+    bases = [tmp_path / "base.safetensors", tmp_path / "vision.safetensors"]
+    train("sem-inpainter", bases, data, tmp_path / "one", "--steps", 1)
+    results = [tmp_path / f"{run}/checkpoint-00000001/weights.safetensors" for run in ("one", "two")]
+    train("ref-adapter", [*bases, results[0]], data, tmp_path / "two", "--steps", 1)
+    file = weights.read(results[1])
     assert file.architecture.ref_adapter.blocks == architecture.ref_adapter.blocks
     out = file.parts["ref_adapter"]["middle_block.1.transformer_blocks.0.attn3.to_out.0.weight"]
     assert out.abs().max() <= 2e-4 and torch.count_nonzero(out)  # one step away from zero
+    done = subprocess.run([sys.executable, ROOT / "tools/convert.py", *bases, *results, "--full", tmp_path / "full.safetensors"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    full = weights.read(tmp_path / "full.safetensors")
+    full.require(*weights.PREFIXES)
+    assert full.architecture.unet_num_heads == full.architecture.ref_adapter.num_heads == 4
 
 
 def test_another_run_in_the_folder_is_not_continued(uninterrupted, tiny_file, data):
