@@ -67,7 +67,7 @@ def demo(steps: int, out: Path) -> int:
     make_base(base)
     checkpoint = base / "models/cat_diffusion" / CHECKPOINT
     if not checkpoint.exists():
-        print(f"Writing random weights in the official layout, once, to {checkpoint} (2.9 GB) ...", flush=True)
+        print(f"Writing random weights in the official layout, once, to {checkpoint} (3.5 GB) ...", flush=True)
         if shutil.disk_usage(base).free < 4e9:
             print("Less than 4 GB are free there. Set CAT_DIFFUSION_CACHE to a folder on a larger disk.")
             return 1

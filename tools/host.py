@@ -120,7 +120,7 @@ def _environment(cache: Path, newest: Path) -> Path:
     target = cache / f"env-{key}"
     if not target.is_dir():
         with _partial(target) as partial:
-            print(f"Installing ComfyUI's requirements into {target} (about 5 GB, a few minutes) ...", flush=True)
+            print(f"Installing ComfyUI's requirements into {target} (about 6 GB, a few minutes) ...", flush=True)
             # Some systems ship venv without ensurepip, so this Python's pip brings the new one in.
             subprocess.run([sys.executable, "-m", "venv", "--without-pip", partial], check=True)
             python = _python(partial)
