@@ -8,7 +8,6 @@ Without --host: everything on ComfyUI 0.30.0, then the node and server tests on 
 import argparse
 import os
 import subprocess
-import sys
 import time
 
 import host as hosts

@@ -48,8 +48,11 @@ def main() -> int:
     arguments = parser.parse_args()
     if inside.COMFYUI not in os.environ:
         try:
-            host = (hosts.existing_host(arguments.comfyui, arguments.python) if arguments.comfyui else hosts.prepare_host())
-            hosts.require(host, ROOT / "requirements-train.txt")
+            if arguments.comfyui:  # the user's own: nothing is installed into it, what lacks is named
+                host = hosts.existing_host(arguments.comfyui, arguments.python)
+            else:
+                host = hosts.prepare_host()
+                hosts.require(host, ROOT / "requirements-train.txt")
         except hosts.SetupError as error:
             parser.error(str(error))
         return inside.rerun(host, __file__, sys.argv[1:])

@@ -51,14 +51,13 @@ def combine(objective, terms: Terms, totals: Mapping[str, torch.Tensor]) -> torc
 
 def train(stage: Stage, objective: nn.Module, modules: Mapping[str, nn.Module], source: Callable[[int, range], Batch],
           folder: Path, settings: Settings, architecture: Architecture, *, provenance: str, licence: str,
-          on_step: Callable[[int, dict], None] | None = None, cpu: bool = False) -> Path:
+          cpu: bool = False) -> Path:
     """Train until `settings.steps`, from the newest complete checkpoint in `folder` if there is one.
 
     Args:
         objective: see objectives.py; holds the modules.
         modules: part name -> module, for all parts that the stage trains.
         source: (step, positions in the global batch) -> batch.
-        on_step: called after each step with the step's number and figures, on the main process.
         cpu: do not use a GPU even if there is one.
     Returns:
         the CAT weights file of the last checkpoint.
@@ -97,8 +96,6 @@ def train(stage: Stage, objective: nn.Module, modules: Mapping[str, nn.Module], 
             figures["images_per_second"] = settings.batch_size / (time.monotonic() - start)
             if log:
                 log.add(step + 1, figures)
-                if on_step:
-                    on_step(step + 1, figures)
             stop = accelerator.reduce(torch.tensor(float(interrupt.asked), device=accelerator.device)).item() > 0
             if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps or stop:
                 save(step + 1)
