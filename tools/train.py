@@ -59,7 +59,8 @@ def main() -> int:
     from cat_core.training.stages import STAGES
     if arguments.stage not in STAGES:
         parser.error(f"unknown stage {arguments.stage}; choose from {', '.join(STAGES)}")
-    inside.load_pack(arguments.cpu)
+    import torch
+    inside.load_pack(arguments.cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available()))
     from cat_diffusion.cat_core.training.loop import TrainingError
     from cat_diffusion.cat_core.training.manifest import ManifestError
     from cat_diffusion.cat_core.weights import WeightsError

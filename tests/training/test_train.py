@@ -220,6 +220,9 @@ sys.exit(train.main())
 def test_settings_that_do_not_fit_are_explained(tiny_file, data, tmp_path):
     run = train("sem-inpainter", tiny_file, data, tmp_path / "run", "--batch-size", 3, code=1)
     assert "batch_size 3 is not a multiple" in run.stderr
+    without_cpu = [word for word in command("sem-inpainter", tiny_file, tmp_path / "none.jsonl", tmp_path / "run") if word != "--cpu"]
+    run = subprocess.run(without_cpu, capture_output=True, text=True)  # a machine without a GPU needs no flag
+    assert run.returncode == 1 and "cannot be read" in run.stderr and "Traceback" not in run.stderr
     run = train("sem-inpaint", tiny_file, data, tmp_path / "run", code=2)
     assert "unknown stage sem-inpaint; choose from sem-inpainter" in run.stderr
     run = train("sem-inpainter", tiny_file, tmp_path / "none.jsonl", tmp_path / "run", code=1)
