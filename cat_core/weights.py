@@ -300,19 +300,25 @@ def flat(parts: Mapping[str, Tensors]) -> dict[str, torch.Tensor]:
     return {PREFIXES[part] + key: tensor for part, tensors in parts.items() for key, tensor in tensors.items()}
 
 
-def cat_metadata(parts: Mapping[str, Tensors], architecture: Architecture, *, licence: str,
-                 provenance: str) -> dict[str, str]:
-    """Header of a CAT weights file: who may use the weights, where they come from, and what `parts` are.
+def header(parts: Mapping[str, Tensors], architecture: Architecture, *, licence: str, provenance: str) -> dict[str, str]:
+    """Header of a file that holds `parts`: what they are, who may use them, and where they come from.
 
-    Raises WeightsError if there is nothing of CAT-Diffusion in `parts` or no description of it.
+    Raises WeightsError if a part of CAT-Diffusion has no description.
     """
     described = {part: getattr(architecture, part) for part in ("sem_inpainter", "ref_adapter") if part in parts}
-    if not described or None in described.values():
-        raise WeightsError(f"Not a CAT weights file: the tensors are {describe(parts)}, expected a SemInpainter or "
-                           "RefAdapter and its architecture.")
+    if None in described.values():
+        raise WeightsError(f"The architecture of the {' and the '.join(TITLES[part] for part in described)} is not given.")
     architecture = replace(architecture, **{"sem_inpainter": None, "ref_adapter": None, **described})
     return {"format": FORMAT, "format_version": str(FORMAT_VERSION), "architecture": architecture.to_json(),
             "license": licence, "provenance": provenance}
+
+
+def cat_metadata(parts: Mapping[str, Tensors], architecture: Architecture, **facts: str) -> dict[str, str]:
+    """Header of a CAT weights file, see `header`; raises WeightsError if there is nothing of CAT-Diffusion in `parts`."""
+    if not {"sem_inpainter", "ref_adapter"} & set(parts):
+        raise WeightsError(f"Not a CAT weights file: the tensors are {describe(parts)}, expected a SemInpainter or "
+                           "RefAdapter and its architecture.")
+    return header(parts, architecture, **facts)
 
 
 def write_cat_weights(path: str | os.PathLike, parts: Mapping[str, Tensors], architecture: Architecture, *,

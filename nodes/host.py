@@ -29,10 +29,11 @@ log = logging.getLogger(__name__)
 
 
 def register_folder() -> None:
-    """Make models/cat_diffusion known, keeping paths that the user configured for it."""
+    """Make models/cat_diffusion known, keeping paths that the user configured for it, and the pack's own demo model."""
     own = os.path.join(folder_paths.models_dir, FOLDER)
+    bundled = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "models")
     paths = folder_paths.folder_names_and_paths.get(FOLDER, ([],))[0]
-    folder_paths.folder_names_and_paths[FOLDER] = (list(dict.fromkeys([*paths, own])), {".safetensors", ".ckpt"})
+    folder_paths.folder_names_and_paths[FOLDER] = (list(dict.fromkeys([*paths, own, bundled])), {".safetensors", ".ckpt"})
     try:
         os.makedirs(own, exist_ok=True)
     except OSError as error:

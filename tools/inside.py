@@ -38,7 +38,7 @@ def load_pack(cpu: bool = True):
     if os.environ[COMFYUI] not in sys.path:
         sys.path.insert(0, os.environ[COMFYUI])
     import comfy.cli_args
-    comfy.cli_args.args.cpu = cpu
+    comfy.cli_args.args.cpu = comfy.cli_args.args.use_pytorch_cross_attention = cpu  # the fastest attention on a CPU
     spec = importlib.util.spec_from_file_location("cat_diffusion", ROOT / "__init__.py",
                                                   submodule_search_locations=[str(ROOT)])
     pack = sys.modules["cat_diffusion"] = importlib.util.module_from_spec(spec)

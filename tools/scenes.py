@@ -31,9 +31,9 @@ COLOUR_NAMES = tuple(COLOURS)
 PAIRS = tuple((shape, colour) for shape in SHAPES for colour in COLOUR_NAMES)
 HELD_OUT = (("star", "green"), ("heart", "blue"), ("square", "orange"), ("ring", "purple"), ("triangle", "pink"),
             ("crescent", "red"))
-_KNOWN = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
+KNOWN = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 # Split -> the pairs that its targets and its other objects may have.
-_ALLOWED = {"train": (_KNOWN, _KNOWN), "validation": (_KNOWN, _KNOWN), "test": (_KNOWN, _KNOWN),
+_ALLOWED = {"train": (KNOWN, KNOWN), "validation": (KNOWN, KNOWN), "test": (KNOWN, KNOWN),
             "held-out": (HELD_OUT, PAIRS), "judge": (PAIRS, PAIRS)}
 _SIZES = (0.22, 0.45)  # longer side of an object's bounding box
 _SHEET = 64  # scenes on a contact sheet
@@ -47,6 +47,7 @@ class Scene:
     image: np.ndarray  # (S, S, 3) uint8
     without: np.ndarray  # (S, S, 3) uint8, the same scene without the target
     mask: np.ndarray  # (S, S) uint8, the target's antialiased silhouette: how much of a pixel it covers
+    objects: np.ndarray  # (S, S) uint8, which object shows in a pixel: 0 none, then 1 + its place in `labels`
     box: tuple[float, float, float, float]  # x0, y0, x1, y1 around the mask, fractions on pixel borders
     shape: str
     colour: str
@@ -85,14 +86,16 @@ def scene(seed: int, size: int = 128) -> Scene:
         objects.append((pair, outline, *_place(outline, objects, rng)))
     family = _choose(BACKGROUNDS, rng)
     picture = background(family, rng, size)
-    for pair, outline, x, y in objects[1:]:
-        paint(picture, outline, x, y, _tint(pair[1], rng))
+    shows = np.zeros((size, size), np.uint8)
+    for place, (pair, outline, x, y) in enumerate(objects[1:], 2):
+        shows[paint(picture, outline, x, y, _tint(pair[1], rng)) > 127] = place
     without = picture.copy()
     (shape, colour), outline, x, y = objects[0]
     mask = paint(picture, outline, x, y, _tint(colour, rng))
+    shows[mask > 127] = 1
     columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
     box = tuple(int(edge) / size for edge in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
-    return Scene(seed, picture, without, mask, box, shape, colour,
+    return Scene(seed, picture, without, mask, shows, box, shape, colour,
                  tuple(f"{colour} {shape}" for (shape, colour), *_ in objects), _caption(objects, family))
 
 
@@ -205,7 +208,9 @@ def write(folder: str | os.PathLike, seeds: Iterable[int], size: int = 128) -> P
         for done, seed in enumerate(seeds, 1):
             s = scene(seed, size)
             line = {"id": f"{seed:08d}", "image": f"images/{seed:08d}.png", "mask": f"masks/{seed:08d}.png",
-                    "box": s.box, "label": s.label, "caption": s.caption, "split": s.split}
+                    "box": s.box, "label": s.label, "split": s.split}
+            if done % 5 == 0:  # the official data has long captions for a fifth of its pictures
+                line["caption"] = s.caption
             Image.fromarray(s.image).save(folder / line["image"])
             Image.fromarray(s.mask).save(folder / line["mask"])
             lines.write(json.dumps(line) + "\n")

@@ -20,10 +20,11 @@ import inside
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def main() -> int:
-    sys.path.append(str(ROOT))
+def command_line() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("stage", help="sem-inpainter, ref-adapter, ref-adapter-unet, cascade-sem-inpainter or cascade")
+    parser.add_argument("stage", help="sem-inpainter, ref-adapter, ref-adapter-unet, cascade-sem-inpainter, cascade, or unet "
+                                      "(plain inpainting)")
     parser.add_argument("--base", type=Path, nargs="+", required=True, metavar="FILE",
                         help="what to start from: SD 1.5 inpainting checkpoint, CLIP ViT-L/14 vision file, CAT weights of "
                              "earlier stages; of parts that several have, the last one's")
@@ -37,6 +38,8 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=128, help="over all processes")
     parser.add_argument("--micro-batch-size", type=int, default=8, help="samples at once in each process")
     parser.add_argument("--warmup", type=int, default=0, help="steps over which the rates rise")
+    parser.add_argument("--rates", type=float, default=1.0, metavar="X", help="times the stage's learning rates (1e-4 new, 1e-5 pretrained)")
+    parser.add_argument("--final-rate", type=float, default=1.0, help="share of the rates left at the end, by a cosine; 1 = constant")
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
@@ -45,6 +48,12 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--comfyui", help="an existing ComfyUI folder; installed into the cache if not given")
     parser.add_argument("--python", help="the Python that runs that ComfyUI")
+    return parser
+
+
+def main() -> int:
+    sys.path.append(str(ROOT))
+    parser = command_line()
     arguments = parser.parse_args()
     if inside.COMFYUI not in os.environ:
         try:
@@ -78,32 +87,16 @@ def main() -> int:
 def run(arguments) -> Path:
     """Load, build, cache, train."""
     import torch
-    from cat_diffusion.cat_core import weights
-    from cat_diffusion.cat_core.training import loop, manifest, samples
+    from cat_diffusion.cat_core.training import loop, samples
     from cat_diffusion.cat_core.training.objectives import Diffusion, Distillation, stable_diffusion_schedule
     from cat_diffusion.cat_core.training.stages import STAGES
-    from cat_diffusion.nodes import builders, host
     from cat_diffusion.nodes.denoiser import Denoiser, trainable_unet
-    from cat_diffusion.nodes.encoders import HostEncoders
 
-    stage = STAGES[arguments.stage]
-    file = weights.merge([weights.read(path) for path in arguments.base])
+    stage = STAGES[arguments.stage].scaled(arguments.rates)
     diffusion = stage.objective == "diffusion"
-    file.require("clip_text", "clip_vision", *(("unet", "vae") if diffusion else ()))
-    file = dataclasses.replace(file, architecture=with_cat_parts(file.parts, file.architecture))
+    file = load(arguments.base, diffusion)
     modules = trainable_parts(file, arguments.seed)
-    with torch.inference_mode():
-        clip, vision = builders.build_clip(file), builders.build_clip_vision(file)
-        vae, model = (builders.build_vae(file), builders.build_unet(file)) if diffusion else (None, None)
-    encoders = HostEncoders(vision, clip, vae, model)
-    cell = host.vae_cell(vae) if diffusion else 8
-    store = samples.Fresh(manifest.read(arguments.data, arguments.split), arguments.data.parent, encoders,
-                          stage.objective, arguments.size, cell)
-    if arguments.cache:
-        store = samples.Shards(arguments.cache, store)
-        with torch.inference_mode():
-            store.fill(lambda done, total: print(f"\rEncoded {done} of {total} shards", end="", flush=True))
-        print()
+    encoders, store = encoded_samples(file, stage.objective, arguments.data, arguments.split, arguments.size, arguments.cache)
     with torch.inference_mode():
         empty = encoders.context([""]) if diffusion else None
     source = samples.Source(store, arguments.batch_size, arguments.seed, empty)
@@ -115,7 +108,7 @@ def run(arguments) -> Path:
     else:
         objective = Distillation(modules["sem_inpainter"], arguments.masked)
     settings = loop.Settings(arguments.steps, arguments.batch_size, arguments.micro_batch_size, arguments.warmup,
-                             precision=arguments.precision, seed=arguments.seed, save_every=arguments.save_every)
+                             final_rate=arguments.final_rate, precision=arguments.precision, seed=arguments.seed, save_every=arguments.save_every)
 
     def encoded(step, positions):
         with torch.no_grad():
@@ -128,6 +121,37 @@ def run(arguments) -> Path:
         fresh = store.fresh if arguments.cache else store
         if fresh.report.skipped:
             print(f"\n{fresh.report}")
+
+
+def load(paths, diffusion: bool):
+    """Everything that a stage starts from, as one Checkpoint that describes the CAT parts it lacks."""
+    from cat_diffusion.cat_core import weights
+
+    file = weights.merge([weights.read(path) for path in paths])
+    file.require("clip_text", "clip_vision", *(("unet", "vae") if diffusion else ()))
+    return dataclasses.replace(file, architecture=with_cat_parts(file.parts, file.architecture))
+
+
+def encoded_samples(file, objective: str, data: Path, split: str, size: int, cache: Path | None):
+    """The frozen networks, and the samples that they encode; a cache is filled first."""
+    import torch
+    from cat_diffusion.cat_core.training import manifest, samples
+    from cat_diffusion.nodes import builders, host
+    from cat_diffusion.nodes.encoders import HostEncoders
+
+    diffusion = objective == "diffusion"
+    with torch.inference_mode():
+        clip, vision = builders.build_clip(file), builders.build_clip_vision(file)
+        vae, model = (builders.build_vae(file), builders.build_unet(file)) if diffusion else (None, None)
+    encoders = HostEncoders(vision, clip, vae, model)
+    store = samples.Fresh(manifest.read(data, split), data.parent, encoders, objective, size,
+                          host.vae_cell(vae) if diffusion else 8)
+    if cache:
+        store = samples.Shards(cache, store)
+        with torch.inference_mode():
+            store.fill(lambda done, total: print(f"\rEncoded {done} of {total} shards", end="", flush=True))
+        print()
+    return encoders, store
 
 
 def with_cat_parts(parts, architecture):

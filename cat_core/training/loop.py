@@ -37,6 +37,7 @@ class Settings:
     batch_size: int = 128  # over all processes and accumulation steps, the paper's
     micro_batch_size: int = 8  # samples a process puts through the model at once
     warmup: int = 0  # steps over which the rates rise linearly
+    final_rate: float = 1.0  # what is left of the rates at the end of their cosine decay; 1 = constant, as in the paper
     weight_decay: float = 0.01  # AdamW's default
     precision: str = "no"  # "no" (fp32), "bf16" or "fp16"
     seed: int = 0
@@ -144,10 +145,16 @@ def _step(step, accelerator, model, objective, optimiser, source, settings) -> d
         figures[name] /= max(figures.pop(f"{name} rows"), 1)
     if math.isfinite(figures["loss"]):
         for group in optimiser.param_groups:
-            group["lr"] = group["rate"] * min(1.0, (step + 1) / max(settings.warmup, 1))
+            group["lr"] = group["rate"] * _rate(step, settings)
         optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     return figures
+
+
+def _rate(step: int, settings: Settings) -> float:
+    """Share of the stage's rates: a linear rise, times a cosine from 1 to `final_rate`."""
+    decay = (1 + math.cos(math.pi * step / settings.steps)) / 2
+    return min(1.0, (step + 1) / max(settings.warmup, 1)) * (settings.final_rate + (1 - settings.final_rate) * decay)
 
 
 # Checkpoints: <folder>/checkpoint-00000500/{weights.safetensors, state.pt} ---------------------------------------------
@@ -169,8 +176,8 @@ def _save(folder, step, stage, settings, modules, optimiser, scaler, architectur
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         parts = {part: modules[part].state_dict() for part, _ in stage.rates}
-        metadata = weights.cat_metadata(parts, architecture, licence=licence,
-                                        provenance=f"{provenance}; stage {stage.name}, {step} steps")
+        metadata = weights.header(parts, architecture, licence=licence,
+                                  provenance=f"{provenance}; stage {stage.name}, {step} steps")
         weights.save(partial / "weights.safetensors", weights.flat(parts), metadata)
         torch.save({"step": step, "stage": stage.name, "settings": asdict(settings), "optimiser": optimiser.state_dict(),
                     "scaler": scaler.state_dict() if scaler else {}}, partial / "state.pt")
@@ -192,9 +199,10 @@ def _resume(folder: Path, stage: Stage, settings: Settings, modules, optimiser) 
     if newest is None:
         return 0
     state = _state(newest)
-    fixed = {"batch_size", "warmup", "weight_decay", "precision", "seed"}
+    fixed = {"batch_size", "warmup", "final_rate", "weight_decay", "precision", "seed"}
+    fixed |= {"steps"} if settings.final_rate != 1 else set()  # the decay depends on them
     changed = [f"{key} was {state['settings'][key]}, is {value}" for key, value in asdict(settings).items()
-               if key in fixed and state["settings"][key] != value]
+               if key in fixed and state["settings"].get(key, value) != value]
     if state["stage"] != stage.name:
         changed.insert(0, f"stage was {state['stage']}, is {stage.name}")
     if changed:

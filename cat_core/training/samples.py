@@ -6,6 +6,7 @@ Masks: half the time the object's segment dilated by 5x5, half the time its boun
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, Protocol, Sequence
 
@@ -73,16 +74,28 @@ def prepare(record: manifest.Record, folder: Path, variant: str, size: int, cell
 
 def encode(records: Sequence[manifest.Record], prepared: Sequence[dict], encoders: Encoders, objective: str) -> Batch:
     """Run the frozen networks over samples made by `prepare`; keys as the objective wants them (see objectives.py)."""
-    stacked = {key: torch.stack([sample[key] for sample in prepared]) for key in prepared[0]}
-    patches, image = encoders.image(stacked["seen"])
-    teacher_patches, teacher_image = encoders.image(stacked["whole"])
-    batch = {"patches": patches, "image": image, "patch_mask": stacked["patch_mask"], "teacher_patches": teacher_patches,
-             "teacher_image": teacher_image, "text": encoders.text([record.label or record.caption for record in records])}
+    return encode_holes(prepared, encoders, objective) | encode_whole(records, prepared, encoders, objective)
+
+
+def encode_holes(prepared: Sequence[dict], encoders: Encoders, objective: str) -> Batch:
+    """What depends on the mask."""
+    patches, image = encoders.image(_stack(prepared, "seen"))
+    batch = {"patches": patches.float(), "image": image.float(), "patch_mask": _stack(prepared, "patch_mask")}
     if objective == "diffusion":
-        batch |= {"latent": encoders.latent(stacked["picture"]), "masked_latent": encoders.latent(stacked["masked_picture"]),
-                  "latent_mask": stacked["latent_mask"],
+        batch |= {"masked_latent": encoders.latent(_stack(prepared, "masked_picture")).float(),
+                  "latent_mask": _stack(prepared, "latent_mask")}
+    return batch
+
+
+def encode_whole(records: Sequence[manifest.Record], prepared: Sequence[dict], encoders: Encoders, objective: str) -> Batch:
+    """What does not depend on the mask."""
+    patches, image = encoders.image(_stack(prepared, "whole"))
+    batch = {"teacher_patches": patches, "teacher_image": image,
+             "text": encoders.text([record.label or record.caption for record in records])}
+    if objective == "diffusion":
+        batch |= {"latent": encoders.latent(_stack(prepared, "picture")),
                   "context": encoders.context([record.caption or record.label for record in records])}
-    return {key: value.float() if value.is_floating_point() else value for key, value in batch.items()}
+    return {key: value.float() for key, value in batch.items()}
 
 
 class Fresh:
@@ -124,11 +137,13 @@ class Shards:
         facts = {"objective": fresh.objective, "size": fresh.size, "cell": fresh.cell,
                  "records": hashlib.sha256("\n".join(record.id for record in fresh.records).encode()).hexdigest()}
         path = folder / "cache.json"
-        if path.exists() and json.loads(path.read_text()) != facts:
-            raise manifest.ManifestError(f"{folder} caches other data or settings ({path.read_text()}). "
+        found = json.loads(path.read_text()) if path.exists() else facts
+        self.borrowed = found["objective"] == "diffusion" != fresh.objective  # it holds all that distillation needs
+        if found != facts | ({"objective": "diffusion"} if self.borrowed else {}):
+            raise manifest.ManifestError(f"{folder} caches other data or settings ({found}). "
                                          "Give another cache folder or delete this one.")
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(facts))
+        path.write_text(json.dumps(found))
         self.open_shards: dict = {}
 
     def __len__(self):
@@ -142,22 +157,28 @@ class Shards:
         total = -(-len(self.fresh) // self.per_shard)
         for number in range(total):
             if not self.path(number).exists():
+                if self.borrowed:
+                    raise manifest.ManifestError(f"{self.folder} belongs to a diffusion stage and is not complete. "
+                                                 "Start that stage first, or give another cache folder.")
                 self._write(number)
             on_shard(number + 1, total)
 
     def _write(self, number: int) -> None:
         tensors = {}
         indices = range(number * self.per_shard, min((number + 1) * self.per_shard, len(self.fresh)))
+        encoders, objective = self.fresh.encoders, self.fresh.objective
         for variant in VARIANTS:
-            prepared = {index: self.fresh.usable(index, variant) for index in indices}
+            with ThreadPoolExecutor() as threads:  # Pillow and numpy let other threads run
+                prepared = dict(zip(indices, threads.map(lambda index: self.fresh.usable(index, variant), indices)))
             good = [index for index in indices if prepared[index] is not None]
             for start in range(0, len(good), 8):
                 some = good[start:start + 8]
-                batch = self.fresh.batch([(index, variant) for index in some], [prepared[index] for index in some])
-                for row, index in enumerate(some):
-                    for key, value in batch.items():
-                        shared = key.startswith("teacher_") or key in ("text", "context", "latent")
-                        tensors[f"{index}.{'both' if shared else variant}.{key}"] = _small(value[row])
+                pictures = [prepared[index] for index in some]
+                encoded = {variant: encode_holes(pictures, encoders, objective)}
+                if variant == VARIANTS[0]:
+                    encoded["both"] = encode_whole([self.fresh.records[index] for index in some], pictures, encoders, objective)
+                tensors |= {f"{index}.{kind}.{key}": _small(value[row]) for kind, batch in encoded.items()
+                            for key, value in batch.items() for row, index in enumerate(some)}
         partial = self.path(number).with_suffix(f".{os.getpid()}.partial")
         save_file(tensors, partial)
         os.replace(partial, self.path(number))
@@ -228,6 +249,10 @@ class Source:
 
 def _mix(seed: int, number: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:7], "big")
+
+
+def _stack(prepared: Sequence[dict], key: str) -> torch.Tensor:
+    return torch.stack([sample[key] for sample in prepared])
 
 
 def _small(x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The training stages as data: which modules train, at which rate, on which objective."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 NEW, PRETRAINED = 1e-4, 1e-5  # the official learning rates
 
@@ -17,11 +17,16 @@ class Stage:
     rates: tuple[tuple[str, float], ...]
     uses_sem_inpainter: bool = False  # whether the diffusion objective's visual prompt comes from SemInpainter
 
+    def scaled(self, factor: float) -> "Stage":
+        """The same stage with all rates times `factor`."""
+        return replace(self, rates=tuple((part, rate * factor) for part, rate in self.rates))
+
 
 STAGES = {
     stage.name: stage
     for stage in (
         Stage("sem-inpainter", "distillation", (("sem_inpainter", NEW),)),
+        Stage("unet", "diffusion", (("unet", NEW),)),  # plain inpainting: a fresh RefAdapter adds nothing
         Stage("ref-adapter", "diffusion", (("ref_adapter", NEW),)),
         Stage("ref-adapter-unet", "diffusion", (("ref_adapter", NEW), ("unet", PRETRAINED))),
         Stage("cascade-sem-inpainter", "diffusion", (("sem_inpainter", PRETRAINED),), uses_sem_inpainter=True),

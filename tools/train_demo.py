@@ -1,0 +1,190 @@
+"""Train the demo model from nothing, by the same code that trains CAT-Diffusion, and write it with its log.
+
+    python tools/train_demo.py [--work runs/demo] [--out models/cat_demo_model.safetensors]
+
+Every step continues where it was stopped; what is done is not done again. Steps that do not need each other can be
+started side by side with --only.
+"""
+
+import argparse
+import csv
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Sequence
+
+import host as hosts
+import inside
+
+LICENCE = "MIT"
+PROVENANCE = "demo model, tools/train_demo.py, procedural scenes"
+LOG_EVERY = 10  # steps between the lines of the log that is kept
+
+
+@dataclass(frozen=True)
+class Run:
+    """One stage's numbers."""
+
+    stage: str
+    steps: int
+    batch_size: int
+    rate: float  # of new parts; see RATES
+    base: tuple[str, ...]  # the earlier runs whose weights it starts from; "start" is the fresh networks
+
+
+SCENES = 5000
+CLIP = Run("clip", 1200, 32, 2e-3, ("start",))
+VAE = Run("vae", 1400, 16, 1e-3, ("start",))
+WHOLE_PICTURES = 1250  # the VAE's step from which it sees whole pictures instead of crops
+RUNS = (
+    Run("sem-inpainter", 1500, 32, 1e-3, ("start", "clip")),
+    Run("unet", 3000, 32, 1e-3, ("start", "clip", "vae")),
+    Run("ref-adapter-unet", 800, 32, 5e-4, ("start", "clip", "vae", "unet")),
+    Run("cascade", 600, 32, 3e-4, ("start", "clip", "vae", "sem-inpainter", "ref-adapter-unet")),
+)
+ORDER = ("scenes", CLIP.stage, VAE.stage, "cache", *(run.stage for run in RUNS), "file")
+
+
+def main() -> int:
+    sys.path.append(str(inside.ROOT))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=inside.ROOT / "runs/demo", help="folder for scenes, caches and checkpoints")
+    parser.add_argument("--out", type=Path, default=inside.ROOT / "models/cat_demo_model.safetensors")
+    parser.add_argument("--only", choices=ORDER, nargs="+", default=ORDER, help="these steps instead of all")
+    parser.add_argument("--shorter", type=int, default=1, metavar="N", help="an Nth of all steps and scenes, to try it out")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    arguments = parser.parse_args()
+    if inside.COMFYUI not in os.environ:
+        try:
+            host = hosts.prepare_host()
+            hosts.require(host, inside.ROOT / "requirements-train.txt")
+        except hosts.SetupError as error:
+            parser.error(str(error))
+        return inside.rerun(host, __file__, sys.argv[1:])
+    import torch
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    arguments.cpu = arguments.cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    inside.load_pack(arguments.cpu)
+    from cat_diffusion.cat_core.training.loop import TrainingError
+    try:
+        for name in ORDER:
+            if name in arguments.only:
+                print(f"\n== {name}", flush=True)
+                _do(name, arguments)
+    except KeyboardInterrupt:
+        print("\nStopped. The same command continues.")
+        return 130
+    except TrainingError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _do(name: str, arguments) -> None:
+    import demo_models
+    work, shorter = arguments.work, arguments.shorter
+    if name == "scenes":
+        import scenes
+        if not (work / "scenes/manifest.jsonl").exists():
+            scenes.write(work / "scenes", scenes.TRAIN[:SCENES // shorter])
+    elif name in (CLIP.stage, VAE.stage):
+        _pretrain(CLIP if name == CLIP.stage else VAE, work, shorter, arguments.cpu)
+    elif name == "cache":
+        import train
+        train.encoded_samples(train.load(_weights(work, ("start", "clip", "vae")), True), "diffusion",
+                              work / "scenes/manifest.jsonl", "train", demo_models.SIZE, work / "cache")
+    elif name == "file":
+        _write(work, arguments.out)
+    else:
+        _train(next(run for run in RUNS if run.stage == name), work, shorter, arguments.cpu)
+
+
+def _weights(work: Path, runs: Sequence[str]) -> list[Path]:
+    """The newest weights of each run; of parts that several have, the last one's count."""
+    return [_start(work) if run == "start" else max((work / run).glob("checkpoint-*[0-9]")) / "weights.safetensors"
+            for run in runs]
+
+
+def _start(work: Path) -> Path:
+    """The fresh networks, written once."""
+    import demo_models
+    import torch
+    from cat_diffusion.cat_core import weights
+    path = work / "start.safetensors"
+    if not path.exists():
+        parts = demo_models.networks(torch.Generator().manual_seed(0))
+        tensors = {part: module.state_dict() for part, module in parts.items()}
+        weights.save(path, weights.flat(tensors), weights.header(
+            tensors, demo_models.architecture(parts["unet"]), licence=LICENCE, provenance=f"{PROVENANCE}, not trained"))
+    return path
+
+
+def _pretrain(run: Run, work: Path, shorter: int, cpu: bool) -> None:
+    """CLIP or VAE, on scenes drawn as they are needed."""
+    import demo_models
+    import demo_pretraining as pretraining
+    import torch
+    from cat_diffusion.cat_core import weights
+    from cat_diffusion.cat_core.training import loop
+    from cat_diffusion.cat_core.training.stages import Stage
+    from cat_diffusion.nodes import builders, host
+
+    file = weights.read(_start(work))
+    modules = demo_models.networks(torch.Generator().manual_seed(0))
+    if run.stage == CLIP.stage:
+        clip = builders.build_clip(file)
+        ids = {}
+
+        def tokenize(texts):
+            for text in texts:
+                if text not in ids:
+                    ids[text] = [token for token, _ in host.plain_tokens(clip, text)["l"][0]]
+            return torch.tensor([ids[text] for text in texts])
+
+        modules = {part: modules[part] for part in ("clip_text", "clip_vision")}
+        objective = pretraining.Contrastive(**modules, labels=tokenize(pretraining.LABELS))
+        source, micro = pretraining.clip_source(tokenize, run.batch_size, seed=0), run.batch_size
+    else:
+        modules = {"vae": modules["vae"]}
+        objective = pretraining.Reconstruction(**modules)
+        source, micro = pretraining.vae_source(run.batch_size, 1, WHOLE_PICTURES // shorter), run.batch_size
+    stage = Stage(run.stage, "pretraining", tuple((part, run.rate) for part in modules))
+    settings = loop.Settings(run.steps // shorter, run.batch_size, micro, warmup=50, final_rate=0.01, save_every=100)
+    loop.train(stage, objective, modules, source, work / run.stage, settings, file.architecture,
+               provenance=PROVENANCE, licence=LICENCE, cpu=cpu)
+
+
+def _train(run: Run, work: Path, shorter: int, cpu: bool) -> None:
+    """One of CAT-Diffusion's own stages, as tools/train.py runs it."""
+    import demo_models
+    import train
+    options = ["--run", work / run.stage, "--cache", work / "cache", "--steps", run.steps // shorter, "--batch-size",
+               run.batch_size, "--micro-batch-size", run.batch_size, "--size", demo_models.SIZE, "--warmup", 50,
+               "--rates", run.rate / 1e-4, "--final-rate", 0.02, "--save-every", 200, "--licence", LICENCE]
+    words = [run.stage, "--data", work / "scenes/manifest.jsonl", *options, "--base", *_weights(work, run.base)]
+    train.run(train.command_line().parse_args([str(word) for word in words] + ["--cpu"] * cpu))
+
+
+def _write(work: Path, out: Path) -> None:
+    """The file that ships, in fp16, and beside it what happened on the way."""
+    import torch
+    from cat_diffusion.cat_core import weights
+    file = weights.merge([weights.read(path) for path in _weights(work, ("start", "clip", "vae", "cascade"))])
+    weights.save(out, weights.flat(file.parts), weights.header(file.parts, file.architecture, licence=LICENCE,
+                                                               provenance=PROVENANCE), torch.float16, overwrite=True)
+    with open(out.with_suffix(".log.csv"), "w", newline="") as log:
+        writer = csv.writer(log)
+        for stage in (CLIP.stage, VAE.stage, *(run.stage for run in RUNS)):
+            with open(work / stage / "log.csv", newline="") as whole:
+                rows = list(csv.reader(whole))
+            writer.writerow(["stage", *rows[0]])
+            writer.writerows([stage, row[0], *(f"{float(value):.4g}" for value in row[1:])]
+                             for row in rows[1:] if int(row[0]) % LOG_EVERY == 0 or row is rows[-1])
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    inside.interruptible(main)
