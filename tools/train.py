@@ -79,7 +79,7 @@ def run(arguments) -> Path:
     """Load, build, cache, train."""
     import torch
     from cat_diffusion.cat_core import weights
-    from cat_diffusion.cat_core.training import loop, manifest, samples
+    from cat_diffusion.cat_core.training import loop, manifest, samples, start
     from cat_diffusion.cat_core.training.objectives import Diffusion, Distillation, stable_diffusion_schedule
     from cat_diffusion.cat_core.training.stages import STAGES
     from cat_diffusion.nodes import builders, host
@@ -91,7 +91,7 @@ def run(arguments) -> Path:
     diffusion = stage.objective == "diffusion"
     file.require("clip_text", "clip_vision", *(("unet", "vae") if diffusion else ()))
     file = dataclasses.replace(file, architecture=with_cat_parts(file.parts, file.architecture))
-    modules = trainable_parts(file, arguments.seed)
+    modules = start.trainable_parts(file.architecture, file.parts, arguments.seed)
     with torch.inference_mode():
         clip, vision = builders.build_clip(file), builders.build_clip_vision(file)
         vae, model = (builders.build_vae(file), builders.build_unet(file)) if diffusion else (None, None)
@@ -132,42 +132,19 @@ def run(arguments) -> Path:
 
 def with_cat_parts(parts, architecture):
     """Describe the CAT parts that will be made anew: as wide as CLIP, one adapter a transformer block."""
-    from cat_diffusion.cat_core.config import RefAdapterConfig, SemInpainterConfig, block_order
+    from cat_diffusion.cat_core.training import start
 
     vision, text = parts["clip_vision"], parts["clip_text"]
     width = vision["vision_model.post_layernorm.weight"].shape[0]
     layers = len({key.split(".")[3] for key in vision if key.startswith("vision_model.encoder.layers.")})
-    text_width = text["text_model.final_layer_norm.weight"].shape[0]
     if architecture.sem_inpainter is None:
         heads = architecture.clip_vision_num_heads or max(width // 64, 1)
-        architecture = dataclasses.replace(architecture, sem_inpainter=SemInpainterConfig(
-            width, 4 * width, layers, heads, 16, text_width, 4 * text_width, 4 * width, 4 * width))
+        text_size = text["text_model.final_layer_norm.weight"].shape[0]
+        architecture = dataclasses.replace(architecture, sem_inpainter=start.sem_inpainter_config(width, layers, heads, text_size))
     if architecture.ref_adapter is None and "unet" in parts:
-        blocks = [(key.removesuffix(".attn2.to_q.weight"), tensor.shape[0]) for key, tensor in parts["unet"].items()
-                  if key.endswith(".attn2.to_q.weight")]
-        architecture = dataclasses.replace(architecture, ref_adapter=RefAdapterConfig(
-            width, architecture.unet_num_heads, tuple(sorted(blocks, key=block_order))))
+        adapter = start.ref_adapter_config(parts["unet"], architecture.unet_num_heads, width)
+        architecture = dataclasses.replace(architecture, ref_adapter=adapter)
     return architecture
-
-
-def trainable_parts(file, seed: int):
-    """SemInpainter and RefAdapter in fp32: from the file, or fresh (normal 0.02; RefAdapter's output zero: no effect yet)."""
-    import torch
-    from cat_diffusion.cat_core import weights
-
-    generator = torch.Generator().manual_seed(seed)
-    modules = weights.cat_modules(file.architecture, dtype=torch.float32)
-    for part, module in modules.items():
-        if part in file.parts:
-            module.load_state_dict(file.parts[part])
-            continue
-        for name, parameter in module.named_parameters():
-            with torch.no_grad():
-                if name.endswith("bias") or ".attn3.to_out." in name:
-                    parameter.zero_()
-                elif parameter.ndim > 1:
-                    parameter.normal_(std=0.02, generator=generator)
-    return modules
 
 
 if __name__ == "__main__":
