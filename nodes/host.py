@@ -115,12 +115,13 @@ def read_path(path) -> Checkpoint:
 def say(text: str) -> None:
     """Show a sentence on the node that is running, and in the log."""
     from comfy_execution.utils import get_executing_context
-    from server import PromptServer
 
     log.info("CAT-Diffusion: %s", text)
-    context, server = get_executing_context(), getattr(PromptServer, "instance", None)
-    if context is not None and server is not None:
-        server.send_progress_text(text, context.node_id)
+    context = get_executing_context()
+    if context is not None:
+        from server import PromptServer
+
+        PromptServer.instance.send_progress_text(text, context.node_id)
 
 
 @contextmanager
