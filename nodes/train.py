@@ -198,7 +198,7 @@ class Run:
                 usable += store.usable(index, variant) is not None
                 self.bar.update(1)
         if not usable:
-            raise ValueError(f"There is nothing to train on in {self.path}. {self.skipped() or 'It has no pictures.'} {EXPECTED}")
+            raise ValueError(f"There is nothing to train on in {self.path}. {self.skipped() or 'No example was found.'} {EXPECTED}")
         empty = encoders.context([""]) if self.stage.objective == "diffusion" else None
         return samples.Source(store, self.settings.batch_size, self.settings.seed, empty)
 

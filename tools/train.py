@@ -40,6 +40,9 @@ def main() -> int:
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+    parser.add_argument("--samples-every", type=int, default=1000, metavar="N",
+                        help="draw RUN/samples/step-N.png on four fixed samples every N steps: inpainted pictures, or for "
+                             "sem-inpainter the similarity of features; 0 = never")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--licence", default="unknown", help="licence of the result, for its header")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
@@ -85,6 +88,7 @@ def run(arguments) -> Path:
     from cat_diffusion.nodes import builders, host
     from cat_diffusion.nodes.denoiser import Denoiser, trainable_unet
     from cat_diffusion.nodes.encoders import HostEncoders
+    from sample_pictures import SamplePictures
 
     stage = STAGES[arguments.stage]
     file = weights.merge([weights.read(path) for path in arguments.base])
@@ -97,10 +101,10 @@ def run(arguments) -> Path:
         vae, model = (builders.build_vae(file), builders.build_unet(file)) if diffusion else (None, None)
     encoders = HostEncoders(vision, clip, vae, model)
     cell = host.vae_cell(vae) if diffusion else 8
-    store = samples.Fresh(manifest.read(arguments.data, arguments.split), arguments.data.parent, encoders,
+    fresh = store = samples.Fresh(manifest.read(arguments.data, arguments.split), arguments.data.parent, encoders,
                           stage.objective, arguments.size, cell)
     if arguments.cache:
-        store = samples.Shards(arguments.cache, store)
+        store = samples.Shards(arguments.cache, fresh)
         with torch.inference_mode():
             store.fill(lambda done, total: print(f"\rEncoded {done} of {total} shards", end="", flush=True))
         print()
@@ -117,15 +121,20 @@ def run(arguments) -> Path:
     settings = loop.Settings(arguments.steps, arguments.batch_size, arguments.micro_batch_size, arguments.warmup,
                              precision=arguments.precision, seed=arguments.seed, save_every=arguments.save_every)
 
+    pictures = SamplePictures(stage, file, modules, encoders, fresh, arguments.run, arguments.seed)
+
+    def on_step(step, figures):
+        if arguments.samples_every and step % arguments.samples_every == 0:
+            pictures.draw(step)
+
     def encoded(step, positions):
         with torch.no_grad():
             return {key: value.clone() for key, value in source(step, positions).items()}  # free of inference mode
 
     try:
         return loop.train(stage, objective, modules, encoded, arguments.run, settings, file.architecture,
-                          provenance=f"trained on {arguments.data.name}", licence=arguments.licence, cpu=arguments.cpu)
+                          provenance=f"trained on {arguments.data.name}", licence=arguments.licence, cpu=arguments.cpu, on_step=on_step)
     finally:
-        fresh = store.fresh if arguments.cache else store
         if fresh.report.skipped:
             print(f"\n{fresh.report}")
 

@@ -1,5 +1,6 @@
 """Pictures of a run, drawn with Pillow: its curves, and sheets of samples."""
 
+import itertools
 import math
 from typing import Mapping, Sequence
 
@@ -28,7 +29,8 @@ def curves(history: Sequence[Mapping[str, float]], steps: int) -> Image.Image:
 def _smooth(values: list[float]) -> list[float]:
     """Mean over the last twentieth of the run, so far."""
     window = max(len(values) // 20, 1)
-    return [sum(values[max(i + 1 - window, 0):i + 1]) / min(window, i + 1) for i in range(len(values))]
+    sums = [0.0, *itertools.accumulate(values)]
+    return [(sums[i] - sums[max(i - window, 0)]) / min(window, i) for i in range(1, len(sums))]
 
 
 def _panel(draw: ImageDraw.ImageDraw, top: int, lines: Mapping[str, tuple[list[float], tuple]], steps: int) -> None:
