@@ -172,7 +172,8 @@ def require_part(cat_model: CatModel, part: str) -> None:
 def part_tensors(cat_model: CatModel | None, part: str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """Copies of a part's tensors on the CPU; empty where there is no such part."""
     patcher = cat_model and getattr(cat_model, part)
-    return {key: tensor.detach().to("cpu", dtype, copy=True) for key, tensor in patcher.model.state_dict().items()} if patcher else {}
+    tensors = patcher.model.state_dict() if patcher else {}
+    return {key: tensor.detach().to("cpu", dtype, copy=True) for key, tensor in tensors.items()}
 
 
 def run_sem_inpainter(cat_model: CatModel, patches, image, text, patch_mask) -> torch.Tensor:

@@ -22,8 +22,9 @@ from .encoders import HostEncoders
 from .visual_prompt import CLIP_VISION_TOOLTIP
 from .wires import CATEGORY, CatModelWire
 
-EXPECTED = ("Expected for each example a picture and a mask (white = object): either fire_hydrant_image.png and fire_hydrant_mask.png, "
-            "or NAME.jpg, NAME_mask.png and the object's name in NAME.txt; or a manifest.jsonl of tools/prepare_data.py.")
+EXPECTED = ("Expected for each example a picture and a mask (white = object): either fire_hydrant_image.png and "
+            "fire_hydrant_mask.png, or NAME.jpg, NAME_mask.png and the object's name in NAME.txt; or a manifest.jsonl of "
+            "tools/prepare_data.py.")
 PRECISIONS = {"fp32": "no", "bf16": "bf16"}
 
 
@@ -35,7 +36,8 @@ def _settings_inputs(prefix: str) -> list:
         io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False,
                      tooltip="Fixes the new weights, the order of the examples and the noise."),
         io.String.Input("filename_prefix", default=prefix,
-                        tooltip="Beginning of the file's name in models/cat_diffusion; a number follows, nothing is overwritten."),
+                        tooltip="Beginning of the file's name in models/cat_diffusion. A number follows; nothing is "
+                                "overwritten."),
         io.String.Input("licence", default="unknown", tooltip="Licence of the trained weights, for the file's header."),
     ]
 
@@ -198,7 +200,8 @@ class Run:
                 usable += store.usable(index, variant) is not None
                 self.bar.update(1)
         if not usable:
-            raise ValueError(f"There is nothing to train on in {self.path}. {self.skipped() or 'No example was found.'} {EXPECTED}")
+            raise ValueError(f"There is nothing to train on in {self.path}. {self.skipped() or 'No example was found.'} "
+                             f"{EXPECTED}")
         empty = encoders.context([""]) if self.stage.objective == "diffusion" else None
         return samples.Source(store, self.settings.batch_size, self.settings.seed, empty)
 

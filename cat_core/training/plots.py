@@ -53,7 +53,7 @@ def _panel(draw: ImageDraw.ImageDraw, top: int, lines: Mapping[str, tuple[list[f
     for line, colour in lines.values():
         points = [(left + (i + 1) / max(steps, 1) * (right - left), bottom - (value - low) / spread * (bottom - top))
                   for i, value in enumerate(line) if math.isfinite(value)]
-        draw.line(points if len(points) > 1 else [(points[0][0] - 2, points[0][1]), points[0]] if points else [], fill=colour, width=2)
+        draw.line([(x - 2, y) for x, y in points[:1]] + points, fill=colour, width=2)  # a dot where there is one point
 
 
 def similarity(patches: torch.Tensor, teacher: torch.Tensor) -> Image.Image:
