@@ -6,10 +6,11 @@ from . import host
 from .conditioning import CATInpaintConditioning, CATScheduler
 from .load import CATLoadCheckpoint, CATLoadWeights
 from .ref_adapter import CATApplyRefAdapter
+from .train import CATTrainRefAdapter, CATTrainSemInpainter
 from .visual_prompt import CATEncodeVisualPrompt, CATSemanticInpaint
 
 NODES = [CATLoadCheckpoint, CATLoadWeights, CATSemanticInpaint, CATEncodeVisualPrompt, CATApplyRefAdapter,
-         CATInpaintConditioning, CATScheduler]
+         CATInpaintConditioning, CATScheduler, CATTrainSemInpainter, CATTrainRefAdapter]
 
 
 class CATDiffusionExtension(ComfyExtension):

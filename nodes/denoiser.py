@@ -1,7 +1,10 @@
 """The host's own U-Net with RefAdapters as a differentiable module: the denoiser that training optimises."""
 
+from pathlib import Path
+
 import comfy.ldm.modules.attention
 import comfy.ldm.modules.diffusionmodules.openaimodel
+import comfy.lora
 import comfy.model_detection
 import comfy.ops
 import comfy.supported_models
@@ -9,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..cat_core.config import Architecture
 from ..cat_core.models.ref_adapter import RefAdapter
 from ..cat_core.weights import Checkpoint
 from . import host
@@ -36,6 +40,15 @@ class Denoiser(nn.Module):
 
         options = {"patches": {"middle_patch": [middle_patch]}, "optimized_attention_override": _differentiable}
         return self.unet(x, timestep, context=context, transformer_options=options)
+
+
+def unet_of(model) -> Checkpoint:
+    """A MODEL's U-Net as copies in fp32, its LoRAs included: the host's own weights are never trained."""
+    prefix, tensors = "diffusion_model.", {}
+    for key, ((weight, convert), *patches) in model.get_key_patches(prefix).items():
+        weight = convert(weight.detach().to("cpu", torch.float32, copy=True), inplace=True)
+        tensors[key.removeprefix(prefix)] = comfy.lora.calculate_weight(patches, weight, key) if patches else weight
+    return Checkpoint(Path("MODEL"), {"unet": tensors}, Architecture(unet_num_heads=host.unet_heads(model)))
 
 
 def trainable_unet(file: Checkpoint) -> nn.Module:

@@ -4,18 +4,22 @@ import logging
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import comfy.ldm.modules.attention
 import comfy.ldm.modules.diffusionmodules.openaimodel
 import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
+import comfy.supported_models
 import comfy.utils
 import folder_paths
 import torch
 
 from ..cat_core import weights
 from ..cat_core.config import Architecture, RefAdapterConfig
+from ..cat_core.training.loop import TrainingError
+from ..cat_core.training.manifest import ManifestError
 from ..cat_core.weights import Checkpoint, WeightsError
 
 FOLDER = "cat_diffusion"
@@ -60,6 +64,47 @@ def _path(name: str) -> str:
     return folder_paths.get_full_path_or_raise(FOLDER, name)
 
 
+def new_path(filename_prefix: str) -> str:
+    """A name in models/cat_diffusion that no file has yet, counted up as the host's own savers do."""
+    root = folder_paths.get_folder_paths(FOLDER)[0]
+    if os.path.basename(os.path.normpath(filename_prefix)).strip(". ") == "":
+        raise ValueError(f"filename_prefix is {filename_prefix!r}; expected the beginning of a file's name, such as my_cat.")
+    try:
+        os.makedirs(root, exist_ok=True)
+        folder, name, counter, *_ = folder_paths.get_save_image_path(filename_prefix, root)
+    except OSError as error:
+        raise ValueError(f"Cannot write to {root} ({error.strerror}). Check the folder's permissions.") from error
+    except Exception as error:  # the host's way to refuse a path
+        raise ValueError(f"filename_prefix {filename_prefix!r} leads out of {root}. Give a name, or subfolder/name.") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder} is read-only; the weights go there. Check its permissions.")
+    return os.path.join(folder, f"{name}_{counter:05}_.safetensors")
+
+
+def input_folders() -> list[str]:
+    """All subfolders of the host's input folder."""
+    return folder_paths.get_input_subfolders()
+
+
+def input_folder(name: str) -> tuple[Path, tuple]:
+    """A subfolder of the host's input folder, and a fingerprint of the files below it; nothing may lead out of it."""
+    root = Path(folder_paths.get_input_directory()).resolve()
+    path, files = Path(root, name), []
+    if not name.strip() or path.resolve() == root or not path.resolve().is_relative_to(root):
+        raise ValueError(f"{name!r} is not a subfolder of {root}. Put the examples into a folder of their own in there.")
+    if not path.is_dir():
+        raise ValueError(f"There is no folder {name} in {root}. Put the examples there and press R to refresh the list.")
+    path = path.resolve()
+    for parent, folders, names in os.walk(path):
+        for found in (Path(parent, name) for name in folders + names):
+            if not found.resolve().is_relative_to(path):
+                raise ValueError(f"{found} is a link to something outside of {path}. Copy the files into the folder instead.")
+        for found in (Path(parent, name) for name in names):
+            status = found.lstat()
+            files.append((str(found.relative_to(path)), status.st_size, status.st_mtime_ns))
+    return path, tuple(sorted(files))
+
+
 def read_path(path) -> Checkpoint:
     """As `read`, by path, with the host's own reader of safetensors."""
     return weights.read(path, lambda path: comfy.utils.load_torch_file(path, return_metadata=True))
@@ -71,20 +116,21 @@ def read_path(path) -> Checkpoint:
 def say(text: str) -> None:
     """Show a sentence on the node that is running, and in the log."""
     from comfy_execution.utils import get_executing_context
-    from server import PromptServer
 
     log.info("CAT-Diffusion: %s", text)
-    context, server = get_executing_context(), getattr(PromptServer, "instance", None)
-    if context is not None and server is not None:
-        server.send_progress_text(text, context.node_id)
+    context = get_executing_context()
+    if context is not None:
+        from server import PromptServer
+
+        PromptServer.instance.send_progress_text(text, context.node_id)
 
 
 @contextmanager
 def plain_errors():
-    """Raise a WeightsError as ValueError: the host puts the module path of other classes before the sentence."""
+    """Raise the core's errors as ValueError: the host puts the module path of other classes before the sentence."""
     try:
         yield
-    except WeightsError as error:
+    except (WeightsError, ManifestError, TrainingError) as error:
         raise ValueError(str(error)) from error
 
 
@@ -124,6 +170,13 @@ def require_part(cat_model: CatModel, part: str) -> None:
         raise ValueError(f"This CAT model has no {weights.TITLES[part]}: {cat_model}. Load a file that has one.")
 
 
+def part_tensors(cat_model: CatModel | None, part: str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Copies of a part's tensors on the CPU; empty where there is no such part."""
+    patcher = cat_model and getattr(cat_model, part)
+    tensors = patcher.model.state_dict() if patcher else {}
+    return {key: tensor.detach().to("cpu", dtype, copy=True) for key, tensor in tensors.items()}
+
+
 def run_sem_inpainter(cat_model: CatModel, patches, image, text, patch_mask) -> torch.Tensor:
     """Predicted patch features (B, N, D), computed where the host wants it, returned where it keeps results.
 
@@ -141,6 +194,12 @@ def run_sem_inpainter(cat_model: CatModel, patches, image, text, patch_mask) -> 
     return torch.cat(predicted)
 
 
+def clear_memory() -> None:
+    """Take all models off the GPU; the host loads them again when it needs them."""
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()
+
+
 # CLIP ---------------------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +211,11 @@ def check_clip_vision(clip_vision, width: int | None = None, grid: int = 16) -> 
     if config.get("model_type") != "clip_vision_model" or found_grid != grid or width not in (None, found_width):
         raise ValueError(f"This CLIP vision model does not fit: found {found}, expected clip_vision_model with "
                          f"{width or 1024} features on a {grid}x{grid} grid. Load CLIP ViT-L/14 at 224 pixels.")
+
+
+def clip_vision_sizes(clip_vision) -> tuple[int, int, int]:
+    """Width, layers and attention heads."""
+    return tuple(clip_vision.config[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
 
 
 def encode_image(clip_vision, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -196,6 +260,28 @@ def check_unet(model, config: RefAdapterConfig) -> None:
     if channels != 9:
         raise ValueError(f"This model is not for inpainting: its U-Net takes {channels} channels, expected 9. "
                          "Load an SD 1.5 inpainting checkpoint.")
+
+
+def check_trainable(model) -> None:
+    """Raise unless `model` is of SD 1.5's family and free of a visual prompt."""
+    if not isinstance(model.model.model_config, comfy.supported_models.SD15):
+        raise ValueError(f"RefAdapter cannot be trained for this model ({type(model.model.model_config).__name__}). "
+                         "Load an SD 1.5 inpainting checkpoint.")
+    if model.model_options.get("transformer_options", {}).get("patches", {}).get("middle_patch"):
+        raise ValueError("This model looks at a visual prompt already. Connect the model from before CAT Apply RefAdapter.")
+
+
+def check_context(model, context: torch.Tensor) -> None:
+    """Raise unless the U-Net reads texts of that width, (B, L, T)."""
+    width = next(tensor.shape[1] for key, tensor in model.model.diffusion_model.state_dict().items()
+                 if key.endswith(".attn2.to_k.weight"))
+    if width != context.shape[2]:
+        raise ValueError(f"This CLIP's text is {context.shape[2]} wide, the model reads {width}. Use the model's own CLIP.")
+
+
+def unet_heads(model) -> int:
+    """Attention heads in every block of an SD 1.5 model."""
+    return model.model.model_config.unet_config["num_heads"]
 
 
 def block_name(extra_options: dict) -> str:

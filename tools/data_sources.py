@@ -8,38 +8,18 @@ import csv
 import json
 import os
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple
+from typing import Iterable, Iterator
 
-from cat_core.training.manifest import ManifestError, Record, SampleError
+from cat_core.training.folder import Folder, Found, sample
+from cat_core.training.manifest import SampleError
 from PIL import Image
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SEGMENTATION_COLUMNS = ("MaskPath", "ImageID", "LabelName", "BoxID", "BoxXMin", "BoxXMax", "BoxYMin", "BoxYMax")
 LONGEST_LINE = 10_000  # characters of one official list line; real ones have about 250
 
 
 class SourceError(ValueError):
     """A source that cannot be read at all; the message says what was found and what to do."""
-
-
-class Found(NamedTuple):
-    """One sample of a source: a record, or the reason why there is none."""
-
-    id: str
-    record: Record | None = None
-    reason: str | None = None
-    draw: Callable[[], Image.Image] | None = None  # draws the record's mask where the source has no picture of it
-
-
-class Folder(NamedTuple):
-    """A folder with data, and its path as a manifest writes it."""
-
-    path: Path
-    relative: str  # to the manifest's folder, with forward slashes; "" is that folder itself
-
-    def inside(self, name: str) -> str:
-        """The manifest's path of a file in this folder."""
-        return f"{self.relative}/{name}" if self.relative else name
 
 
 def locate(path: Path, manifest: Path) -> Folder:
@@ -55,18 +35,6 @@ def locate(path: Path, manifest: Path) -> Folder:
         raise SourceError(f"{path} lies outside of {manifest.parent.absolute()}, the manifest's folder, expected it inside. "
                           f"Put the manifest above the data, for example --out {above}, or link the data into its folder.")
     return Folder(path, "" if relative == os.curdir else relative.replace(os.sep, "/"))
-
-
-def _found(id: str, draw: Callable | None = None, **fields) -> Found:
-    """A Found for a Record's fields; a caption or label of nothing but spaces is none."""
-    for name in ("label", "caption"):
-        fields[name] = " ".join(fields.get(name, "").split()) or None
-    if fields["label"] is None and (fields["caption"] is None or fields.get("mask") or fields.get("box")):
-        return Found(id, reason="empty label")
-    try:
-        return Found(id, Record(id, **fields), draw=draw)
-    except ManifestError as error:
-        return Found(f"{id}: {error}", reason="malformed sample")
 
 
 def _box(x: float, y: float, width: float, height: float) -> tuple[float, float, float, float]:
@@ -122,7 +90,7 @@ def openimages(classes: Path, annotations: Path, images: list[Folder], masks: li
                 if row["LabelName"] not in names:
                     yield Found(id, reason="unknown class")
                 else:
-                    yield _found(id, image=image, mask=mask, box=box, label=names[row["LabelName"]], split=split)
+                    yield sample(id, image=image, mask=mask, box=box, label=names[row["LabelName"]], split=split)
 
 
 # COCO ---------------------------------------------------------------------------------------------------------------
@@ -163,7 +131,7 @@ def coco(instances: Path, captions: Path | None, images: Folder, masks: Folder, 
         def draw(segmentation=segmentation, width=width, height=height) -> Image.Image:
             return _draw(rle, segmentation, width, height)
 
-        yield _found(id, draw, image=image, mask=masks.inside(f"{annotation_id % 1000:03d}/{annotation_id}.png"), box=box,
+        yield sample(id, draw, image=image, mask=masks.inside(f"{annotation_id % 1000:03d}/{annotation_id}.png"), box=box,
                      label=label, caption=str(described.get(image_id, {}).get("caption", "")), split=split)
 
 
@@ -229,43 +197,6 @@ def _run_lengths(text: str) -> list[int]:
     return counts
 
 
-# Plain folders ------------------------------------------------------------------------------------------------------
-
-
-def folder(data: Folder, split: str) -> Iterator[Found]:
-    """A folder of triples, each in one of two forms; a sample's id is its image's name without ending.
-
-        fire_hydrant_image.png  fire_hydrant_mask.png                the label is "fire hydrant"
-        NAME.jpg                NAME_mask.png          NAME.txt      the label is the text file's content
-
-    A text file named like the image wins in the first form too.
-    """
-    files = sorted(path.name for path in data.path.iterdir() if path.suffix.lower() in PICTURES)
-    stems = {Path(name).stem: name for name in reversed(files)}
-
-    def is_mask(stem: str) -> bool:  # an image may be called gas_mask.jpg; its mask is gas_mask_mask.png
-        return stem.endswith("_mask") and f"{stem}_mask" not in stems
-
-    for name in files:
-        stem = Path(name).stem
-        if is_mask(stem):
-            of = stem.removesuffix("_mask")
-            if of not in stems and f"{of}_image" not in stems:
-                yield Found(stem, reason="missing image")
-            continue
-        of = stem.removesuffix("_image")
-        text = data.path / f"{stem}.txt"
-        try:
-            label = text.read_text("utf-8-sig") if of == stem or text.exists() else of.replace("_", " ")
-        except FileNotFoundError:
-            yield Found(stem, reason="missing label")
-        except (OSError, UnicodeDecodeError):
-            yield Found(stem, reason="unreadable label")
-        else:
-            mask = stems.get(f"{of}_mask", stems.get(f"{stem}_mask", f"{of}_mask.png"))
-            yield _found(stem, image=data.inside(name), mask=data.inside(mask), label=label, split=split)
-
-
 # Official lists -----------------------------------------------------------------------------------------------------
 
 
@@ -286,11 +217,11 @@ def official(listing: Path, images: Folder, masks: Folder, split: str) -> Iterat
                     raise ValueError("line too long")
                 item = ast.literal_eval(line.strip())
                 if "image_name" in item:
-                    found = _found(f"{listing.stem}_{number}", image=images.inside(item["image_name"]),
+                    found = sample(f"{listing.stem}_{number}", image=images.inside(item["image_name"]),
                                    caption=item["text"], split=split)
                 else:
                     x, y, width, height = item["box"]
-                    found = _found(f"{item['image_id']}_{item['box_id']}", image=images.inside(item["image"]),
+                    found = sample(f"{item['image_id']}_{item['box_id']}", image=images.inside(item["image"]),
                                    mask=masks.inside(item["mask_image"]), box=_box(x, y, width, height),
                                    label=item["label"], split=split)
             except (ValueError, SyntaxError, TypeError, KeyError, AttributeError, RecursionError, MemoryError):

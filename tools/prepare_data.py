@@ -101,6 +101,8 @@ def prepare(manifest, sources, arguments) -> int:
         if path is not None and not path.is_file():
             raise sources.SourceError(f"--{name} {path} is not a file, expected one; see --help.")
 
+    from cat_core.training.folder import triples
+
     def folder(path: Path) -> sources.Folder:
         return sources.locate(path, out)
 
@@ -111,7 +113,7 @@ def prepare(manifest, sources, arguments) -> int:
         found = sources.coco(arguments.instances, arguments.captions, folder(arguments.images),
                              sources.Folder(drawn, drawn.name), arguments.split)
     elif arguments.source == "folder":
-        found = sources.folder(folder(arguments.data), arguments.split)
+        found = triples(folder(arguments.data), arguments.split)
     else:
         found = sources.official(arguments.list, folder(arguments.images), folder(arguments.masks), arguments.split)
 

@@ -43,6 +43,9 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+    parser.add_argument("--samples-every", type=int, default=1000, metavar="N",
+                        help="draw RUN/samples/step-N.png on four fixed samples every N steps: inpainted pictures, or for "
+                             "sem-inpainter the similarity of features; 0 = never")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--licence", default="unknown", help="licence of the result, for its header")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
@@ -87,16 +90,18 @@ def main() -> int:
 def run(arguments) -> Path:
     """Load, build, cache, train."""
     import torch
-    from cat_diffusion.cat_core.training import loop, samples
+    from cat_diffusion.cat_core.training import loop, samples, start
     from cat_diffusion.cat_core.training.objectives import Diffusion, Distillation, stable_diffusion_schedule
     from cat_diffusion.cat_core.training.stages import STAGES
     from cat_diffusion.nodes.denoiser import Denoiser, trainable_unet
+    from sample_pictures import SamplePictures
 
     stage = STAGES[arguments.stage].scaled(arguments.rates)
     diffusion = stage.objective == "diffusion"
     file = load(arguments.base, diffusion)
-    modules = trainable_parts(file, arguments.seed)
+    modules = start.trainable_parts(file.architecture, file.parts, arguments.seed)
     encoders, store = encoded_samples(file, stage.objective, arguments.data, arguments.split, arguments.size, arguments.cache)
+    fresh = store.fresh if arguments.cache else store
     with torch.inference_mode():
         empty = encoders.context([""]) if diffusion else None
     source = samples.Source(store, arguments.batch_size, arguments.seed, empty)
@@ -108,7 +113,14 @@ def run(arguments) -> Path:
     else:
         objective = Distillation(modules["sem_inpainter"], arguments.masked)
     settings = loop.Settings(arguments.steps, arguments.batch_size, arguments.micro_batch_size, arguments.warmup,
-                             final_rate=arguments.final_rate, precision=arguments.precision, seed=arguments.seed, save_every=arguments.save_every)
+                             final_rate=arguments.final_rate, precision=arguments.precision, seed=arguments.seed,
+                             save_every=arguments.save_every)
+
+    pictures = SamplePictures(stage, file, modules, encoders, fresh, arguments.run, arguments.seed)
+
+    def on_step(step, figures):
+        if arguments.samples_every and step % arguments.samples_every == 0:
+            pictures.draw(step)
 
     def encoded(step, positions):
         with torch.no_grad():
@@ -116,9 +128,8 @@ def run(arguments) -> Path:
 
     try:
         return loop.train(stage, objective, modules, encoded, arguments.run, settings, file.architecture,
-                          provenance=f"trained on {arguments.data.name}", licence=arguments.licence, cpu=arguments.cpu)
+                          provenance=f"trained on {arguments.data.name}", licence=arguments.licence, cpu=arguments.cpu, on_step=on_step)
     finally:
-        fresh = store.fresh if arguments.cache else store
         if fresh.report.skipped:
             print(f"\n{fresh.report}")
 
@@ -156,42 +167,19 @@ def encoded_samples(file, objective: str, data: Path, split: str, size: int, cac
 
 def with_cat_parts(parts, architecture):
     """Describe the CAT parts that will be made anew: as wide as CLIP, one adapter a transformer block."""
-    from cat_diffusion.cat_core.config import RefAdapterConfig, SemInpainterConfig, block_order
+    from cat_diffusion.cat_core.training import start
 
     vision, text = parts["clip_vision"], parts["clip_text"]
     width = vision["vision_model.post_layernorm.weight"].shape[0]
     layers = len({key.split(".")[3] for key in vision if key.startswith("vision_model.encoder.layers.")})
-    text_width = text["text_model.final_layer_norm.weight"].shape[0]
     if architecture.sem_inpainter is None:
         heads = architecture.clip_vision_num_heads or max(width // 64, 1)
-        architecture = dataclasses.replace(architecture, sem_inpainter=SemInpainterConfig(
-            width, 4 * width, layers, heads, 16, text_width, 4 * text_width, 4 * width, 4 * width))
+        text_size = text["text_model.final_layer_norm.weight"].shape[0]
+        architecture = dataclasses.replace(architecture, sem_inpainter=start.sem_inpainter_config(width, layers, heads, text_size))
     if architecture.ref_adapter is None and "unet" in parts:
-        blocks = [(key.removesuffix(".attn2.to_q.weight"), tensor.shape[0]) for key, tensor in parts["unet"].items()
-                  if key.endswith(".attn2.to_q.weight")]
-        architecture = dataclasses.replace(architecture, ref_adapter=RefAdapterConfig(
-            width, architecture.unet_num_heads, tuple(sorted(blocks, key=block_order))))
+        adapter = start.ref_adapter_config(parts["unet"], architecture.unet_num_heads, width)
+        architecture = dataclasses.replace(architecture, ref_adapter=adapter)
     return architecture
-
-
-def trainable_parts(file, seed: int):
-    """SemInpainter and RefAdapter in fp32: from the file, or fresh (normal 0.02; RefAdapter's output zero: no effect yet)."""
-    import torch
-    from cat_diffusion.cat_core import weights
-
-    generator = torch.Generator().manual_seed(seed)
-    modules = weights.cat_modules(file.architecture, dtype=torch.float32)
-    for part, module in modules.items():
-        if part in file.parts:
-            module.load_state_dict(file.parts[part])
-            continue
-        for name, parameter in module.named_parameters():
-            with torch.no_grad():
-                if name.endswith("bias") or ".attn3.to_out." in name:
-                    parameter.zero_()
-                elif parameter.ndim > 1:
-                    parameter.normal_(std=0.02, generator=generator)
-    return modules
 
 
 if __name__ == "__main__":

@@ -51,17 +51,20 @@ def combine(objective, terms: Terms, totals: Mapping[str, torch.Tensor]) -> torc
 
 
 def train(stage: Stage, objective: nn.Module, modules: Mapping[str, nn.Module], source: Callable[[int, range], Batch],
-          folder: Path, settings: Settings, architecture: Architecture, *, provenance: str, licence: str,
-          cpu: bool = False) -> Path:
+          folder: Path | None, settings: Settings, architecture: Architecture, *, provenance: str, licence: str,
+          cpu: bool = False, on_step: Callable[[int, Mapping[str, float]], None] = lambda step, figures: None) -> Path | None:
     """Train until `settings.steps`, from the newest complete checkpoint in `folder` if there is one.
 
     Args:
         objective: see objectives.py; holds the modules.
         modules: part name -> module, for all parts that the stage trains.
         source: (step, positions in the global batch) -> batch.
+        folder: for checkpoints and log; without one nothing is written, and the trained modules are the result.
         cpu: do not use a GPU even if there is one.
+        on_step: called in the main process after each step, with the number of steps done and their figures; what it
+            raises ends the run between two steps.
     Returns:
-        the CAT weights file of the last checkpoint.
+        the CAT weights file of the last checkpoint, None without a folder.
     Raises:
         TrainingError: loss not finite, disk full, or settings that do not fit the folder.
     """
@@ -73,11 +76,11 @@ def train(stage: Stage, objective: nn.Module, modules: Mapping[str, nn.Module], 
         module.requires_grad_(part in dict(stage.rates)).train(part in dict(stage.rates))
     groups = [{"params": list(modules[part].parameters()), "lr": rate, "rate": rate} for part, rate in stage.rates]
     optimiser = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
-    first = _resume(folder, stage, settings, modules, optimiser)
+    first = _resume(folder, stage, settings, modules, optimiser) if folder else 0
     model, prepared = accelerator.prepare(objective, optimiser)
     if accelerator.scaler is not None and first:
         accelerator.scaler.load_state_dict(_state(_newest(folder))["scaler"])
-    log = Log(folder / "log.csv", first, settings) if accelerator.is_main_process else None
+    log = Log(folder / "log.csv", first, settings) if folder and accelerator.is_main_process else None
 
     def save(step):
         accelerator.wait_for_everyone()
@@ -90,7 +93,7 @@ def train(stage: Stage, objective: nn.Module, modules: Mapping[str, nn.Module], 
             start = time.monotonic()
             figures = _step(step, accelerator, model, objective, prepared, source, settings)
             if not math.isfinite(figures["loss"]):
-                newest = _newest(folder)
+                newest = folder and _newest(folder)
                 raise TrainingError(f"The loss of step {step + 1} is {figures['loss']}. Nothing was overwritten; the newest "
                                     f"good checkpoint is {newest.name if newest else 'none yet'}. Lower the rates, warm up "
                                     "longer, or use bf16 instead of fp16.")
@@ -98,19 +101,28 @@ def train(stage: Stage, objective: nn.Module, modules: Mapping[str, nn.Module], 
             if log:
                 log.add(step + 1, figures)
             stop = accelerator.reduce(torch.tensor(float(interrupt.asked), device=accelerator.device)).item() > 0
-            if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps or stop:
+            if folder and ((step + 1) % settings.save_every == 0 or step + 1 == settings.steps or stop):
                 save(step + 1)
+            if accelerator.is_main_process:
+                on_step(step + 1, figures)
             if stop:
                 raise KeyboardInterrupt
-    return _newest(folder) / "weights.safetensors"
+    return folder and _newest(folder) / "weights.safetensors"
+
+
+def require_accelerate() -> None:
+    """Raise TrainingError unless this Python has what the loop is built on."""
+    try:
+        import accelerate  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise TrainingError(f"Training needs {error.name}, which this Python does not have. Install it with: "
+                            f'"{sys.executable}" -m pip install "accelerate>=1.0"') from error
 
 
 def _accelerator(settings: Settings, cpu: bool):
-    try:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
-    except ModuleNotFoundError as error:
-        raise TrainingError(f"{sys.executable} has no {error.name}. Install what training needs: "
-                            "pip install -r requirements-train.txt") from error
+    require_accelerate()
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
     return Accelerator(cpu=cpu, mixed_precision=settings.precision, kwargs_handlers=[
         DistributedDataParallelKwargs(find_unused_parameters=True)])  # the diffusion stages leave post_layernorm alone
 

@@ -79,21 +79,21 @@ def encode(records: Sequence[manifest.Record], prepared: Sequence[dict], encoder
 
 def encode_holes(prepared: Sequence[dict], encoders: Encoders, objective: str) -> Batch:
     """What depends on the mask."""
-    patches, image = encoders.image(_stack(prepared, "seen"))
-    batch = {"patches": patches.float(), "image": image.float(), "patch_mask": _stack(prepared, "patch_mask")}
+    patches, image = encoders.image(_column(prepared, "seen"))
+    batch = {"patches": patches.float(), "image": image.float(), "patch_mask": _column(prepared, "patch_mask")}
     if objective == "diffusion":
-        batch |= {"masked_latent": encoders.latent(_stack(prepared, "masked_picture")).float(),
-                  "latent_mask": _stack(prepared, "latent_mask")}
+        batch |= {"masked_latent": encoders.latent(_column(prepared, "masked_picture")).float(),
+                  "latent_mask": _column(prepared, "latent_mask")}
     return batch
 
 
 def encode_whole(records: Sequence[manifest.Record], prepared: Sequence[dict], encoders: Encoders, objective: str) -> Batch:
     """What does not depend on the mask."""
-    patches, image = encoders.image(_stack(prepared, "whole"))
+    patches, image = encoders.image(_column(prepared, "whole"))
     batch = {"teacher_patches": patches, "teacher_image": image,
              "text": encoders.text([record.label or record.caption for record in records])}
     if objective == "diffusion":
-        batch |= {"latent": encoders.latent(_stack(prepared, "picture")),
+        batch |= {"latent": encoders.latent(_column(prepared, "picture")),
                   "context": encoders.context([record.caption or record.label for record in records])}
     return {key: value.float() for key, value in batch.items()}
 
@@ -197,8 +197,31 @@ class Shards:
         return {key: shard.get_tensor(name) for key, name in found + names.get((index, "both"), [])} if found else None
 
     def batch(self, picks, prepared) -> Batch:
-        stacked = {key: torch.stack([sample[key] for sample in prepared]) for key in prepared[0]}
-        return {key: value.float() if value.is_floating_point() else value.long() for key, value in stacked.items()}
+        return {key: value.float() if value.is_floating_point() else value.long() for key, value in _stack(prepared).items()}
+
+
+class Kept:
+    """Encoded once, kept in memory as it is: for small folders. 4 MB a record for stage 1 with CLIP ViT-L/14."""
+
+    def __init__(self, fresh: Fresh):
+        self.fresh = fresh
+        self.kept: dict[tuple[int, str], dict | None] = {}
+
+    def __len__(self):
+        return len(self.fresh)
+
+    def usable(self, index: int, variant: str) -> dict | None:
+        if (index, variant) not in self.kept:
+            sample = self.fresh.usable(index, variant)
+            if sample is not None:
+                sample = {key: value[0].clone() for key, value in self.fresh.batch([(index, variant)], [sample]).items()}
+                for other in filter(None, (self.kept.get((index, other)) for other in VARIANTS)):
+                    sample |= {key: value for key, value in other.items() if _shared(key)}
+            self.kept[index, variant] = sample
+        return self.kept[index, variant]
+
+    def batch(self, picks, prepared) -> Batch:
+        return _stack(prepared)
 
 
 class Source:
@@ -208,7 +231,7 @@ class Source:
     that cannot be used is replaced by the next one.
     """
 
-    def __init__(self, store: Fresh | Shards, batch_size: int, seed: int, empty_context: torch.Tensor | None = None):
+    def __init__(self, store: Fresh | Shards | Kept, batch_size: int, seed: int, empty_context: torch.Tensor | None = None):
         self.store, self.batch_size, self.seed, self.empty_context = store, batch_size, seed, empty_context
         self.order: tuple[int, torch.Tensor] = (-1, torch.empty(0))
         if not len(store):
@@ -251,7 +274,16 @@ def _mix(seed: int, number: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:7], "big")
 
 
-def _stack(prepared: Sequence[dict], key: str) -> torch.Tensor:
+def _shared(key: str) -> bool:
+    """Whether a sample's tensor is the same for every variant of its hole."""
+    return key.startswith("teacher_") or key in ("text", "context", "latent")
+
+
+def _stack(samples: Sequence[dict]) -> Batch:
+    return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+
+
+def _column(prepared: Sequence[dict], key: str) -> torch.Tensor:
     return torch.stack([sample[key] for sample in prepared])
 
 

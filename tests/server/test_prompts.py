@@ -86,6 +86,11 @@ CONTRACT = {
     "CATInpaintConditioning": (["positive", "negative", "vae", "image", "mask", "fill", "noise_mask"],
                                ["CONDITIONING", "CONDITIONING", "LATENT"]),
     "CATScheduler": (["model", "steps", "denoise"], ["SIGMAS"]),
+    "CATTrainSemInpainter": (["clip_vision", "clip", "folder", "steps", "batch_size", "learning_rate", "masked_loss", "precision",
+                              "seed", "filename_prefix", "licence", "cat_model"], ["CAT_MODEL", "IMAGE"]),
+    "CATTrainRefAdapter": (["model", "clip_vision", "clip", "vae", "folder", "size", "steps", "batch_size", "micro_batch_size",
+                            "checkpointing", "learning_rate", "precision", "seed", "filename_prefix", "licence", "cat_model"],
+                           ["CAT_MODEL", "IMAGE"]),
 }
 
 

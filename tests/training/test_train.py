@@ -137,16 +137,21 @@ def test_the_cache_is_filled_once_and_gives_the_same_losses(uninterrupted, tiny_
 
 
 @pytest.mark.parametrize("stage, parts, more", [
-    ("ref-adapter", {"ref_adapter"}, ["--checkpointing"]), ("ref-adapter-unet", {"ref_adapter", "unet"}, []),
-    ("cascade-sem-inpainter", {"sem_inpainter"}, []), ("cascade", {"sem_inpainter", "ref_adapter", "unet"}, ["--precision", "bf16"])])
+    ("ref-adapter", {"ref_adapter"}, ["--checkpointing", "--samples-every", 2]), ("ref-adapter-unet", {"ref_adapter", "unet"}, []),
+    ("cascade-sem-inpainter", {"sem_inpainter"}, []), ("cascade", {"sem_inpainter", "ref_adapter", "unet"}, ["--precision", "bf16", "--samples-every", 2])])
 def test_every_other_stage_trains_its_parts_and_resumes(tiny_file, data, tmp_path, stage, parts, more):
     from cat_core import weights
 
     train(stage, tiny_file, data, tmp_path / "run", "--steps", 2, *more)
-    train(stage, tiny_file, data, tmp_path / "run", "--steps", 3, *more)
-    assert len(losses(tmp_path / "run")) == 3
-    file = weights.read(tmp_path / "run/checkpoint-00000003/weights.safetensors")
+    train(stage, tiny_file, data, tmp_path / "run", "--steps", 4, *more)
+    assert len(losses(tmp_path / "run")) == 4
+    file = weights.read(tmp_path / "run/checkpoint-00000004/weights.safetensors")
     assert set(file.parts) == parts
+    if "--samples-every" not in more:
+        return
+    two, four = sheets(tmp_path / "run")  # input, inpainted, original
+    changed = [(two[:, left:left + 256] != four[:, left:left + 256]).any() for left in (0, 256, 512)]
+    assert changed == [False, True, False]
 
 
 def test_fresh_parts_on_a_plain_inpainting_checkpoint(tiny, data, tmp_path):
@@ -175,6 +180,22 @@ def test_fresh_parts_on_a_plain_inpainting_checkpoint(tiny, data, tmp_path):
     full = weights.read(tmp_path / "full.safetensors")
     full.require(*weights.PREFIXES)
     assert full.architecture.unet_num_heads == full.architecture.ref_adapter.num_heads == 4
+
+
+def test_sample_pictures_show_similarity_and_change_no_loss(uninterrupted, tiny_file, data, tmp_path):
+    train("sem-inpainter", tiny_file, data, tmp_path / "run", "--steps", 4, "--samples-every", 2)
+    assert losses(tmp_path / "run") == losses(uninterrupted)[:4]
+    two, four = sheets(tmp_path / "run")
+    assert (two[20:276, 256:512] == four[20:276, 256:512]).all() and (two[20:276, 512:] != four[20:276, 512:]).any()
+
+
+def sheets(run):
+    """The two sheets of four samples."""
+    paths = sorted((run / "samples").iterdir())
+    assert [path.name for path in paths] == ["step-00000002.png", "step-00000004.png"]
+    pictures = [np.asarray(Image.open(path)).astype(int) for path in paths]
+    assert all(picture.shape == (20 + 4 * 276, 3 * 256, 3) for picture in pictures)
+    return pictures
 
 
 def test_another_run_in_the_folder_is_not_continued(uninterrupted, tiny_file, data):
