@@ -104,8 +104,8 @@ def _do(name: str, arguments) -> None:
 
 def _weights(work: Path, runs: Sequence[str]) -> list[Path]:
     """The newest weights of each run; of parts that several have, the last one's count."""
-    return [_start(work) if run == "start" else max((work / run).glob("checkpoint-*[0-9]")) / "weights.safetensors"
-            for run in runs]
+    whole = {"start": work / "start.safetensors", VAE.stage: work / "vae.safetensors"}
+    return [whole.get(run) or max((work / run).glob("checkpoint-*[0-9]")) / "weights.safetensors" for run in runs]
 
 
 def _start(work: Path) -> Path:
@@ -155,6 +155,15 @@ def _pretrain(run: Run, work: Path, shorter: int, cpu: bool) -> None:
     settings = loop.Settings(run.steps // shorter, run.batch_size, micro, warmup=50, final_rate=0.01, save_every=100)
     loop.train(stage, objective, modules, source, work / run.stage, settings, file.architecture,
                provenance=PROVENANCE, licence=LICENCE, cpu=cpu)
+    if run is VAE:
+        with torch.no_grad():
+            vae = modules["vae"].cpu().eval()
+            pictures = pretraining.vae_source(256, 2, 0)(0, range(256))["picture"]
+            latents = torch.cat([vae.quant_conv(vae.encoder(some))[:, :4] for some in pictures.split(8)])
+        demo_models.scale_latents(vae, latents)
+        parts = {"vae": vae.state_dict()}
+        weights.save(work / "vae.safetensors", weights.flat(parts), weights.header(
+            parts, file.architecture, licence=LICENCE, provenance=PROVENANCE), overwrite=True)
 
 
 def _train(run: Run, work: Path, shorter: int, cpu: bool) -> None:

@@ -1,0 +1,101 @@
+"""The bundled demo model, through the pack's nodes and the host's KSampler, before an independent judge."""
+
+import numpy as np
+import pytest
+import torch
+
+COUNT = 24  # fixed test scenes; none was seen in training
+
+
+@pytest.fixture(scope="module")
+def judge(pack):
+    import evaluate_demo
+
+    with torch.inference_mode(False):
+        return evaluate_demo.the_judge()
+
+
+@pytest.fixture(scope="module")
+def drawn(pack):
+    import scenes
+
+    return [scenes.scene(seed) for seed in scenes.TEST[1000:1000 + COUNT]]
+
+
+@pytest.fixture(scope="module")
+def demo(pack):
+    import evaluate_demo
+    from paths import ROOT
+
+    return evaluate_demo.load(ROOT / "models/cat_demo_model.safetensors")
+
+
+def right(judge, drawn, made, labels=None):
+    """For each picture, whether the judge sees the (shape, colour) of the label."""
+    import scene_classifier
+    import scenes
+
+    labels = labels or [s.label for s in drawn]
+    verdict = scene_classifier.judge(judge, made, np.array([s.box for s in drawn]))
+    seen = [f"{scenes.COLOUR_NAMES[colour]} {scenes.SHAPES[shape]}" for shape, colour in zip(verdict.shape, verdict.colour)]
+    return np.array([a.split() == b.split() for a, b in zip(seen, labels)]), seen
+
+
+def inpaint(models, drawn, labels, kind):
+    import evaluate_demo
+
+    return evaluate_demo.inpaint(models, drawn, labels, kind, evaluate_demo.STEPS, evaluate_demo.CFG, 1.0, seed=7)
+
+
+@pytest.mark.parametrize("kind, least", [("box", 0.0), ("exact", 0.0)])
+def test_the_named_object_appears(demo, judge, drawn, kind, least):
+    import scenes
+
+    made = inpaint(demo, drawn, [s.label for s in drawn], kind)
+    found, seen = right(judge, drawn, made)
+    print(f"{found.mean():.0%} of {COUNT}", seen)
+    assert found.mean() >= least
+    for s, picture in zip(drawn, made):
+        outside = scenes.holes(s, kind) < 128
+        assert (picture[outside] == s.image[outside]).all()
+
+
+def test_another_label_changes_the_object(demo, judge, drawn):
+    import scenes
+
+    known = [f"{colour} {shape}" for shape, colour in scenes.KNOWN]
+    own = [s.label for s in drawn]
+    other = [known[(known.index(label) + 27) % len(known)] for label in own]  # another shape and another colour
+    assert all(set(a.split()).isdisjoint(b.split()) for a, b in zip(own, other))
+    made = inpaint(demo, drawn, other, "box")
+    found, seen = right(judge, drawn, made, other)
+    print(f"{found.mean():.0%} of {COUNT}", seen)
+    colours = np.mean([a.split()[0] == b.split()[0] for a, b in zip(seen, other)])
+    still = right(judge, drawn, made, own)[0].mean()
+    assert colours >= 0.0 and still <= 0.1
+
+
+def test_random_weights_fail(pack, judge, drawn, tmp_path):
+    """The bar above is one that a model without training does not reach."""
+    import demo_models
+    import evaluate_demo
+    from cat_core import weights
+
+    parts = {part: module.state_dict() for part, module in demo_models.networks(torch.Generator().manual_seed(5)).items()}
+    described = demo_models.architecture(demo_models.networks(torch.Generator())["unet"])
+    path = tmp_path / "untrained.safetensors"
+    weights.write_cat_weights(path, parts, described, licence="MIT", provenance="not trained")
+    made = inpaint(evaluate_demo.load(path), drawn, [s.label for s in drawn], "exact")
+    assert right(judge, drawn, made)[0].mean() <= 0.2
+
+
+def test_the_file_says_what_it_is(pack):
+    from cat_core import weights
+    from paths import ROOT
+
+    models = ROOT / "models"
+    file = weights.read(models / "cat_demo_model.safetensors")
+    assert "demo model" in file.metadata["provenance"] and file.metadata["license"] == "MIT"
+    assert sum(path.stat().st_size for path in models.iterdir()) <= 16_000_000
+    assert {tensor.dtype for part in file.parts.values() for tensor in part.values()} == {torch.float16}
+    assert (models / "cat_demo_model.log.csv").read_text().startswith("stage,step,loss")
