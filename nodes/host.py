@@ -122,7 +122,9 @@ def say(text: str) -> None:
     if context is not None:
         from server import PromptServer
 
-        PromptServer.instance.send_progress_text(text, context.node_id)
+        server = getattr(PromptServer, "instance", None)
+        if server is not None:
+            server.send_progress_text(text, context.node_id)
 
 
 @contextmanager
