@@ -29,7 +29,7 @@ class Run:
     stage: str
     steps: int
     batch_size: int
-    rate: float  # of new parts; see RATES
+    rate: float  # of new parts; a stage's pretrained parts have a tenth
     base: tuple[str, ...]  # the earlier runs whose weights it starts from; "start" is the fresh networks
 
 
@@ -38,10 +38,10 @@ CLIP = Run("clip", 1200, 32, 2e-3, ("start",))
 VAE = Run("vae", 1400, 16, 1e-3, ("start",))
 WHOLE_PICTURES = 1250  # the VAE's step from which it sees whole pictures instead of crops
 RUNS = (
-    Run("sem-inpainter", 1500, 32, 1e-3, ("start", "clip")),
-    Run("unet", 3000, 32, 1e-3, ("start", "clip", "vae")),
-    Run("ref-adapter-unet", 800, 32, 5e-4, ("start", "clip", "vae", "unet")),
-    Run("cascade", 600, 32, 3e-4, ("start", "clip", "vae", "sem-inpainter", "ref-adapter-unet")),
+    Run("sem-inpainter", 800, 32, 1e-3, ("start", "clip")),
+    Run("unet", 2000, 32, 1e-3, ("start", "clip", "vae")),
+    Run("ref-adapter-unet", 300, 32, 5e-4, ("start", "clip", "vae", "unet")),
+    Run("cascade", 400, 32, 3e-3, ("start", "clip", "vae", "sem-inpainter", "ref-adapter-unet")),
 )
 ORDER = ("scenes", CLIP.stage, VAE.stage, "cache", *(run.stage for run in RUNS), "file")
 
@@ -170,9 +170,10 @@ def _train(run: Run, work: Path, shorter: int, cpu: bool) -> None:
     """One of CAT-Diffusion's own stages, as tools/train.py runs it."""
     import demo_models
     import train
+    from cat_diffusion.cat_core.training.stages import NEW
     options = ["--run", work / run.stage, "--cache", work / "cache", "--steps", run.steps // shorter, "--batch-size",
                run.batch_size, "--micro-batch-size", run.batch_size, "--size", demo_models.SIZE, "--warmup", 50,
-               "--rates", run.rate / 1e-4, "--final-rate", 0.02, "--save-every", 200, "--licence", LICENCE]
+               "--rates", run.rate / NEW, "--final-rate", 0.02, "--save-every", 200, "--samples-every", 0, "--licence", LICENCE]
     words = [run.stage, "--data", work / "scenes/manifest.jsonl", *options, "--base", *_weights(work, run.base)]
     train.run(train.command_line().parse_args([str(word) for word in words] + ["--cpu"] * cpu))
 
