@@ -99,23 +99,6 @@ def scene(seed: int, size: int = 128) -> Scene:
                  tuple(f"{colour} {shape}" for (shape, colour), *_ in objects), _caption(objects, family))
 
 
-def batch(seeds: Iterable[int], size: int = 128) -> dict[str, np.ndarray]:
-    """Scenes stacked by field, for training without files.
-
-    image, without (B, S, S, 3) uint8; mask (B, S, S) uint8; box (B, 4) float32; shape, colour (B,) int64, indices
-    into SHAPES and COLOUR_NAMES; label, caption (B,) str.
-    """
-    scenes = [scene(seed, size) for seed in seeds]
-    stacked = {field: np.stack([getattr(s, field) for s in scenes]) for field in ("image", "without", "mask")}
-    return stacked | {
-        "box": np.array([s.box for s in scenes], np.float32),
-        "shape": np.array([SHAPES.index(s.shape) for s in scenes]),
-        "colour": np.array([COLOUR_NAMES.index(s.colour) for s in scenes]),
-        "label": np.array([s.label for s in scenes]),
-        "caption": np.array([s.caption for s in scenes]),
-    }
-
-
 def holes(scene: Scene, kind: str) -> np.ndarray:
     """The hole to inpaint, (S, S) uint8, 255 = repaint: CAT-Diffusion trains on half of each kind.
 
