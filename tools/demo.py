@@ -32,13 +32,15 @@ def main() -> int:
     parser.add_argument("--comfyui", help="an existing ComfyUI folder; installed into the cache if not given")
     parser.add_argument("--python", help="the Python that runs that ComfyUI")
     parser.add_argument("--label", help='what to draw, such as "red star" (default: what the scene had there)')
-    parser.add_argument("--scene", type=int, default=0, help="number of the test scene")
+    parser.add_argument("--scene", type=int, default=0, help="number of the test scene, 0 to 99999")
     parser.add_argument("--hole", choices=("box", "exact"), default="box", help="the object's box or its exact outline")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--full-size", action="store_true", help="a photograph and random weights of full size (3.5 GB)")
     parser.add_argument("--steps", type=positive, help="sampling steps (default 20; 4 for random weights, which gain nothing by more)")
     parser.add_argument("--out", type=Path, default=Path("cat_demo.png"), help="where to write the picture")
     arguments = parser.parse_args()
+    if not 0 <= arguments.scene < 100_000:
+        parser.error(f"there is no scene {arguments.scene}: expected 0 to 99999")
     out = arguments.out.absolute()
     if not out.parent.is_dir() or out.suffix.lower() not in (".png", ".jpg", ".webp"):
         parser.error(f"cannot write {out}: expected a name ending in .png, .jpg or .webp in a folder that exists")

@@ -104,8 +104,15 @@ def _do(name: str, arguments) -> None:
 
 def _weights(work: Path, runs: Sequence[str]) -> list[Path]:
     """The newest weights of each run; of parts that several have, the last one's count."""
-    whole = {"start": work / "start.safetensors", VAE.stage: work / "vae.safetensors"}
-    return [whole.get(run) or max((work / run).glob("checkpoint-*[0-9]")) / "weights.safetensors" for run in runs]
+    from cat_diffusion.cat_core.training.loop import TrainingError
+    paths = []
+    for run in runs:
+        whole = {"start": work / "start.safetensors", VAE.stage: work / "vae.safetensors"}.get(run)
+        newest = whole or max((work / run).glob("checkpoint-*[0-9]"), default=work / run) / "weights.safetensors"
+        if not newest.exists():
+            raise TrainingError(f"There is no {newest}. The step {run} comes first.")
+        paths.append(newest)
+    return paths
 
 
 def _start(work: Path) -> Path:

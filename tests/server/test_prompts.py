@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from paths import ROOT
 
+WORKFLOWS = ["cat_demo", "cat_inpaint"]
+
 
 def picture(server, result, node="13"):
     return np.asarray(Image.open(server.image_path(result.outputs[node]["images"][0])).convert("RGB")).astype(int)
@@ -47,10 +49,11 @@ def test_the_object_lands_where_the_hole_is(prompt, run):
         assert abs(scaled.width / scaled.height / (width / height) - 1) < 0.1
 
 
-def test_the_ui_workflow_is_the_same_graph_as_the_api_one(server):
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_the_ui_workflow_is_the_same_graph_as_the_api_one(server, name):
     """Every node, link and value of the drag-in file against its scripting twin."""
-    ui = json.loads((ROOT / "workflows/cat_inpaint.json").read_text())
-    api = json.loads((ROOT / "workflows/api/cat_inpaint.json").read_text())
+    ui = json.loads((ROOT / f"workflows/{name}.json").read_text())
+    api = json.loads((ROOT / f"workflows/api/{name}.json").read_text())
     links = {link[0]: link for link in ui["links"]}
     nodes = {str(node["id"]): node for node in ui["nodes"] if node["type"] != "MarkdownNote"}
     assert nodes.keys() == api.keys()
@@ -272,9 +275,10 @@ def test_help_pages_and_workflow_are_served(server, base):
     for name in CONTRACT:
         page = urllib.request.urlopen(f"{server.url}/extensions/cat-diffusion/docs/{name}.md").read().decode()
         assert page.startswith("# CAT ") and len(page) > 200
-    assert server.get("/workflow_templates")["cat-diffusion"] == ["cat_inpaint"]
-    served = server.get("/api/workflow_templates/cat-diffusion/cat_inpaint.json")
-    assert served == json.loads((ROOT / "workflows/cat_inpaint.json").read_text())
+    assert sorted(server.get("/workflow_templates")["cat-diffusion"]) == WORKFLOWS
+    for name in WORKFLOWS:
+        served = server.get(f"/api/workflow_templates/cat-diffusion/{name}.json")
+        assert served == json.loads((ROOT / f"workflows/{name}.json").read_text())
 
 
 def test_the_pack_brings_no_dependency_and_no_heavy_import():

@@ -74,7 +74,8 @@ def test_an_existing_comfyui_is_checked(tmp_path):
         hosts.existing_host(str(COMFYUI), str(tmp_path / "python"))
 
 
-@pytest.mark.parametrize("tool", ["demo.py", "parity.py", "convert.py", "test.py", "random_checkpoint.py", "train.py"])
+@pytest.mark.parametrize("tool", ["demo.py", "parity.py", "convert.py", "test.py", "random_checkpoint.py", "train.py",
+                                  "train_demo.py", "evaluate_demo.py"])
 def test_every_tool_explains_itself(tool):
     run = subprocess.run([sys.executable, ROOT / "tools" / tool, "--help"], capture_output=True, text=True)
     assert run.returncode == 0 and "usage:" in run.stdout
@@ -118,17 +119,37 @@ inside.interruptible(main)
             os.kill(pid, 0)
 
 
-@pytest.mark.full
-def test_the_demo_on_an_existing_comfyui(full_file, tmp_path):
+def run_demo(*arguments):
     environment = {key: value for key, value in os.environ.items() if key != "CAT_DIFFUSION_COMFYUI"}
     before = sorted(COMFYUI.rglob("*.safetensors"))
-    run = subprocess.run([sys.executable, ROOT / "tools/demo.py", "--comfyui", COMFYUI, "--python", sys.executable,
-                          "--steps", "1", "--out", tmp_path / "out.png"], capture_output=True, text=True, env=environment)
+    run = subprocess.run([sys.executable, ROOT / "tools/demo.py", "--comfyui", COMFYUI, "--python", sys.executable, *arguments],
+                         capture_output=True, text=True, env=environment)
     print(run.stdout)
     assert run.returncode == 0, run.stdout + run.stderr
-    for line in ("random", "start ComfyUI", "load checkpoint", "CLIP and SemInpainter", "sample", f"Picture: {tmp_path / 'out.png'}"):
+    for line in ("NOTE: ", "start ComfyUI", "load checkpoint", "CLIP and SemInpainter", "sample", "Photo, mask and result: "):
         assert line in run.stdout
-    made, photo, mask = (np.asarray(Image.open(path).convert(mode)).astype(int) for path, mode in
-                         ((tmp_path / "out.png", "RGB"), (ROOT / "tools/demo/photo.jpg", "RGB"), (ROOT / "tools/demo/mask.png", "L")))
+    assert sorted(COMFYUI.rglob("*.safetensors")) == before
+    return run.stdout
+
+
+def thirds(path):
+    whole = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    return np.split(whole, 3, axis=1)
+
+
+def test_the_demo_draws_with_the_demo_model(tmp_path):
+    out = run_demo("--label", "white circle", "--scene", "3", "--hole", "exact", "--out", tmp_path / "out.png")
+    assert "demo model" in out and "random" not in out and str(tmp_path / "out.png") in out
+    photo, mask, made = thirds(tmp_path / "out.png")
+    assert photo.shape == (384, 384, 3)
+    inside, outside = (mask == 255).all(2), (mask == 0).all(2)
+    assert np.abs(made - photo)[outside].mean() < 1 and np.abs(made - photo)[inside].mean() > 5
+    assert made[inside].mean() > 170  # white
+
+
+@pytest.mark.full
+def test_the_demo_with_random_weights_of_full_size(full_file, tmp_path):
+    assert "random weights" in run_demo("--full-size", "--steps", "1", "--out", tmp_path / "out.png")
+    photo, mask, made = thirds(tmp_path / "out.png")
+    assert (photo == np.asarray(Image.open(ROOT / "tools/demo/photo.jpg")).astype(int)).all()
     assert (made[mask == 0] == photo[mask == 0]).all() and np.abs(made[mask == 255] - photo[mask == 255]).mean() > 5
-    assert sorted(COMFYUI.rglob("*.safetensors")) == before and not (COMFYUI / "output/cat_inpaint_00001_.png").exists()
