@@ -18,7 +18,8 @@ class CATLoadCheckpoint(io.ComfyNode):
             category=CATEGORY,
             description="Load a full CAT-Diffusion checkpoint: U-Net, text encoder, VAE, CLIP vision and the CAT parts.",
             inputs=[io.Combo.Input("checkpoint", options=host.list_files(),
-                                   tooltip="A full checkpoint in models/cat_diffusion (.safetensors or .ckpt).")],
+                                   tooltip="A full checkpoint in models/cat_diffusion (.safetensors or .ckpt), or the pack's "
+                                           "cat_demo_model, which knows coloured shapes only.")],
             outputs=[
                 io.Model.Output(tooltip="The fine-tuned inpainting U-Net, still without RefAdapter."),
                 io.Clip.Output(tooltip="The text encoder, for prompts and for CAT Semantic Inpaint."),
