@@ -190,7 +190,8 @@ class Shards:
             names: dict = {}
             for name in self.open_shards[number].keys():
                 owner, kind, key = name.split(".", 2)
-                names.setdefault((int(owner), kind), []).append((key, name))
+                if not (self.borrowed and key in ("latent", "masked_latent", "latent_mask", "context")):
+                    names.setdefault((int(owner), kind), []).append((key, name))
             self.open_shards[number] = (self.open_shards[number], names)
         shard, names = self.open_shards[number]
         found = names.get((index, variant), [])

@@ -136,7 +136,26 @@ def test_the_cache_is_filled_once_and_gives_the_same_losses(uninterrupted, tiny_
     assert shards == {path: path.stat().st_mtime_ns for path in cache.glob("shard-*")}
 
 
+def test_stage_1_can_use_a_diffusion_stages_cache(uninterrupted, tiny_file, data, tmp_path):
+    cache = tmp_path / "cache"
+    train("unet", tiny_file, data, tmp_path / "unet", "--steps", 1, "--cache", cache)
+    train("sem-inpainter", tiny_file, data, tmp_path / "sem", "--steps", 2, "--cache", cache)
+    assert losses(tmp_path / "sem") == pytest.approx(losses(uninterrupted)[:2], rel=1e-2)
+    next(cache.glob("shard-*")).unlink()
+    broken = train("sem-inpainter", tiny_file, data, tmp_path / "broken", "--steps", 2, "--cache", cache, code=1)
+    assert "is not complete. Start that stage first" in broken.stderr
+
+
+def test_rates_rise_and_decay():
+    from cat_core.training.loop import Settings, _rate
+
+    constant, falling = Settings(steps=100, warmup=10), Settings(steps=100, warmup=10, final_rate=0.1)
+    assert [_rate(step, constant) for step in (0, 4, 9, 50, 99)] == pytest.approx([0.1, 0.5, 1, 1, 1])
+    assert [_rate(step, falling) for step in (50, 100)] == pytest.approx([0.55, 0.1])
+
+
 @pytest.mark.parametrize("stage, parts, more", [
+    ("unet", {"unet"}, ["--rates", 2, "--final-rate", 0.5]),
     ("ref-adapter", {"ref_adapter"}, ["--checkpointing", "--samples-every", 2]), ("ref-adapter-unet", {"ref_adapter", "unet"}, []),
     ("cascade-sem-inpainter", {"sem_inpainter"}, []), ("cascade", {"sem_inpainter", "ref_adapter", "unet"}, ["--precision", "bf16", "--samples-every", 2])])
 def test_every_other_stage_trains_its_parts_and_resumes(tiny_file, data, tmp_path, stage, parts, more):
