@@ -41,20 +41,25 @@ def right(judge, drawn, made, labels=None):
     return np.array([a.split() == b.split() for a, b in zip(seen, labels)]), seen
 
 
+def same_colour(seen, labels):
+    return np.mean([a.split()[0] == b.split()[0] for a, b in zip(seen, labels)])
+
+
 def inpaint(models, drawn, labels, kind):
     import evaluate_demo
 
     return evaluate_demo.inpaint(models, drawn, labels, kind, evaluate_demo.STEPS, evaluate_demo.CFG, 1.0, seed=7)
 
 
-@pytest.mark.parametrize("kind, least", [("box", 0.0), ("exact", 0.0)])
+@pytest.mark.parametrize("kind, least", [("box", 0.1), ("exact", 0.5)])
 def test_the_named_object_appears(demo, judge, drawn, kind, least):
+    """The colour nearly always; the shape, which a box does not give away, less often."""
     import scenes
 
     made = inpaint(demo, drawn, [s.label for s in drawn], kind)
     found, seen = right(judge, drawn, made)
     print(f"{found.mean():.0%} of {COUNT}", seen)
-    assert found.mean() >= least
+    assert found.mean() >= least and same_colour(seen, [s.label for s in drawn]) >= 0.9
     for s, picture in zip(drawn, made):
         outside = scenes.holes(s, kind) < 128
         assert (picture[outside] == s.image[outside]).all()
@@ -70,9 +75,7 @@ def test_another_label_changes_the_object(demo, judge, drawn):
     made = inpaint(demo, drawn, other, "box")
     found, seen = right(judge, drawn, made, other)
     print(f"{found.mean():.0%} of {COUNT}", seen)
-    colours = np.mean([a.split()[0] == b.split()[0] for a, b in zip(seen, other)])
-    still = right(judge, drawn, made, own)[0].mean()
-    assert colours >= 0.0 and still <= 0.1
+    assert same_colour(seen, other) >= 0.9 and same_colour(seen, own) <= 0.1
 
 
 def test_random_weights_fail(pack, judge, drawn, tmp_path):
@@ -86,7 +89,8 @@ def test_random_weights_fail(pack, judge, drawn, tmp_path):
     path = tmp_path / "untrained.safetensors"
     weights.write_cat_weights(path, parts, described, licence="MIT", provenance="not trained")
     made = inpaint(evaluate_demo.load(path), drawn, [s.label for s in drawn], "exact")
-    assert right(judge, drawn, made)[0].mean() <= 0.2
+    found, seen = right(judge, drawn, made)
+    assert found.mean() <= 0.2 and same_colour(seen, [s.label for s in drawn]) <= 0.4
 
 
 def test_the_file_says_what_it_is(pack):
