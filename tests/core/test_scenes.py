@@ -166,8 +166,9 @@ def test_classifier_learns_and_survives_a_file(tmp_path):
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
     assert sum(p.numel() for p in model.parameters()) < 200_000
     scene_classifier.save(tmp_path / "judge.safetensors", model)
-    fresh = scenes.batch(scene_classifier.UNSEEN[:6])
-    verdicts = [scene_classifier.judge(m, fresh["image"], fresh["box"])
+    fresh = [scenes.scene(seed) for seed in scene_classifier.UNSEEN[:6]]
+    images, boxes = np.stack([s.image for s in fresh]), np.array([s.box for s in fresh])
+    verdicts = [scene_classifier.judge(m, images, boxes)
                 for m in (model, scene_classifier.load(tmp_path / "judge.safetensors"))]
     for field in ("shape", "colour", "shape_probability", "colour_probability"):
         assert np.array_equal(getattr(verdicts[0], field), getattr(verdicts[1], field))
