@@ -159,7 +159,7 @@ def _pretrain(run: Run, work: Path, shorter: int, cpu: bool) -> None:
         objective = pretraining.Reconstruction(**modules)
         source, micro = pretraining.vae_source(run.batch_size, 1, WHOLE_PICTURES // shorter), run.batch_size
     stage = Stage(run.stage, "pretraining", tuple((part, run.rate) for part in modules))
-    settings = loop.Settings(run.steps // shorter, run.batch_size, micro, warmup=50, final_rate=0.01, save_every=100)
+    settings = loop.Settings(max(run.steps // shorter, 1), run.batch_size, micro, warmup=50, final_rate=0.01, save_every=100)
     loop.train(stage, objective, modules, source, work / run.stage, settings, file.architecture,
                provenance=PROVENANCE, licence=LICENCE, cpu=cpu)
     if run is VAE:
@@ -178,7 +178,7 @@ def _train(run: Run, work: Path, shorter: int, cpu: bool) -> None:
     import demo_models
     import train
     from cat_diffusion.cat_core.training.stages import NEW
-    options = ["--run", work / run.stage, "--cache", work / "cache", "--steps", run.steps // shorter, "--batch-size",
+    options = ["--run", work / run.stage, "--cache", work / "cache", "--steps", max(run.steps // shorter, 1), "--batch-size",
                run.batch_size, "--micro-batch-size", run.batch_size, "--size", demo_models.SIZE, "--warmup", 50,
                "--rates", run.rate / NEW, "--final-rate", 0.02, "--save-every", 200, "--samples-every", 0, "--licence", LICENCE]
     words = [run.stage, "--data", work / "scenes/manifest.jsonl", *options, "--base", *_weights(work, run.base)]

@@ -78,7 +78,7 @@ def test_clip_is_judged_on_every_object_that_shows(pack):
     with torch.no_grad():
         terms, watched = objective(batch)
         hidden = parts["clip_vision"](preprocess.clip_normalise(batch["pixels"]))[0][:, 1:]
-        texts = parts["clip_text"](tokenize(pretraining.LABELS))[2]  # the host's own forward pass, all 77 tokens
+        texts = parts["clip_text"](tokenize(pretraining.LABELS))[3]  # the host's own forward pass, all 77 tokens, not projected
 
         def logits(x):
             vision = parts["clip_vision"]
