@@ -53,7 +53,7 @@ def unet_of(model) -> Checkpoint:
 
 def trainable_unet(file: Checkpoint) -> nn.Module:
     """The host's U-Net class with the file's weights as fp32 parameters that can be trained."""
-    tensors = {key: tensor.float() for key, tensor in file.parts["unet"].items()}
+    tensors = file.parts["unet"]
     config = comfy.supported_models.SD15(comfy.model_detection.detect_unet_config(tensors, ""))
     config.unet_config["num_heads"] = file.architecture.unet_num_heads
     unet = comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel(

@@ -91,8 +91,9 @@ class Outline:
 
     @classmethod
     def draw(cls, shape: str, size: float, rng: np.random.Generator) -> "Outline":
-        """The shape at a random rotation; its bounding box's longer side is `size`."""
-        cos, sin = _direction(rng)
+        """The shape, turned by up to 23 degrees; its bounding box's longer side is `size`."""
+        tilt = 0.4 * (rng.random() - 0.5)  # tangent of half the angle
+        cos, sin = (1 - tilt * tilt) / (1 + tilt * tilt), 2 * tilt / (1 + tilt * tilt)
         discs = [(x * cos - y * sin, x * sin + y * cos, radius) for x, y, radius in _SHAPES[shape][1]]
         bounds = (min(x - r for x, _, r in discs), min(y - r for _, y, r in discs),
                   max(x + r for x, _, r in discs), max(y + r for _, y, r in discs))

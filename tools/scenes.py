@@ -35,7 +35,7 @@ KNOWN = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 # Split -> the pairs that its targets and its other objects may have.
 _ALLOWED = {"train": (KNOWN, KNOWN), "validation": (KNOWN, KNOWN), "test": (KNOWN, KNOWN),
             "held-out": (HELD_OUT, PAIRS), "judge": (PAIRS, PAIRS)}
-_SIZES = (0.22, 0.45)  # longer side of an object's bounding box
+_SIZES = (0.28, 0.48)  # longer side of an object's bounding box
 _SHEET = 64  # scenes on a contact sheet
 
 
@@ -102,17 +102,20 @@ def scene(seed: int, size: int = 128) -> Scene:
 def holes(scene: Scene, kind: str) -> np.ndarray:
     """The hole to inpaint, (S, S) uint8, 255 = repaint: CAT-Diffusion trains on half of each kind.
 
-    "exact" is every pixel that the target touches, dilated by 5x5; "box" is its bounding box, filled.
+    "exact" is every pixel that the target touches, dilated by 3x3; "box" is its bounding box, filled.
     """
     if kind == "exact":
-        touched = Image.fromarray(np.where(scene.mask > 0, 255, 0).astype(np.uint8))
-        return np.asarray(touched.filter(ImageFilter.MaxFilter(5)))
+        return np.asarray(Image.fromarray(_touched(scene)).filter(ImageFilter.MaxFilter(3)))
     if kind == "box":
         hole = np.zeros_like(scene.mask)
         x0, y0, x1, y1 = (round(edge * len(hole)) for edge in scene.box)
         hole[y0:y1, x0:x1] = 255
         return hole
     raise ValueError(f'a hole is "exact" or "box", not "{kind}"')
+
+
+def _touched(scene: Scene) -> np.ndarray:
+    return np.where(scene.mask > 0, 255, 0).astype(np.uint8)
 
 
 # Composition ------------------------------------------------------------------------------------------------------
@@ -179,7 +182,10 @@ def _with_article(word: str) -> str:
 
 
 def write(folder: str | os.PathLike, seeds: Iterable[int], size: int = 128) -> Path:
-    """Write pictures, masks and manifest.jsonl, one object a line; the manifest returned is complete or absent."""
+    """Write pictures, masks and manifest.jsonl, one object a line; the manifest returned is complete or absent.
+
+    A mask is white in every pixel that its object touches.
+    """
     folder, seeds = Path(folder), list(seeds)
     manifest = folder / "manifest.jsonl"
     if manifest.exists():
@@ -195,7 +201,7 @@ def write(folder: str | os.PathLike, seeds: Iterable[int], size: int = 128) -> P
             if done % 5 == 0:  # the official data has long captions for a fifth of its pictures
                 line["caption"] = s.caption
             Image.fromarray(s.image).save(folder / line["image"])
-            Image.fromarray(s.mask).save(folder / line["mask"])
+            Image.fromarray(_touched(s)).save(folder / line["mask"])
             lines.write(json.dumps(line) + "\n")
             if done % 100 == 0 or done == len(seeds):
                 print(f"\r{done}/{len(seeds)} scenes", end="\n" if done == len(seeds) else "", flush=True)

@@ -10,6 +10,7 @@ Needs requirements-train.txt. Prepare data with tools/prepare_data.py.
 
 import argparse
 import dataclasses
+import gc
 import os
 import sys
 from pathlib import Path
@@ -93,6 +94,7 @@ def run(arguments) -> Path:
     from cat_diffusion.cat_core.training import loop, samples, start
     from cat_diffusion.cat_core.training.objectives import Diffusion, Distillation, stable_diffusion_schedule
     from cat_diffusion.cat_core.training.stages import STAGES
+    from cat_diffusion.nodes import host
     from cat_diffusion.nodes.denoiser import Denoiser, trainable_unet
     from sample_pictures import SamplePictures
 
@@ -105,6 +107,7 @@ def run(arguments) -> Path:
     with torch.inference_mode():
         empty = encoders.context([""]) if diffusion else None
     source = samples.Source(store, arguments.batch_size, arguments.seed, empty)
+    architecture = file.architecture
     if diffusion:
         modules["unet"] = trainable_unet(file)
         denoiser = Denoiser(modules["unet"], modules["ref_adapter"], arguments.checkpointing)
@@ -116,10 +119,14 @@ def run(arguments) -> Path:
                              final_rate=arguments.final_rate, precision=arguments.precision, seed=arguments.seed,
                              save_every=arguments.save_every)
 
-    pictures = SamplePictures(stage, file, modules, encoders, fresh, arguments.run, arguments.seed)
+    pictures = SamplePictures(stage, file, modules, encoders, fresh, arguments.run, arguments.seed) if arguments.samples_every else None
+    if arguments.cache and not pictures:  # the frozen networks have done their work: their memory is wanted
+        file = encoders = fresh.encoders = None
+        host.clear_memory()
+        gc.collect()
 
     def on_step(step, figures):
-        if arguments.samples_every and step % arguments.samples_every == 0:
+        if pictures and step % arguments.samples_every == 0:
             pictures.draw(step)
 
     def encoded(step, positions):
@@ -127,7 +134,7 @@ def run(arguments) -> Path:
             return {key: value.clone() for key, value in source(step, positions).items()}  # free of inference mode
 
     try:
-        return loop.train(stage, objective, modules, encoded, arguments.run, settings, file.architecture,
+        return loop.train(stage, objective, modules, encoded, arguments.run, settings, architecture,
                           provenance=f"trained on {arguments.data.name}", licence=arguments.licence, cpu=arguments.cpu, on_step=on_step)
     finally:
         if fresh.report.skipped:

@@ -33,15 +33,15 @@ class Run:
     base: tuple[str, ...]  # the earlier runs whose weights it starts from; "start" is the fresh networks
 
 
-SCENES = 5000
-CLIP = Run("clip", 1200, 32, 2e-3, ("start",))
-VAE = Run("vae", 1400, 16, 1e-3, ("start",))
-WHOLE_PICTURES = 1250  # the VAE's step from which it sees whole pictures instead of crops
+SCENES = 10_000
+CLIP = Run("clip", 3000, 32, 2e-3, ("start",))
+VAE = Run("vae", 2800, 16, 1e-3, ("start",))
+WHOLE_PICTURES = 2500  # the VAE's step from which it sees whole pictures instead of crops
 RUNS = (
-    Run("sem-inpainter", 800, 32, 1e-3, ("start", "clip")),
-    Run("unet", 2000, 32, 1e-3, ("start", "clip", "vae")),
-    Run("ref-adapter-unet", 200, 32, 5e-4, ("start", "clip", "vae", "unet")),
-    Run("cascade", 500, 32, 6e-3, ("start", "clip", "vae", "sem-inpainter", "ref-adapter-unet")),
+    Run("sem-inpainter", 1600, 32, 1e-3, ("start", "clip")),
+    Run("unet", 4000, 32, 1e-3, ("start", "clip", "vae")),
+    Run("ref-adapter-unet", 1000, 32, 5e-4, ("start", "clip", "vae", "unet")),
+    Run("cascade", 1500, 32, 6e-3, ("start", "clip", "vae", "sem-inpainter", "ref-adapter-unet")),
 )
 ORDER = ("scenes", CLIP.stage, VAE.stage, "cache", *(run.stage for run in RUNS), "file")
 

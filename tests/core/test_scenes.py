@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 
 SEEDS = (*scenes.TRAIN[:24], *scenes.TEST[:24], *scenes.HELD_OUT_TEST[:24], *scenes.JUDGE[:8])
 # What seeds 0, 10_100_000 and 10_200_000 looked like when this was written; a change here changes the training data.
-DIGEST = "cd4d43a068f16965b2092fe4cdc0b4ffd498dee6eec0add1ab3b5f5803a5c87c"
+DIGEST = "fc4ad8a94808cf3cdc66e75a17563cb01355243174ce4de02e5f6497232eeae1"
 DIGEST_CODE = """
 import hashlib, sys
 sys.path.insert(0, "tools")
@@ -91,7 +91,7 @@ def test_box_is_tight_and_the_target_inside_the_picture(drawn):
         assert 0 < x0 < x1 < 96 and 0 < y0 < y1 < 96
         assert not s.mask[:y0].any() and not s.mask[y1:].any() and not s.mask[:, :x0].any() and not s.mask[:, x1:].any()
         assert all(line.any() for line in (s.mask[y0], s.mask[y1 - 1], s.mask[:, x0], s.mask[:, x1 - 1]))
-        assert 0.2 < max(s.box[2] - s.box[0], s.box[3] - s.box[1]) < 0.49
+        assert 0.26 < max(s.box[2] - s.box[0], s.box[3] - s.box[1]) < 0.52
 
 
 def test_every_pair_shows_its_shape_in_its_colour():
@@ -125,7 +125,7 @@ def test_holes(drawn):
         exact, box = scenes.holes(s, "exact"), scenes.holes(s, "box")
         assert set(np.unique(exact)) == set(np.unique(box)) == {0, 255}
         assert (exact[s.mask > 0] == 255).all() and (box[s.mask > 0] == 255).all()
-        dilated = np.asarray(Image.fromarray((s.mask > 0).astype(np.uint8)).filter(ImageFilter.MaxFilter(5)))
+        dilated = np.asarray(Image.fromarray((s.mask > 0).astype(np.uint8)).filter(ImageFilter.MaxFilter(3)))
         assert np.array_equal(exact, dilated * 255)
     with pytest.raises(ValueError, match='"exact" or "box", not "round"'):
         scenes.holes(drawn[0], "round")
@@ -150,7 +150,7 @@ def test_manifest_describes_what_is_on_disk(tmp_path):
     for seed, line in zip(scenes.HELD_OUT_TEST, lines):
         s = scenes.scene(seed, 48)
         assert np.array_equal(np.asarray(Image.open(tmp_path / "set" / line["image"])), s.image)
-        assert np.array_equal(np.asarray(Image.open(tmp_path / "set" / line["mask"])), s.mask)
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "set" / line["mask"])) == 255, s.mask > 0)
         assert tuple(line["box"]) == s.box
         assert (line["label"], line.get("caption", s.caption), line["split"]) == (s.label, s.caption, "held-out")
     assert Image.open(tmp_path / "sheet.png").width == 8 * 48
