@@ -22,11 +22,12 @@ class Denoiser(nn.Module):
     """(x (B, 9, h, w), timestep (B,), context (B, L, T), visual_prompt (B, M, D)) -> noise (B, 4, h, w).
 
     Args:
-        unet, ref_adapter: modules with real parameters (see `trainable_unet`).
+        unet: module with real parameters (see `trainable_unet`).
+        ref_adapter: the same, or None to leave the visual prompt unseen.
         checkpointing: compute activations of RefAdapters and transformer blocks again in the backward pass.
     """
 
-    def __init__(self, unet: nn.Module, ref_adapter: RefAdapter, checkpointing: bool = False):
+    def __init__(self, unet: nn.Module, ref_adapter: RefAdapter | None, checkpointing: bool = False):
         super().__init__()
         self.unet, self.ref_adapter = unet, ref_adapter
         if checkpointing:
@@ -38,7 +39,8 @@ class Denoiser(nn.Module):
         def middle_patch(hidden, extra_options):
             return hidden + self.ref_adapter.block(host.block_name(extra_options))(hidden, visual_prompt)
 
-        options = {"patches": {"middle_patch": [middle_patch]}, "optimized_attention_override": _differentiable}
+        options = {"patches": {"middle_patch": [middle_patch] if self.ref_adapter else []},
+                   "optimized_attention_override": _differentiable}
         return self.unet(x, timestep, context=context, transformer_options=options)
 
 

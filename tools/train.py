@@ -110,7 +110,7 @@ def run(arguments) -> Path:
     architecture = file.architecture
     if diffusion:
         modules["unet"] = trainable_unet(file)
-        denoiser = Denoiser(modules["unet"], modules["ref_adapter"], arguments.checkpointing)
+        denoiser = Denoiser(modules["unet"], modules["ref_adapter"] if stage.uses_ref_adapter else None, arguments.checkpointing)
         objective = Diffusion(denoiser, stable_diffusion_schedule(),
                               modules["sem_inpainter"] if stage.uses_sem_inpainter else None)
     else:

@@ -39,7 +39,7 @@ VAE = Run("vae", 2800, 16, 1e-3, ("start",))
 WHOLE_PICTURES = 2500  # the VAE's step from which it sees whole pictures instead of crops
 RUNS = (
     Run("sem-inpainter", 1600, 32, 1e-3, ("start", "clip")),
-    Run("unet", 4000, 32, 1e-3, ("start", "clip", "vae")),
+    Run("unet", 6000, 32, 1e-3, ("start", "clip", "vae")),
     Run("ref-adapter-unet", 1000, 32, 5e-4, ("start", "clip", "vae", "unet")),
     Run("cascade", 1500, 32, 6e-3, ("start", "clip", "vae", "sem-inpainter", "ref-adapter-unet")),
 )

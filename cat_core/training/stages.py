@@ -16,6 +16,7 @@ class Stage:
     objective: str  # "distillation" or "diffusion"
     rates: tuple[tuple[str, float], ...]
     uses_sem_inpainter: bool = False  # whether the diffusion objective's visual prompt comes from SemInpainter
+    uses_ref_adapter: bool = True  # whether the diffusion objective's denoiser sees the visual prompt at all
 
     def scaled(self, factor: float) -> "Stage":
         """The same stage with all rates times `factor`."""
@@ -26,7 +27,7 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("sem-inpainter", "distillation", (("sem_inpainter", NEW),)),
-        Stage("unet", "diffusion", (("unet", NEW),)),  # plain inpainting: a fresh RefAdapter adds nothing
+        Stage("unet", "diffusion", (("unet", NEW),), uses_ref_adapter=False),  # plain inpainting
         Stage("ref-adapter", "diffusion", (("ref_adapter", NEW),)),
         Stage("ref-adapter-unet", "diffusion", (("ref_adapter", NEW), ("unet", PRETRAINED))),
         Stage("cascade-sem-inpainter", "diffusion", (("sem_inpainter", PRETRAINED),), uses_sem_inpainter=True),

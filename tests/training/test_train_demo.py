@@ -15,7 +15,7 @@ pytest.importorskip("accelerate")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     command = [sys.executable, ROOT / "tools/train_demo.py", "--work", folder / "work", "--out", folder / "demo.safetensors",
-               "--shorter", "300", "--cpu"]
+               "--shorter", "400", "--cpu"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-3000:]
     return folder, command
