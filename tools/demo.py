@@ -31,7 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--comfyui", help="an existing ComfyUI folder; installed into the cache if not given")
     parser.add_argument("--python", help="the Python that runs that ComfyUI")
-    parser.add_argument("--label", help='what to draw, such as "red star" (default: what the scene had there)')
+    parser.add_argument("--label", help='what to draw, such as "red star" (default: what the scene has there)')
     parser.add_argument("--scene", type=int, default=2, help="number of the test scene, 0 to 99999")
     parser.add_argument("--hole", choices=("box", "exact"), default="exact", help="the object's box or its exact outline")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
@@ -92,7 +92,7 @@ def demo(arguments, out: Path) -> int:
         import scenes
         scene = scenes.scene(scenes.TEST[arguments.scene])
         workflow, label, steps, about = "cat_demo", arguments.label or scene.label, arguments.steps or 20, "demo model"
-        photo, mask = Image.fromarray(scene.image), Image.fromarray(scenes.holes(scene, arguments.hole))
+        photo, mask = Image.fromarray(scene.without), Image.fromarray(scenes.holes(scene, arguments.hole))
         print(f"NOTE: a small demo model that knows coloured shapes only, not the paper's weights. Drawing: {label}", flush=True)
     picture = photo.convert("RGBA")
     picture.putalpha(mask.point(lambda value: 255 - value))  # ComfyUI masks what is transparent

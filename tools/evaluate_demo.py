@@ -88,7 +88,10 @@ def load(checkpoint: Path):
 
 
 def inpaint(models, scenes_, labels, kind: str, steps: int, cfg: float, strength: float, seed: int):
-    """Fill the holes of scenes with the named objects; (B, S, S, 3) uint8, untouched outside the holes."""
+    """Fill the holes of scenes with the named objects; (B, S, S, 3) uint8, untouched outside the holes.
+
+    The nodes get the scene without its target: KSampler starts from the photo's latent, in which the target would shine through.
+    """
     import numpy as np
     import scenes
     import torch
@@ -100,7 +103,7 @@ def inpaint(models, scenes_, labels, kind: str, steps: int, cfg: float, strength
     for label, members in groups.items():
         for start in range(0, len(members), _AT_ONCE):
             some = members[start:start + _AT_ONCE]
-            image = torch.from_numpy(np.stack([scenes_[i].image for i in some])).float() / 255
+            image = torch.from_numpy(np.stack([scenes_[i].without for i in some])).float() / 255
             mask = torch.from_numpy(np.stack([scenes.holes(scenes_[i], kind) for i in some])).float() / 255
             with torch.inference_mode():
                 pictures = run_nodes(models, image, mask, label, steps, cfg, strength, seed + 1000 * some[0])
