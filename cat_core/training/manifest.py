@@ -237,14 +237,19 @@ def training_mask(mask: Image.Image | None, variant: str) -> Image.Image:
 
     Args:
         variant: segment, the mask dilated by 5x5, or box, its bounding box.
+    Raises:
+        SampleError: empty mask; the object is so small that nothing of it is left at 512x512.
     """
     hole = Image.new("L", (HOLE_SIZE, HOLE_SIZE))
     if mask is None:
         return hole
     mask = mask.resize(hole.size, Image.Resampling.BICUBIC)
+    box = mask.point(lambda value: 255 * (value >= MASKED)).getbbox()
+    if box is None:
+        raise SampleError("empty mask", f"it reaches {mask.getextrema()[1]} of 255 at {HOLE_SIZE}x{HOLE_SIZE}; the object is too small")
     if variant == "segment":
         return mask.filter(ImageFilter.MaxFilter(5))
-    hole.paste(255, mask.point(lambda value: 255 * (value >= MASKED)).getbbox())
+    hole.paste(255, box)
     return hole
 
 
