@@ -45,8 +45,8 @@ class CATCompareFeatures(io.ComfyNode):
         prompt = CATSemanticInpaint.execute(cat_model, clip_vision, clip, image, mask, text).args[0]
         m = prompt.patch_mask.flatten(1).bool()  # (B, N)
         if not m.any(1).all():
-            raise ValueError(f"The mask of {(~m.any(1)).sum()} of {len(m)} pictures is empty; there is nothing to compare. Paint "
-                             "it over the object.")
+            raise ValueError(f"The mask of {(~m.any(1)).sum()} of {len(m)} pictures is empty; there is nothing to compare. "
+                             "Paint it over the object.")
         _, whole, _ = see(clip_vision, *to_core(image))
         whole = whole.expand_as(prompt.before)  # one picture may have many masks
         means, patches = {}, {}
@@ -54,6 +54,6 @@ class CATCompareFeatures(io.ComfyNode):
             means[name] = masked_cosine(features, whole, m.float()).mean().item()  # pictures count alike
             patches[name] = torch.nn.functional.cosine_similarity(features, whole, dim=2)[m].tolist()
         picture = torch.from_numpy(np.array(plots.histogram(patches), np.float32) / 255)[None]
-        host.say(f"Cosine similarity to the truth in the hole: observed {means['observed']:.3f}, predicted {means['predicted']:.3f} "
-                 f"({m.sum():,} patches).")
+        host.say(f"Cosine similarity to the truth in the hole: observed {means['observed']:.3f}, "
+                 f"predicted {means['predicted']:.3f} ({m.sum():,} patches).")
         return io.NodeOutput(*means.values(), picture, ui=ui.PreviewImage(picture))

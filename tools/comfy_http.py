@@ -87,15 +87,16 @@ class Workflow:
         kinds = sorted({self.nodes[number]["class_type"] for number in found})
         if not found or (kind and kinds != [kind]):
             seen = ", ".join(kinds) or "none"
-            raise WorkflowError(f'{self.name}: nodes titled "{title}": {seen}; expected {kind or "one with a text"}. Give it that '
-                                "title in ComfyUI and export the workflow again.")
+            raise WorkflowError(f'{self.name}: nodes titled "{title}": {seen}; expected {kind or "one with a text"}. Give it '
+                                "that title in ComfyUI and export the workflow again.")
         return found
 
     def _change(self, change: str) -> None:
         place, equals, value = change.partition("=")
         title, dot, name = place.rpartition(".")
         if not (equals and dot):
-            raise WorkflowError(f"{change!r} is not a change; expected TITLE.input=value, such as Checkpoint.ckpt_name=sd15.safetensors.")
+            raise WorkflowError(f"{change!r} is not a change; expected TITLE.input=value, such as "
+                                "Checkpoint.ckpt_name=sd15.safetensors.")
         nodes = [node for node in self.nodes.values() if _title(node) == title]
         if not nodes:
             titles = ", ".join(sorted({_title(node) for node in self.nodes.values()} - {""}))
@@ -152,7 +153,8 @@ class Server:
         """Put a picture into the server's input folder, over one of that name; returns what LoadImage calls it."""
         boundary = uuid.uuid4().hex
         fields = {"type": "input", "subfolder": "generate", "overwrite": "true"}
-        parts = [f'--{boundary}\r\nContent-Disposition: form-data; name="{key}"\r\n\r\n{value}\r\n' for key, value in fields.items()]
+        parts = [f'--{boundary}\r\nContent-Disposition: form-data; name="{key}"\r\n\r\n{value}\r\n'
+                 for key, value in fields.items()]
         head = (f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n'
                 "Content-Type: image/png\r\n\r\n")
         body = "".join([*parts, head]).encode() + content + f"\r\n--{boundary}--\r\n".encode()

@@ -16,6 +16,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import comfy_http
@@ -46,14 +47,16 @@ def main() -> int:
     parser.add_argument("workflow", type=Path, help="workflow in API format, with nodes titled Photo, Mask and Label")
     parser.add_argument("--manifest", type=Path, required=True, help="samples (JSON lines), see tools/prepare_data.py")
     parser.add_argument("--split", default="test", help="which records of the manifest")
-    parser.add_argument("--hole", choices=("segment", "box"), default="segment", help="the object's dilated mask or its box, as in training")
+    parser.add_argument("--hole", choices=manifest.VARIANTS, default="segment",
+                        help="the object's dilated mask or its box, as in training")
     parser.add_argument("--size", type=_side, default=512, help="side of the pictures, in pixels")
     parser.add_argument("--seed", type=int, default=0, help="every sample's own seed comes from this number and its id")
-    parser.add_argument("--out", type=Path, required=True, metavar="RESULTS", help="folder for the results; continued if it exists")
+    parser.add_argument("--out", type=Path, required=True, metavar="RESULTS", help="folder for results; continued if it exists")
     parser.add_argument("--server", type=_url, nargs="+", required=True, metavar="URL", help="ComfyUI servers")
     parser.add_argument("--set", action="append", default=[], metavar="TITLE.INPUT=VALUE", dest="changes",
                         help="change a value of the workflow, such as Checkpoint.ckpt_name=sd15.safetensors; may be given again")
-    parser.add_argument("--patience", type=float, default=600, metavar="SECONDS", help="stop when no server has answered for so long")
+    parser.add_argument("--patience", type=float, default=600, metavar="SECONDS",
+                        help="stop when no server has answered for so long")
     arguments = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # ids may hold what a terminal cannot show
     try:
@@ -108,20 +111,19 @@ class Results:
     def __init__(self, folder: Path, workflow: comfy_http.Workflow, arguments):
         self.folder, self.size = folder, arguments.size
         self.failed = folder / "failed.jsonl"
-        self.common = {"hole": arguments.hole, "size": arguments.size, "workflow": workflow.name, "workflow_sha256": workflow.sha256}
+        self.common = {"hole": arguments.hole, "size": arguments.size, "workflow": workflow.name,
+                       "workflow_sha256": workflow.sha256}
         run = {"manifest": str(arguments.manifest.absolute()), "split": arguments.split, "seed": arguments.seed, **self.common,
                "changes": arguments.changes}
-        try:
+        with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
             found = _object(folder / "run.json")
             for key in ("split", "seed", *self.common):
                 if found and found.get(key) != run[key]:
-                    raise GenerateError(f"{folder} holds a run with {key} {found.get(key)}, not {run[key]}. Choose another --out, or "
-                                        "delete that folder.")
+                    raise GenerateError(f"{folder} holds a run with {key} {found.get(key)}, not {run[key]}. Choose another "
+                                        "--out, or delete that folder.")
             self._write("run.json", json.dumps(run, indent=1).encode())
             self.failed.write_text("")
-        except OSError as error:
-            raise GenerateError(f"Cannot write to {folder}: {error}. Check free space and permissions.") from error
 
     def facts(self, record, seed: int) -> dict:
         """What must be the same for a result to count as finished."""
@@ -146,17 +148,22 @@ class Results:
         png = io.BytesIO()
         picture.save(png, "PNG")
         about = {**self.facts(record, seed), "server": server, "seconds": seconds}
-        try:
+        with self._writing():
             self._write(f"{record.id}.png", png.getvalue())
             self._write(f"{record.id}.json", json.dumps(about, indent=1).encode())
-        except OSError as error:
-            raise GenerateError(f"Cannot write to {self.folder}: {error}. Check free space and permissions, then run the same "
-                                "command again.") from error
 
     def name_failed(self, id: str, error) -> None:
         """Put a sample that has no result, and why, on the list."""
-        with open(self.failed, "a", encoding="ascii") as file:
+        with self._writing(), open(self.failed, "a", encoding="ascii") as file:
             file.write(json.dumps({"id": id, "reason": error.reason, "detail": error.detail}) + "\n")
+
+    @contextmanager
+    def _writing(self):
+        try:
+            yield
+        except OSError as error:
+            raise GenerateError(f"Cannot write to {self.folder}: {error}. Check free space and permissions, then run the same "
+                                "command again.") from error
 
     def _write(self, name: str, content: bytes) -> None:
         partial = self.folder / f"{name}.partial"
@@ -186,13 +193,13 @@ class Run:
         self.changed = threading.Condition()  # guards all of the above
         self.over = threading.Event()
         self.error: Exception | None = None
-        self.session = os.urandom(4).hex()  # keeps two runs on one server apart
+        self.session = os.urandom(4).hex()  # keeps apart the files of runs on one server
         self.bar = tqdm(total=total, unit=" pictures", smoothing=0, mininterval=0.2 if sys.stderr.isatty() else 30)
 
     def go(self) -> None:
         """Work until all samples are done; raises what stopped the run before."""
         threads = [threading.Thread(target=self._work, args=(server, f"{self.session}_{number}"), daemon=True)
-                   for server in self.servers for number in range(IN_FLIGHT)]
+                   for number, server in enumerate(self.servers * IN_FLIGHT)]  # servers may share their folders
         for thread in threads:
             thread.start()
         while not self.over.wait(0.5):
@@ -209,7 +216,7 @@ class Run:
             while (taken := self._take()) is not None:
                 record, losses = taken
                 try:
-                    self._sample(server, slot, record)
+                    self._sample(server, f"{slot}_{losses}", record)  # a new name: not from the server's cache
                 except comfy_http.Gone as gone:
                     self._give_back(server, record, losses + 1, gone)
                     self._await(server)
@@ -297,8 +304,9 @@ class Run:
                 return
             silent = time.monotonic() - max(began, *(server.answered for server in self.servers))
             if silent > self.arguments.patience:
-                self._stop(GenerateError(f"No server has answered for {silent:.0f} s: {', '.join(s.url for s in self.servers)}. "
-                                         f"What is finished is in {self.results.folder}; run the same command again to go on."))
+                urls = ", ".join(server.url for server in self.servers)
+                self._stop(GenerateError(f"No server has answered for {silent:.0f} s: {urls}. What is finished is in "
+                                         f"{self.results.folder}; run the same command again to go on."))
             wait = min(2 * wait, MOST_WAIT, max(self.arguments.patience - silent, 1))
 
     def _stop(self, error: Exception) -> None:
@@ -313,7 +321,8 @@ def sample_pictures(record, folder: Path, hole: str, size: int):
     if not record.hole:
         raise SampleError("no hole", "the record has neither mask nor box")
     photo, mask = manifest.load(record, folder)
-    return tuple(picture.resize((size, size), Image.Resampling.BICUBIC) for picture in (photo, manifest.training_mask(mask, hole)))
+    pictures = photo, manifest.training_mask(mask, hole)
+    return tuple(picture.resize((size, size), Image.Resampling.BICUBIC) for picture in pictures)
 
 
 def outcome(ended: dict, output: str) -> tuple[dict, float]:
@@ -334,8 +343,8 @@ def finished_picture(server: comfy_http.Server, image: dict, size: int):
     """Fetch what a prompt made, as RGB; raises SampleError if it cannot be used."""
     try:
         content = server.view(image)
-    except comfy_http.Refused as error:
-        raise SampleError("no picture", str(error)) from error
+    except comfy_http.Refused as error:  # a server that starts clears the temporary pictures of all in its folder
+        raise comfy_http.Gone("a picture that it made is gone") from error
     try:
         picture = Image.open(io.BytesIO(content)).convert("RGB")
     except Exception as error:  # whatever Pillow raises for what is broken

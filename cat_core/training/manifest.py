@@ -246,7 +246,8 @@ def training_mask(mask: Image.Image | None, variant: str) -> Image.Image:
     mask = mask.resize(hole.size, Image.Resampling.BICUBIC)
     box = mask.point(lambda value: 255 * (value >= MASKED)).getbbox()
     if box is None:
-        raise SampleError("empty mask", f"it reaches {mask.getextrema()[1]} of 255 at {HOLE_SIZE}x{HOLE_SIZE}; the object is too small")
+        raise SampleError("empty mask", f"it reaches {mask.getextrema()[1]} of 255 at {HOLE_SIZE}x{HOLE_SIZE}; the object is "
+                                        "too small")
     if variant == "segment":
         return mask.filter(ImageFilter.MaxFilter(5))
     hole.paste(255, box)

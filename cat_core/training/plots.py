@@ -58,7 +58,12 @@ def _panel(draw: ImageDraw.ImageDraw, top: int, lines: Mapping[str, tuple[list[f
 
 
 def histogram(series: Mapping[str, Sequence[float]], bins: int = 40) -> Image.Image:
-    """How often each cosine similarity occurs, as the paper's Fig. 4a: for up to three names, values in [-1, 1]; means are dashed."""
+    """How often each cosine similarity occurs, as the paper's Fig. 4a; dashed lines are means.
+
+    Args:
+        series: for one to three names, values in [-1, 1].
+        bins: of equal width, over the tenths that hold all values, up to 1.
+    """
     low = math.floor(10 * min(min(values) for values in series.values())) / 10
     high = max(1.0, low + 0.1)
     left, right, top, bottom = MARGIN + 12, WIDTH - 12, 28, PANEL - 24
@@ -68,8 +73,8 @@ def histogram(series: Mapping[str, Sequence[float]], bins: int = 40) -> Image.Im
     most, x = max(share.max() for share in shares.values()), left
     for (name, share), colour in zip(shares.items(), (GREY, BLUE, RED)):
         for i, value in enumerate(share):
-            edges = (left + (right - left) * place / bins for place in (i, i + 1))
-            draw.rectangle((next(edges), bottom - value / most * (bottom - top), next(edges), bottom), fill=(*colour, 110))
+            first, after = (left + (right - left) * place // bins for place in (i, i + 1))
+            draw.rectangle((first, bottom - value / most * (bottom - top), after - 1, bottom), fill=(*colour, 110))
         mean = sum(series[name]) / len(series[name])
         across = left + (mean - low) / (high - low) * (right - left)
         for y in range(top, bottom, 8):
@@ -78,9 +83,9 @@ def histogram(series: Mapping[str, Sequence[float]], bins: int = 40) -> Image.Im
         draw.line((x, 14, x + 14, 14), fill=colour, width=3)
         draw.text((x + 18, 8), text, fill="black")
         x += 34 + int(draw.textlength(text))
-    for value in (low, (low + high) / 2, high):
-        text = f"{value:.2f}"
-        draw.text((left + (value - low) / (high - low) * (right - left) - draw.textlength(text) / 2, bottom + 6), text, fill="black")
+    for place in (0, 0.5, 1):
+        text = f"{low + place * (high - low):.2f}"
+        draw.text((left + place * (right - left) - draw.textlength(text) / 2, bottom + 6), text, fill="black")
     for share in (0, most):
         draw.text((4, bottom - share / most * (bottom - top) - 6), f"{share:.1%}", fill="black")
     return picture
