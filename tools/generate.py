@@ -143,6 +143,12 @@ class Results:
         except Exception:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... for what is broken
             return False
 
+    def discard(self, record) -> None:
+        """Take away what is there of a sample that is not finished: it may fail now, and must not be measured then."""
+        with self._writing():
+            for suffix in (".json", ".png"):
+                (self.folder / f"{record.id}{suffix}").unlink(missing_ok=True)
+
     def write(self, record, seed: int, picture, server: str, seconds: float) -> None:
         """Keep a finished picture."""
         png = io.BytesIO()
@@ -246,6 +252,7 @@ class Run:
             seed = sample_seed(self.arguments.seed, record.id)
             there = self.results.finished(record, seed)
             if not there:
+                self.results.discard(record)
                 made = self._make(server, slot, record, seed)
                 if made is None:
                     return

@@ -180,10 +180,12 @@ def test_nobody_answers(workflow, data, tmp_path):
 
 
 def test_a_prompt_that_fails_is_named_and_a_prompt_that_is_refused_stops_the_run(server, workflow, data, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/scene 0.png").touch()
     arguments = ("--set", "Checkpoint.checkpoint=nan.safetensors")
     out, _ = finish(start(workflow, data, tmp_path / "out", *arguments, servers=[server.url]), 1)
     assert "21 samples: 0 kept, 21 skipped" in out and "error in CATLoadCheckpoint: 12" in out
-    assert "NaN or Inf" in (tmp_path / "out/failed.jsonl").read_text()
+    assert "NaN or Inf" in (tmp_path / "out/failed.jsonl").read_text() and not pictures(tmp_path / "out")
     _, error = finish(start(workflow, data, tmp_path / "out", servers=[server.url]), 1)  # without --set: another run
     assert "holds a run with workflow_sha256" in error and "Choose another --out" in error
     _, error = finish(start(workflow, data, tmp_path / "none", "--set", "Checkpoint.checkpoint=none", servers=[server.url]), 1)
