@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from . import host
+from .compare import CATCompareFeatures
 from .conditioning import CATInpaintConditioning, CATScheduler
 from .load import CATLoadCheckpoint, CATLoadWeights
 from .ref_adapter import CATApplyRefAdapter
@@ -10,7 +11,7 @@ from .train import CATTrainRefAdapter, CATTrainSemInpainter
 from .visual_prompt import CATEncodeVisualPrompt, CATSemanticInpaint
 
 NODES = [CATLoadCheckpoint, CATLoadWeights, CATSemanticInpaint, CATEncodeVisualPrompt, CATApplyRefAdapter,
-         CATInpaintConditioning, CATScheduler, CATTrainSemInpainter, CATTrainRefAdapter]
+         CATInpaintConditioning, CATScheduler, CATCompareFeatures, CATTrainSemInpainter, CATTrainRefAdapter]
 
 
 class CATDiffusionExtension(ComfyExtension):

@@ -41,7 +41,7 @@ class CATSemanticInpaint(io.ComfyNode):
             raise ValueError("The text is empty. Type the name of the object that belongs in the hole.")
         config = cat_model.architecture.sem_inpainter
         host.check_clip_vision(clip_vision, config.hidden_size, config.grid_size)
-        patch_mask, patches, image_feature = _see(clip_vision, *to_core(image, mask))
+        patch_mask, patches, image_feature = see(clip_vision, *to_core(image, mask))
         if not patch_mask.any():
             host.say("The mask is empty: the visual prompt is just the photo's own features. Paint a mask to change it.")
         elif patch_mask.all():
@@ -74,11 +74,11 @@ class CATEncodeVisualPrompt(io.ComfyNode):
     @classmethod
     def execute(cls, clip_vision, image, mask=None) -> io.NodeOutput:
         host.check_clip_vision(clip_vision)
-        patch_mask, patches, _ = _see(clip_vision, *to_core(image, mask))
+        patch_mask, patches, _ = see(clip_vision, *to_core(image, mask))
         return io.NodeOutput(features.VisualPrompt(features.pool(patches), patches, patches, torch.zeros_like(patch_mask)))
 
 
-def _see(clip_vision, image, mask) -> list[torch.Tensor]:
+def see(clip_vision, image, mask) -> list[torch.Tensor]:
     """The core's image and mask -> patch mask (B, 1, G, G), patch features (B, N, D), image feature (B, D)."""
     parts = []
     for rows in host.chunks(len(image)):

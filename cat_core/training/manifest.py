@@ -26,9 +26,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Iterable, Iterator
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
 SPLITS = ("train", "validation", "test")
+VARIANTS = ("segment", "box")  # how the hole is made of the object's mask
+HOLE_SIZE = 512  # pixels; preprocess.SIZE, without torch
 MASKED = 128  # grey level from which a mask's pixel counts as masked, as in preprocess.clip_input
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in [0, 1]
@@ -228,6 +230,28 @@ def box_mask(box: Box, size: tuple[int, int]) -> Image.Image:
     mask = Image.new("L", size)
     mask.paste(255, (int(x0 * width), int(y0 * height), int(x1 * width), int(y1 * height)))
     return mask
+
+
+def training_mask(mask: Image.Image | None, variant: str) -> Image.Image:
+    """The object's mask of any size -> the hole at 512x512, 8 bits, white = repaint; black without an object.
+
+    Args:
+        variant: segment, the mask dilated by 5x5, or box, its bounding box.
+    Raises:
+        SampleError: empty mask; the object is so small that nothing of it is left at 512x512.
+    """
+    hole = Image.new("L", (HOLE_SIZE, HOLE_SIZE))
+    if mask is None:
+        return hole
+    mask = mask.resize(hole.size, Image.Resampling.BICUBIC)
+    box = mask.point(lambda value: 255 * (value >= MASKED)).getbbox()
+    if box is None:
+        raise SampleError("empty mask", f"it reaches {mask.getextrema()[1]} of 255 at {HOLE_SIZE}x{HOLE_SIZE}; the object is "
+                                        "too small")
+    if variant == "segment":
+        return mask.filter(ImageFilter.MaxFilter(5))
+    hole.paste(255, box)
+    return hole
 
 
 def _picture(path: Path, kind: str, mode: str) -> Image.Image:

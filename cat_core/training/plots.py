@@ -1,9 +1,10 @@
-"""Pictures of a run, drawn with Pillow: its curves, and sheets of samples."""
+"""Pictures drawn with Pillow: a run's curves, histograms of similarities, and sheets of samples."""
 
 import itertools
 import math
 from typing import Mapping, Sequence
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
@@ -54,6 +55,40 @@ def _panel(draw: ImageDraw.ImageDraw, top: int, lines: Mapping[str, tuple[list[f
         points = [(left + (i + 1) / max(steps, 1) * (right - left), bottom - (value - low) / spread * (bottom - top))
                   for i, value in enumerate(line) if math.isfinite(value)]
         draw.line([(x - 2, y) for x, y in points[:1]] + points, fill=colour, width=2)  # a dot where there is one point
+
+
+def histogram(series: Mapping[str, Sequence[float]], bins: int = 40) -> Image.Image:
+    """How often each cosine similarity occurs, as the paper's Fig. 4a; dashed lines are means.
+
+    Args:
+        series: for one to three names, values in [-1, 1].
+        bins: of equal width, over the tenths that hold all values, up to 1.
+    """
+    low = math.floor(10 * min(min(values) for values in series.values())) / 10
+    high = max(1.0, low + 0.1)
+    left, right, top, bottom = MARGIN + 12, WIDTH - 12, 28, PANEL - 24
+    picture = Image.new("RGB", (WIDTH, PANEL), "white")
+    draw = ImageDraw.Draw(picture, "RGBA")
+    shares = {name: np.histogram(values, bins, (low, high))[0] / len(values) for name, values in series.items()}
+    most, x = max(share.max() for share in shares.values()), left
+    for (name, share), colour in zip(shares.items(), (GREY, BLUE, RED)):
+        for i, value in enumerate(share):
+            first, after = (left + (right - left) * place // bins for place in (i, i + 1))
+            draw.rectangle((first, bottom - value / most * (bottom - top), after - 1, bottom), fill=(*colour, 110))
+        mean = sum(series[name]) / len(series[name])
+        across = left + (mean - low) / (high - low) * (right - left)
+        for y in range(top, bottom, 8):
+            draw.line((across, y, across, y + 4), fill=colour, width=2)
+        text = f"{name}, mean {mean:.3f}"
+        draw.line((x, 14, x + 14, 14), fill=colour, width=3)
+        draw.text((x + 18, 8), text, fill="black")
+        x += 34 + int(draw.textlength(text))
+    for place in (0, 0.5, 1):
+        text = f"{low + place * (high - low):.2f}"
+        draw.text((left + place * (right - left) - draw.textlength(text) / 2, bottom + 6), text, fill="black")
+    for share in (0, most):
+        draw.text((4, bottom - share / most * (bottom - top) - 6), f"{share:.1%}", fill="black")
+    return picture
 
 
 def similarity(patches: torch.Tensor, teacher: torch.Tensor) -> Image.Image:

@@ -1,6 +1,6 @@
 """From a manifest's records to training batches that depend on nothing but the step.
 
-Masks: half the time the object's segment dilated by 5x5, half the time its bounding box, as the paper trains.
+Holes: half the time the object's segment, half the time its bounding box, as the paper trains.
 """
 
 import hashlib
@@ -13,14 +13,13 @@ from typing import Callable, Protocol, Sequence
 import numpy as np
 import safetensors
 import torch
-from PIL import Image, ImageFilter
 from safetensors.torch import save_file
 
 from .. import preprocess
 from . import manifest
+from .manifest import VARIANTS, training_mask
 from .objectives import Batch
 
-VARIANTS = ("segment", "box")
 DROP = 0.1  # share of samples that lose text and visual prompt together, for classifier-free guidance
 
 
@@ -38,18 +37,6 @@ class Encoders(Protocol):
 
     def latent(self, image: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, h, w)."""
-
-
-def training_mask(mask: Image.Image | None, variant: str) -> Image.Image:
-    """The object's mask of any size -> the hole at 512x512, 8 bits, white = repaint; black without an object."""
-    hole = Image.new("L", (preprocess.SIZE, preprocess.SIZE))
-    if mask is None:
-        return hole
-    mask = mask.resize(hole.size, Image.Resampling.BICUBIC)
-    if variant == "segment":
-        return mask.filter(ImageFilter.MaxFilter(5))
-    hole.paste(255, mask.point(lambda value: 255 * (value >= manifest.MASKED)).getbbox())
-    return hole
 
 
 def prepare(record: manifest.Record, folder: Path, variant: str, size: int, cell: int) -> dict[str, torch.Tensor]:

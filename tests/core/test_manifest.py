@@ -220,6 +220,14 @@ def test_load_says_why_not(tmp_path):
     assert reason(tmp_path, box=(0.5, 0.5, 0.501, 0.501)) == "empty mask"  # less than a pixel
 
 
+@pytest.mark.parametrize("variant", manifest.VARIANTS)
+def test_an_object_that_vanishes_at_the_training_size_is_a_bad_sample(variant):
+    dot = Image.new("L", (4000, 3000))
+    dot.putpixel((2000, 1500), 255)
+    with pytest.raises(SampleError, match="empty mask: it reaches .* too small"):
+        manifest.training_mask(dot, variant)
+
+
 def test_report_counts_and_keeps_few_examples():
     report = Report()
     for i in range(1000):

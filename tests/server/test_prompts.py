@@ -89,6 +89,7 @@ CONTRACT = {
     "CATInpaintConditioning": (["positive", "negative", "vae", "image", "mask", "fill", "noise_mask"],
                                ["CONDITIONING", "CONDITIONING", "LATENT"]),
     "CATScheduler": (["model", "steps", "denoise"], ["SIGMAS"]),
+    "CATCompareFeatures": (["cat_model", "clip_vision", "clip", "image", "mask", "text"], ["FLOAT", "FLOAT", "IMAGE"]),
     "CATTrainSemInpainter": (["clip_vision", "clip", "folder", "steps", "batch_size", "learning_rate", "masked_loss", "precision",
                               "seed", "filename_prefix", "licence", "cat_model"], ["CAT_MODEL", "IMAGE"]),
     "CATTrainRefAdapter": (["model", "clip_vision", "clip", "vae", "folder", "size", "steps", "batch_size", "micro_batch_size",
@@ -219,6 +220,20 @@ def test_an_empty_mask_is_said_and_goes_on(prompt, run):
     assert result.texts["7"].startswith("The mask is empty: the visual prompt is just the photo's own features.")
     prompt.inputs("LoadImage")["image"] = "photo.png"
     assert "7" not in run(prompt)[0].texts
+
+
+def test_features_are_compared_on_the_node(server, prompt, run):
+    prompt.add("compare", "CATCompareFeatures", **prompt.inputs("CATSemanticInpaint"))
+    for slot, name in enumerate(("observed", "predicted")):
+        prompt.add(name, "PreviewAny", source=["compare", slot])
+    prompt.add("plot", "PreviewImage", images=["compare", 2])
+    seen = []
+    result, _ = run(prompt, on_event=lambda kind, data: seen.append(data["node"]) if kind == "progress" else None)
+    observed, predicted = (float(result.outputs[name]["text"][0]) for name in ("observed", "predicted"))
+    assert -1 < predicted < observed < 1  # a random SemInpainter is worse than none
+    assert f"in the hole: observed {observed:.3f}, predicted {predicted:.3f} (" in result.texts["compare"]
+    assert picture(server, result, "compare").shape == (240, 640, 3) and "compare" in seen
+    assert (picture(server, result, "plot") == picture(server, result, "compare")).all()
 
 
 def test_an_image_with_alpha_is_taken_as_rgb(prompt, run):

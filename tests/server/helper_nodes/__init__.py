@@ -29,7 +29,11 @@ def unet(family, heads=4, **changes):
     config = family({**UNET, **changes})
     config.unet_config.update(num_heads=heads, num_head_channels=-1)
     config.set_inference_dtype(torch.float32, None)
-    return patcher(config.get_model({}, ""))
+    model = config.get_model({}, "")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return patcher(model)
 
 
 def flux():
