@@ -10,13 +10,12 @@ import numpy as np
 from PIL import Image
 
 from .measure import METRICS, RANKING, Estimate, Line, Measured, name
-from .metrics import LEVEL
 
 SHOWN = 4  # samples a section
-SIDE = 224  # pixels of a picture in the report
+SIDE = 448  # pixels of a picture in the file, at most; twice what is shown
 COLUMNS = ("metric", "name", "images", "value", "low", "high", "difference", "difference_low", "difference_high")
 _COLOURS = ("#8c8c8c", "#2a5ab4", "#c83c28", "#2e8b57", "#a05fb4", "#c88a1e")  # the first ones as in training/plots.py
-_PLOT = (520, 210, 40, 24)  # width, height, left and bottom margin
+_PLOT = (560, 220, 48, 24)  # width, height, left and bottom margin
 
 
 def rows(lines: Sequence[Line]) -> list[tuple]:
@@ -27,7 +26,7 @@ def rows(lines: Sequence[Line]) -> list[tuple]:
 def table(lines: Sequence[Line]) -> str:
     """The lines as text in columns, intervals in brackets."""
     cells = [("", "", "value", "difference to the first", "")]
-    cells += [(_title(line) if first else "", line.name, _text(line.estimate), _text(line.difference), verdict(line))
+    cells += [(_title(line) if first else "", line.name, _text(line.estimate), _text(line.difference, "+"), verdict(line))
               for line, first in _first_of_each(lines)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
@@ -72,24 +71,32 @@ def curves(edges: Sequence[float], counts: Mapping[str, Sequence[int]]) -> str:
     first, last = (used[0], used[-1] + 1) if len(used) else (0, len(edges) - 1)
     edges = np.asarray(edges, float)[first:last + 1]
     shares = {key: np.asarray(c, float)[first:last] / max(np.sum(c), 1) for key, c in counts.items()}
-    top = max((share.max() for share in shares.values()), default=0) or 1.0
+    top = max(share.max() for share in shares.values()) or 1.0
     width, height, left, bottom = _PLOT
-    x = np.interp(edges, (edges[0], edges[-1]), (left, width - 10))
+
+    def x(value):
+        return np.interp(value, (edges[0], edges[-1]), (left, width - 20))
 
     def y(share):
         return height - bottom - share / top * (height - bottom - 10)
 
-    marks = [f'<line x1="{left}" x2="{width - 10}" y1="{y(v):.1f}" y2="{y(v):.1f}" class=grid />'
-             f'<text x="{left - 6}" y="{y(v) + 4:.1f}" class=end>{v:.0%}</text>' for v in (0, top / 2, top)]
-    marks += [f'<text x="{place:.1f}" y="{height - 6}" class=middle>{value:.3g}</text>'
-              for place, value in zip(np.linspace(x[0], x[-1], 5), np.linspace(edges[0], edges[-1], 5))]
+    marks = [f'<line x1="{left}" x2="{width - 20}" y1="{y(v):.1f}" y2="{y(v):.1f}" class=grid />'
+             f'<text x="{left - 6}" y="{y(v) + 4:.1f}" class=end>{100 * v:.3g} %</text>' for v in _ticks(0, top)]
+    marks += [f'<text x="{x(v):.1f}" y="{height - 6}" class=middle>{v:.6g}</text>' for v in _ticks(edges[0], edges[-1])]
     for colour, share in zip(_colours(len(shares)), shares.values()):
-        steps = " ".join(f"{a:.1f},{y(s):.1f} {b:.1f},{y(s):.1f}" for a, b, s in zip(x, x[1:], share))
+        steps = " ".join(f"{x(a):.1f},{y(s):.1f} {x(b):.1f},{y(s):.1f}" for a, b, s in zip(edges, edges[1:], share))
         marks.append(f'<polyline points="{steps}" fill="none" stroke="{colour}" stroke-width="2" />')
     legend = "".join(f'<span><i style="background:{colour}"></i>{_safe(key)}</span>'
                      for colour, key in zip(_colours(len(shares)), shares))
     return (f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img">{"".join(marks)}</svg>'
             f'<div class=legend>{legend}</div>')
+
+
+def _ticks(low: float, high: float) -> np.ndarray:
+    """About five round numbers from low to high."""
+    rough = (high - low) / 5
+    step = next(m for m in 10.0 ** math.floor(math.log10(rough)) * np.array((1, 2, 5, 10)) if m >= rough)
+    return step * np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
 
 
 def _choices(values: Mapping[str, Sequence[float]], metric: str, seed: int) -> list[tuple[str, np.ndarray]]:
@@ -120,18 +127,21 @@ def _section(measured: Measured, title: str, chosen: np.ndarray, metric: str) ->
         shown = "".join(f'<figure><img src="{_data(picture)}" alt="{_safe(caption)}"><figcaption>{_safe(caption)}</figcaption></figure>'
                         for caption, picture in pictures)
         blocks.append(f"<div class=sample><h3>{_safe(sample.record.label)} <small>{_safe(sample.record.id)}</small></h3>"
-                      f"<div class=row>{shown}</div></div>")
+                      f"<div class=row style='--columns: {len(pictures)}'>{shown}</div></div>")
     return f"<h2>{_safe(title)}</h2>{''.join(blocks)}"
 
 
 def _html_table(lines: Sequence[Line]) -> str:
     body = []
     for line, first in _first_of_each(lines):
-        found, better = verdict(line), METRICS[line.metric].better
-        hint = "" if better == "neither" else f" <small>{better} is better</small>"
-        body.append(f"<tr{' class=first' if first else ''}><th>{_safe(_title(line)) + hint if first else ''}</th>"
-                    f"<td>{_safe(line.name)}</td><td class=number>{_text(line.estimate)}</td>"
-                    f"<td class=number>{_text(line.difference)}</td><td class={found or 'open'}>{found}</td></tr>")
+        found, better, heading = verdict(line), METRICS[line.metric].better, ""
+        if first:
+            hint = "" if better == "neither" else f" <small>{better} is better</small>"
+            count = sum(other.metric == line.metric for other in lines)
+            heading = f"<th rowspan={count}>{_safe(_title(line))}{hint}</th>"
+        body.append(f"<tr{' class=first' if first else ''}>{heading}<td>{_safe(line.name)}</td>"
+                    f"<td class=number>{_text(line.estimate)}</td><td class=number>{_text(line.difference, '+')}</td>"
+                    f"<td class={found or 'open'}>{found}</td></tr>")
     return ("<table><thead><tr><th>metric</th><th>folder</th><th class=number>value [95 %]</th>"
             f"<th class=number>difference to the first [95 %]</th><th></th></tr></thead><tbody>{''.join(body)}</tbody></table>")
 
@@ -143,7 +153,7 @@ def _figure(title: str, picture: str) -> str:
 def _data(picture: Image.Image) -> str:
     """A data URI; small enough that a report of a hundred pictures opens at once."""
     picture, file = picture.copy(), io.BytesIO()
-    picture.thumbnail((2 * SIDE, 2 * SIDE), Image.Resampling.BICUBIC)
+    picture.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
     picture.save(file, "JPEG", quality=88)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
 
@@ -164,10 +174,11 @@ def _numbers(estimate: Estimate | None) -> tuple:
     return (estimate.value, estimate.low, estimate.high) if estimate else (None, None, None)
 
 
-def _text(estimate: Estimate | None) -> str:
+def _text(estimate: Estimate | None, sign: str = "") -> str:
     if estimate is None:
         return ""
-    return f"{estimate.value:.4g}" if estimate.low is None else f"{estimate.value:.4g} [{estimate.low:.4g}, {estimate.high:.4g}]"
+    value, low, high = (x if x is None else f"{x:{sign}.4g}" for x in _numbers(estimate))
+    return value if low is None else f"{value} [{low}, {high}]"
 
 
 def _colours(count: int) -> list[str]:
@@ -204,9 +215,9 @@ svg {{ max-width: 100%; height: auto; display: block }}
 .legend span {{ margin-right: 20px }}
 .legend i {{ display: inline-block; width: 16px; height: 3px; vertical-align: middle; margin-right: 6px }}
 .sample {{ margin: 0 0 20px }}
-.row {{ display: flex; flex-wrap: wrap; gap: 12px }}
-figure {{ margin: 0; width: 224px }}
-img {{ width: 224px; height: 224px; display: block; background: #eee }}
+.row {{ display: grid; grid-template-columns: repeat(var(--columns), minmax(96px, 224px)); gap: 12px }}
+figure {{ margin: 0 }}
+img {{ width: 100%; aspect-ratio: 1; display: block; background: #eee }}
 figcaption {{ font-size: 13px; color: #6b6b6b; overflow-wrap: anywhere }}
 </style></head><body>
 <h1>Evaluation</h1>
