@@ -5,7 +5,7 @@
     python tools/evaluate.py results/plain results/cat --json measured.json --csv measured.csv
 
 A results folder, written by tools/generate.py, holds <id>.png for each record and run.json with manifest, split, hole and
-size. Differences are to the first folder. Folders of one workflow with different seeds also give diversity.
+size. Differences are to the first folder. Folders that were made alike but for the seed also give diversity.
 Needs requirements-evaluate.txt. Nothing is downloaded at any time.
 """
 
@@ -27,26 +27,31 @@ DEMO_MODEL = inside.ROOT / "models/cat_demo_model.safetensors"
 
 def command_line() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS", help="folders of finished pictures; the first is compared with")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS",
+                        help="folders of finished pictures; differences are to the first")
     parser.add_argument("--manifest", type=Path, help="the records they were made of (default: run.json's)")
     parser.add_argument("--split", help="which of the manifest's records (default: run.json's, else all)")
     parser.add_argument("--hole", choices=("segment", "box"), help="how holes were cut (default: run.json's)")
     parser.add_argument("--size", type=int, help="side of the pictures in pixels (default: run.json's)")
     parser.add_argument("--common", action="store_true", help="evaluate only the pictures that all folders have")
     parser.add_argument("--extractor", default=f"clip:{DEMO_MODEL}", metavar="KIND:FILE",
-                        help="network of FID, Local FID and similarity: inception:FILE with torch-fidelity's weights, or clip:FILE "
-                             "with a CLIP vision file or a CAT checkpoint (default: the demo model's, which knows drawn shapes only)")
+                        help="network of FID, Local FID and similarity: inception:FILE with torch-fidelity's weights, or "
+                             "clip:FILE with a CLIP vision file or a CAT checkpoint (default: the demo model's, which knows "
+                             "drawn shapes only)")
     parser.add_argument("--clip-score", metavar="MODEL:PRETRAINED",
                         help="open_clip model, and a weights file or a tag that was downloaded before; or local-dir:FOLDER")
     parser.add_argument("--cosines", type=Path, metavar="FILE",
                         help="also compare observed and predicted features with the true ones, by this CAT checkpoint")
-    parser.add_argument("--resamples", type=int, default=1000, help="bootstrap resamples of means; 0 = no intervals (default: 1000)")
-    parser.add_argument("--fid-resamples", type=int, metavar="N", help="the same of FID (default: 100 up to 512 features, else 0)")
+    parser.add_argument("--resamples", type=int, default=1000, metavar="N",
+                        help="bootstrap resamples of means; 0 = no intervals (default: 1000)")
+    parser.add_argument("--fid-resamples", type=int, metavar="N",
+                        help="the same of FID (default: 100 up to 512 features, else 0)")
     parser.add_argument("--seed", type=int, default=0, help="of the resamples and of the random pictures")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, with the numbers of every picture")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table")
-    parser.add_argument("--html", type=Path, metavar="FOLDER", help="write index.html: table, curves, best, worst and random pictures")
+    parser.add_argument("--html", type=Path, metavar="FOLDER",
+                        help="write index.html: table, curves, best, worst and random pictures")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--comfyui", help="an existing ComfyUI folder; installed into the cache if not given")
@@ -90,21 +95,22 @@ def evaluate(arguments) -> None:
     from cat_diffusion.cat_core.evaluation.results import Results
 
     folders = [Results.open(folder) for folder in arguments.results]
-    samples = sample_set(arguments, folders).read().of_all(folders, arguments.common)
+    samples, notes = sample_set(arguments, folders).read().of_all(folders, arguments.common)
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
-    notes: list[str] = []
     extractor = _or_note(notes, "FID, Local FID and similarity are", lambda: build_extractor(arguments.extractor, device))
     clip = _or_note(notes, "CLIP score is", lambda: build_clip(arguments.clip_score, device))
     if arguments.extractor == f"clip:{DEMO_MODEL}":
-        notes.append("FID, Local FID and similarity use the demo model's CLIP, which knows drawn shapes only; for photographs give --extractor.")
+        notes.append("FID, Local FID and similarity use the demo model's CLIP, which knows drawn shapes only; for photographs "
+                     "give --extractor.")
 
     with torch.inference_mode():
         measured = measure.measure(samples, folders, extractor, clip, progress())
         lines, more = measure.summary(measured, arguments.resamples, arguments.fid_resamples, arguments.seed)
         cosines = feature_cosines(arguments, samples) if arguments.cosines else None
     lines, notes = lines + (cosines["lines"] if cosines else []), notes + more
-    facts = {"pictures": len(samples.records), "manifest": samples.manifest, "split": samples.split or "all", "hole": samples.hole,
-             "size": samples.size, "extractor": arguments.extractor, "CLIP score by": arguments.clip_score or "none"}
+    facts = {"pictures": len(samples.records), "manifest": samples.manifest, "split": samples.split or "all",
+             "hole": samples.hole, "size": samples.size, "extractor": arguments.extractor,
+             "CLIP score by": arguments.clip_score or "none"}
     print("\n" + report.table(lines), *notes, sep="\n")
     histogram = cosines and cosines["histogram"]
     if arguments.json:
@@ -128,6 +134,7 @@ def sample_set(arguments, folders):
     """What to compare with: the options, else what all folders' run.json say."""
     from cat_diffusion.cat_core.evaluation.metrics import EvaluationError
     from cat_diffusion.cat_core.evaluation.results import SampleSet
+    from cat_diffusion.cat_core.training.samples import VARIANTS
 
     chosen = {}
     for name in ("manifest", "split", "hole", "size"):
@@ -135,14 +142,17 @@ def sample_set(arguments, folders):
         told = {results.folder: results.run[name] for results in folders if results.run.get(name) is not None}
         if given is None and len(set(map(str, told.values()))) > 1:
             found = ", ".join(f"{folder} {value}" for folder, value in told.items())
-            raise EvaluationError(f"The folders were not made alike: --{name} is {found}. Compare folders with the same {name}, or "
-                                  f"give --{name} if it is only written differently.")
+            raise EvaluationError(f"The folders were not made alike: --{name} is {found}. Compare folders with the same {name}, "
+                                  f"or give --{name} if it is only written differently.")
         chosen[name] = given if given is not None else next(iter(told.values()), None)
         if name in ("hole", "size") and given is not None and any(value != given for value in told.values()):
             raise EvaluationError(f"--{name} {given} contradicts run.json ({', '.join(map(str, told.values()))}). Leave it out.")
         if chosen[name] is None and name != "split":
             raise EvaluationError(f"There is no {name} in {folders[0].folder / 'run.json'}. Give --{name}.")
-    return SampleSet(Path(chosen["manifest"]), chosen["split"], chosen["hole"], int(chosen["size"]))
+    if chosen["hole"] not in VARIANTS or not isinstance(chosen["size"], int) or chosen["size"] < 1:
+        raise EvaluationError(f"hole is {chosen['hole']!r} and size {chosen['size']!r}, expected {' or '.join(VARIANTS)} and a "
+                              f"number of pixels. Correct {folders[0].folder / 'run.json'} or the options.")
+    return SampleSet(Path(chosen["manifest"]), chosen["split"], chosen["hole"], chosen["size"])
 
 
 # Networks -----------------------------------------------------------------------------------------------------------
@@ -219,8 +229,9 @@ def feature_cosines(arguments, samples) -> dict:
             counts[kind] = counts[kind] + metrics.histogram(found)
             means[kind].append(float(found.mean()))
         show(done, len(samples.records))
-    lines = [measure.mean_line("feature_cosine", f"{kind}, {arguments.cosines.name}", values, arguments.resamples, arguments.seed,
-                               means["observed"] if kind == "predicted" else None) for kind, values in means.items()]
+    lines = [measure.mean_line("feature_cosine", f"{kind}, {arguments.cosines.name}", values, arguments.resamples,
+                               arguments.seed, means["observed"] if kind == "predicted" else None)
+             for kind, values in means.items()]
     return {"lines": lines, "histogram": {"edges": metrics.HISTOGRAM.tolist(),
                                           "counts": {kind: found.tolist() for kind, found in counts.items()}}}
 

@@ -38,7 +38,7 @@ class FeatureFile:
 
 
 class Inception:
-    """FID's own network: (B, 2048) features of Inception v3 with TensorFlow's weights of 2015, as torch-fidelity converted them.
+    """FID's own network, Inception v3 with TensorFlow's weights of 2015 as torch-fidelity converted them: (B, 2048).
 
     Pictures are resized to 299x299 by Pillow's bicubic filter, which clean-fid found to matter least.
 
@@ -65,7 +65,8 @@ class Inception:
             torch.load(path, weights_only=True, mmap=True)  # torch-fidelity would run what a pickle says
             network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
         except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for what is broken
-            raise EvaluationError(f"{path} is not torch-fidelity's Inception file ({str(error).splitlines()[0]}). "
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise EvaluationError(f"{path} is not torch-fidelity's Inception file ({reason}). "
                                   "Download weights-inception-2015-12-05-6726825d.pth again.") from error
         self.network, self.device = network.to(device), device
 
@@ -98,8 +99,9 @@ class OpenClip:
             model, _, self.preprocess = open_clip.create_model_and_transforms(
                 name, file, device=device, require_pretrained=True, **settings)
         except Exception as error:  # open_clip raises RuntimeError, FileNotFoundError, KeyError, ...
-            raise EvaluationError(f"open_clip cannot make {name} of {pretrained or 'that folder'}: {str(error).splitlines()[0]}. "
-                                  "Give MODEL:FILE with a model of open_clip and weights that belong to it.") from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise EvaluationError(f"open_clip cannot make {name} of {pretrained or 'that folder'}: {reason}. Give MODEL:FILE "
+                                  "with a model of open_clip and weights that belong to it.") from error
         self.model, self.tokenize, self.device = model.eval().requires_grad_(False), open_clip.get_tokenizer(name), device
 
     @torch.inference_mode()

@@ -1,10 +1,12 @@
 """Every metric of one or several result folders, in one pass over the pictures and in constant memory."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Callable, Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 
 from . import metrics
 from .features import Extractor, FeatureFile, OpenClip
@@ -61,27 +63,43 @@ class Line:
     difference: Estimate | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
+class Features:
+    """Of whole pictures and of their squares around the hole."""
+
+    whole: FeatureFile = field(default_factory=FeatureFile)
+    local: FeatureFile = field(default_factory=FeatureFile)
+
+    def add(self, extractor: Extractor | None, pictures: Sequence[Image.Image], samples: Sequence[Sample]) -> torch.Tensor | None:
+        """Keep the features of some more pictures; returns those of the squares (B, D)."""
+        if extractor is None:
+            return None
+        self.whole.append(extractor(pictures))
+        local = extractor([picture.crop(square_around_hole(s.hole, LOCAL)) for picture, s in zip(pictures, samples)])
+        self.local.append(local)
+        return local
+
+
+@dataclass(frozen=True)
 class Folder:
     """What was measured in one folder: numbers by picture, and the features."""
 
     results: Results
     values: dict[str, list[float]] = field(default_factory=dict)
-    whole: FeatureFile = field(default_factory=FeatureFile)
-    local: FeatureFile = field(default_factory=FeatureFile)
+    features: Features = field(default_factory=Features)
 
     def add(self, metric: str, values: Sequence[float]) -> None:
         self.values.setdefault(metric, []).extend(float(value) for value in values)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Measured:
     """Everything `measure` found; rows of all features and values are the records in order."""
 
     samples: SampleSet
     folders: list[Folder]
-    real: Folder  # only its features
-    diversity: dict[str, dict[str, list[float]]]  # workflow -> metric -> by picture
+    real: Features = field(default_factory=Features)
+    diversity: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # see `seeds` -> metric -> by picture
 
 
 def measure(samples: SampleSet, folders: Sequence[Results], extractor: Extractor | None = None, clip: OpenClip | None = None,
@@ -95,12 +113,12 @@ def measure(samples: SampleSet, folders: Sequence[Results], extractor: Extractor
     Raises:
         EvaluationError: a file cannot be used.
     """
-    measured = Measured(samples, [Folder(results) for results in folders], Folder(Results(samples.manifest.parent, {})), {})
+    measured = Measured(samples, [Folder(results) for results in folders])
     groups = seeds(folders)
     for start in range(0, len(samples.records), BATCH):
         opened = [samples.sample(record) for record in samples.records[start:start + BATCH]]
         originals, holes = [np.asarray(s.picture) for s in opened], [np.asarray(s.hole) for s in opened]
-        crops = [_features(measured.real, [s.picture for s in opened], opened, extractor)]
+        crops = [measured.real.add(extractor, [s.picture for s in opened], opened)]
         pictures = []
         for folder in measured.folders:
             made = [folder.results.picture(s.record.id, samples.size) for s in opened]
@@ -108,14 +126,14 @@ def measure(samples: SampleSet, folders: Sequence[Results], extractor: Extractor
             errors = map(metrics.background_error, pictures[-1], originals, holes)
             for metric, values in zip(("background_mean", "background_max", "background_psnr"), zip(*errors)):
                 folder.add(metric, values)
-            crops.append(_features(folder, made, opened, extractor))
+            crops.append(folder.features.add(extractor, made, opened))
             if extractor:
                 folder.add("object_similarity", metrics.cosine(crops[-1], crops[0]))
             if clip:
                 objects = [picture.crop(square_around_hole(s.hole, OBJECT)) for picture, s in zip(made, opened)]
                 folder.add("clip_score", metrics.clip_score(clip.image(objects), clip.text([s.record.label for s in opened])))
-        for workflow, members in groups.items():
-            found = measured.diversity.setdefault(workflow, {"diversity_pixels": []})
+        for group, members in groups.items():
+            found = measured.diversity.setdefault(group, {"diversity_pixels": []})
             for row, hole in enumerate(holes):
                 found["diversity_pixels"].append(metrics.diversity(
                     [pictures[member][row] for member in members], lambda a, b: metrics.hole_distance(a, b, hole)))
@@ -127,22 +145,14 @@ def measure(samples: SampleSet, folders: Sequence[Results], extractor: Extractor
 
 
 def seeds(folders: Sequence[Results]) -> dict[str, list[int]]:
-    """Workflow -> places of the folders that it made with different seeds, where there are at least two."""
+    """Places of folders that were made alike but for the seed, at least two of them, by a name for the group."""
     groups: dict[str, dict] = {}
     for place, results in enumerate(folders):
-        if {"workflow", "seed"} <= set(results.run):
-            groups.setdefault(str(results.run["workflow"]), {}).setdefault(results.run["seed"], place)
-    return {workflow: list(members.values()) for workflow, members in groups.items() if len(members) > 1}
-
-
-def _features(folder: Folder, pictures, opened: Sequence[Sample], extractor: Extractor | None) -> torch.Tensor | None:
-    """Keep the features of the pictures and of their local crops; returns the latter."""
-    if extractor is None:
-        return None
-    folder.whole.append(extractor(pictures))
-    crops = extractor([picture.crop(square_around_hole(s.hole, LOCAL)) for picture, s in zip(pictures, opened)])
-    folder.local.append(crops)
-    return crops
+        if "seed" in results.run:
+            alike = json.dumps({**results.run, "seed": None}, sort_keys=True)
+            groups.setdefault(alike, {}).setdefault(results.run["seed"], place)
+    found = (list(members.values()) for members in groups.values() if len(members) > 1)
+    return {f"{name(folders[members[0]], folders)} and {len(members) - 1} more seeds": members for members in found}
 
 
 # The table ----------------------------------------------------------------------------------------------------------
@@ -157,7 +167,7 @@ def summary(measured: Measured, resamples: int, fid_resamples: int | None, seed:
         resamples: of means; 0 means no intervals.
         fid_resamples: of FID, which takes the features' width cubed; None means 100 up to 512 wide, else none.
     """
-    count, lines, notes = len(measured.samples.records), [], []
+    count, lines, notes, everything = len(measured.samples.records), [], [], [folder.results for folder in measured.folders]
     width = measured.real.whole.width
     if fid_resamples is None:
         fid_resamples = 100 if width <= SMALL else 0
@@ -180,11 +190,11 @@ def summary(measured: Measured, resamples: int, fid_resamples: int | None, seed:
                 notes.append(f"{METRICS[metric].title} is left out: {error}")
                 break
             drawn = metrics.resampled(statistic, count, draws, seed)
-            lines.append(Line(metric, name(folder.results, measured.folders), count, _estimate(value, drawn),
+            lines.append(Line(metric, name(folder.results, everything), count, _estimate(value, drawn),
                               firsts and _estimate(value - firsts[0], drawn - firsts[1])))
             firsts = firsts or (value, drawn)
-    for workflow, found in measured.diversity.items():
-        lines += [mean_line(metric, workflow, values, resamples, seed) for metric, values in found.items()]
+    for group, found in measured.diversity.items():
+        lines += [mean_line(metric, group, values, resamples, seed) for metric, values in found.items()]
     return lines, notes
 
 
@@ -197,17 +207,17 @@ def mean_line(metric: str, name: str, values: Sequence[float], resamples: int, s
     return Line(metric, name, len(numbers), estimate(numbers), None if against is None else estimate(numbers - against))
 
 
-def name(results: Results, folders: Sequence[Folder]) -> str:
+def name(results: Results, folders: Sequence[Results]) -> str:
     """The folder's name, or its path where another folder is called the same."""
-    same = sum(folder.results.folder.name == results.folder.name for folder in folders)
+    same = sum(other.folder.name == results.folder.name for other in folders)
     return results.folder.name if same == 1 else results.folder.as_posix()
 
 
-def _statistic(metric: str, folder: Folder, real: Folder) -> Callable[[np.ndarray], float] | None:
+def _statistic(metric: str, folder: Folder, real: Features) -> Callable[[np.ndarray], float] | None:
     """Rows -> the metric of these records; None if it was not measured."""
     part = {"fid": "whole", "local_fid": "local"}.get(metric)
     if part:
-        ours, theirs = getattr(folder, part), getattr(real, part)
+        ours, theirs = getattr(folder.features, part), getattr(real, part)
         return (lambda rows: metrics.frechet_distance(theirs.batches(rows), ours.batches(rows))) if ours.count else None
     if metric not in folder.values:
         return None

@@ -57,7 +57,7 @@ def page(measured: Measured, lines: Sequence[Line], notes: Sequence[str], facts:
     if histogram:
         parts.append(_figure("Cosine of the patches in the hole to the true picture's", curves(**histogram)))
     metric = next((metric for metric in RANKING if metric in measured.folders[0].values), None)
-    values = {name(folder.results, measured.folders): folder.values[metric] for folder in measured.folders}
+    values = {title: folder.values[metric] for title, folder in zip(_names(measured), measured.folders)}
     edges = np.histogram_bin_edges(np.concatenate([*values.values()]), 30)
     parts.append(_figure(f"{METRICS[metric].title}, by picture",
                          curves(edges, {key: np.histogram(numbers, edges)[0] for key, numbers in values.items()})))
@@ -103,32 +103,35 @@ def _choices(values: Mapping[str, Sequence[float]], metric: str, seed: int) -> l
     """Titles of the sections and the places of the records in them."""
     numbers = [np.array(column) for column in values.values()]
     sign = -1 if METRICS[metric].better == "higher" else 1
-    order, shown = np.argsort(sign * numbers[0], kind="stable"), min(SHOWN, len(numbers[0]))
-    title, first = METRICS[metric].title, next(iter(values))
-    sections = [(f"Best of {first} by {title}", order[:shown]), (f"Worst of {first} by {title}", order[::-1][:shown]),
-                ("Random", np.sort(np.random.default_rng(seed).choice(len(order), shown, replace=False)))]
+    title, first, count = METRICS[metric].title, next(iter(values)), len(numbers[0])
+
+    def least(column):
+        return np.argsort(column, kind="stable")[:SHOWN]
+
+    sections = [(f"Best of {first} by {title}", least(sign * numbers[0])),
+                (f"Worst of {first} by {title}", least(-sign * numbers[0])),
+                ("Random", np.sort(np.random.default_rng(seed).choice(count, min(SHOWN, count), replace=False)))]
     if len(numbers) == 2:
-        second = list(values)[1]
-        order = np.argsort(sign * (numbers[1] - numbers[0]), kind="stable")
-        sections += [(f"{second} ahead of {first} by most, {title}", order[:shown]),
-                     (f"{second} behind {first} by most, {title}", order[::-1][:shown])]
+        second, gap = list(values)[1], sign * (numbers[1] - numbers[0])
+        sections += [(f"{second} ahead of {first} by most, {title}", least(gap)),
+                     (f"{second} behind {first} by most, {title}", least(-gap))]
     return sections
 
 
-def _section(measured: Measured, title: str, chosen: np.ndarray, metric: str) -> str:
+def _section(measured: Measured, heading: str, chosen: np.ndarray, metric: str) -> str:
     blocks = []
     for place in map(int, chosen):
         sample = measured.samples.sample(measured.samples.records[place])
         grey = Image.composite(Image.new("RGB", sample.picture.size, (127, 127, 127)), sample.picture, sample.hole)
         pictures = [("original", sample.picture), ("hole", grey)]
-        for folder in measured.folders:
-            value = f"{name(folder.results, measured.folders)}: {folder.values[metric][place]:.4g}"
-            pictures.append((value, folder.results.picture(sample.record.id, measured.samples.size)))
-        shown = "".join(f'<figure><img src="{_data(picture)}" alt="{_safe(caption)}"><figcaption>{_safe(caption)}</figcaption></figure>'
-                        for caption, picture in pictures)
+        for title, folder in zip(_names(measured), measured.folders):
+            made = folder.results.picture(sample.record.id, measured.samples.size)
+            pictures.append((f"{title}: {folder.values[metric][place]:.4g}", made))
+        shown = "".join(f'<figure><img src="{_data(picture)}" alt="{_safe(caption)}">'
+                        f"<figcaption>{_safe(caption)}</figcaption></figure>" for caption, picture in pictures)
         blocks.append(f"<div class=sample><h3>{_safe(sample.record.label)} <small>{_safe(sample.record.id)}</small></h3>"
                       f"<div class=row style='--columns: {len(pictures)}'>{shown}</div></div>")
-    return f"<h2>{_safe(title)}</h2>{''.join(blocks)}"
+    return f"<h2>{_safe(heading)}</h2>{''.join(blocks)}"
 
 
 def _html_table(lines: Sequence[Line]) -> str:
@@ -159,6 +162,11 @@ def _data(picture: Image.Image) -> str:
 
 
 # Words --------------------------------------------------------------------------------------------------------------
+
+
+def _names(measured: Measured) -> list[str]:
+    folders = [folder.results for folder in measured.folders]
+    return [name(results, folders) for results in folders]
 
 
 def _first_of_each(lines: Sequence[Line]) -> list[tuple[Line, bool]]:
@@ -193,7 +201,8 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Evaluation</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 32px auto; padding: 0 24px; color: #1c1c1c; background: #fff }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 32px auto; padding: 0 24px; color: #1c1c1c;
+       background: #fff }}
 h1 {{ font-size: 26px; margin: 0 0 16px }}
 h2 {{ font-size: 18px; margin: 40px 0 12px }}
 h3 {{ font-size: 15px; margin: 0 0 6px }}

@@ -12,13 +12,13 @@ from PIL import Image
 from ..training import manifest, samples
 from .metrics import EvaluationError
 
-RUN = "run.json"
+RUN, FAILED = "run.json", "failed.jsonl"
 _BICUBIC = Image.Resampling.BICUBIC
 
 
 @dataclass(frozen=True)
 class Results:
-    """A folder with `<id>.png` for each sample, and in `run.json` how they were made."""
+    """A folder with `<id>.png` for each sample, in `run.json` how they were made and in `failed.jsonl` what could not be."""
 
     folder: Path
     run: dict
@@ -32,13 +32,23 @@ class Results:
         path = folder / RUN
         try:
             run = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            if not isinstance(run, dict):
+                raise ValueError(f"found a {type(run).__name__}")
         except (OSError, ValueError) as error:
             raise EvaluationError(f"{path} cannot be read ({error}), expected a JSON object. Delete it and give --manifest, "
                                   "--split, --hole and --size yourself.") from error
-        if not isinstance(run, dict):
-            raise EvaluationError(f"{path} holds a {type(run).__name__}, expected a JSON object. Delete it and give "
-                                  "--manifest, --split, --hole and --size yourself.")
         return cls(folder, run)
+
+    @property
+    def failed(self) -> set[str]:
+        """Ids of the samples that could not be made; raises EvaluationError."""
+        path = self.folder / FAILED
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            return {json.loads(line)["id"] for line in lines}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise EvaluationError(f"{path} cannot be read ({error}), expected lines such as {{\"id\": \"611c\"}}. Delete it and let "
+                                  "tools/generate.py write it again.") from error
 
     @property
     def ids(self) -> set[str]:
@@ -111,34 +121,41 @@ class SampleSet:
         size = (self.size, self.size)
         return Sample(record, picture.resize(size, _BICUBIC), hole.resize(size, _BICUBIC))
 
-    def of_all(self, folders: Sequence[Results], common: bool) -> "SampleSet":
-        """With the records that every folder has a picture of, each checked by its header.
+    def of_all(self, folders: Sequence[Results], common: bool) -> tuple["SampleSet", list[str]]:
+        """With the records that every folder has a picture of, each checked by its header, and notes on what was left out.
+
+        What failed in one folder is left out of all.
 
         Args:
-            common: leave out what is missing somewhere. Without it that is an error.
+            common: leave out what is missing for other reasons, too. Without it that is an error.
         Raises:
             EvaluationError: pictures are missing, belong to no record, are of another size or fewer than 2.
         """
-        wanted, found = {record.id: record for record in self.records}, [results.ids for results in folders]
-        problems = []
-        for results, ids in zip(folders, found):
-            missing, unknown = [id for id in wanted if id not in ids], sorted(ids - set(wanted))
+        wanted, found, notes, problems = {record.id: record for record in self.records}, [], [], []
+        for results in folders:
+            failed, ids = results.failed, results.ids
+            missing, unknown = [id for id in wanted if id not in ids | failed], sorted(ids - set(wanted))
             if missing and not common:
                 problems.append(f"{results.folder} lacks {len(missing)} of {len(wanted)} pictures: {_few(missing)}.")
             if unknown and not common:
                 problems.append(f"{results.folder} has {len(unknown)} pictures that no record asks for: {_few(unknown)}.")
+            if lost := [id for id in wanted if id in failed - ids]:
+                notes.append(f"{len(lost)} samples are left out, since they failed in {results.folder}: {_few(lost)}.")
+            found.append(ids)
         shared = [id for id in wanted if all(id in ids for ids in found)]
         if problems:
             raise EvaluationError(f"The pictures do not match {self._name()}. {' '.join(problems)} Let tools/generate.py finish, "
                                   f"give the manifest and split they were made from, or evaluate the {len(shared)} that all "
                                   "have with --common.")
         if len(shared) < 2:
-            raise EvaluationError(f"{len(shared)} pictures to evaluate, {len(wanted)} records with an object in {self._name()}; "
-                                  "FID and intervals need at least 2. Evaluate more pictures.")
+            raise EvaluationError(f"{len(shared)} of {len(wanted)} pictures of {self._name()} to evaluate; FID and intervals need "
+                                  "at least 2. Evaluate more pictures.")
+        if common and len(shared) < len(wanted):
+            notes.append(f"Only the {len(shared)} of {len(wanted)} pictures that all folders have were evaluated.")
         for results in folders:
             for id in shared:
                 results.check(id, self.size)
-        return dataclasses.replace(self, records=tuple(wanted[id] for id in shared))
+        return dataclasses.replace(self, records=tuple(wanted[id] for id in shared)), notes
 
     def _name(self) -> str:
         return f"{self.manifest} ({f'split {self.split}' if self.split else 'all splits'})"

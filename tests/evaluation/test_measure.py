@@ -1,8 +1,10 @@
 """Result folders, good and bad; one pass over their pictures in constant memory."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,17 +25,18 @@ def pixels(pictures):
     return torch.stack([torch.from_numpy(np.array(p.resize((3, 3)))).flatten().float() for p in pictures])
 
 
-def measured(folders, extractor=pixels, **options):
+def measured(folders, extractor=pixels):
+    """What was measured, the table's lines by metric and name, and all notes."""
     opened = [Results.open(folder) for folder in folders]
-    run = opened[0].run
-    samples = SampleSet(manifest_of(folders), run["split"], run["hole"], run["size"]).read().of_all(opened, False)
-    found = measure.measure(samples, opened, extractor, **options)
-    lines, notes = measure.summary(found, 200, 20, 0)
-    return found, {(line.metric, line.name): line for line in lines}, notes
+    samples, notes = sample_set(folders[0]).of_all(opened, False)
+    found = measure.measure(samples, opened, extractor)
+    lines, more = measure.summary(found, 200, 20, 0)
+    return found, {(line.metric, line.name): line for line in lines}, notes + more
 
 
-def manifest_of(folders):
-    return type(folders[0])(Results.open(folders[0]).run["manifest"])
+def sample_set(folder):
+    run = Results.open(folder).run
+    return SampleSet(Path(run["manifest"]), run["split"], run["hole"], run["size"]).read()
 
 
 # Crops --------------------------------------------------------------------------------------------------------------
@@ -84,16 +87,17 @@ def test_every_metric_sees_what_it_should(result_folder):
     assert any("8 pictures with 27-wide features" in note for note in notes)
 
 
-def test_diversity_needs_one_workflow_and_several_seeds(result_folder):
+def test_diversity_compares_what_differs_by_the_seed_alone(result_folder):
     def shade(level):
         return lambda picture, hole, place: Image.composite(Image.new("RGB", picture.size, (level,) * 3), picture, hole.point(lambda v: 255 * (v > 0)))
 
-    folders = [result_folder(name, shade(level), workflow=workflow, seed=seed) for name, level, workflow, seed in
-               (("a", 10, "cat", 1), ("b", 30, "cat", 2), ("c", 90, "cat", 3), ("again", 200, "cat", 3), ("d", 10, "plain", 1))]
+    folders = [result_folder(name, shade(level), workflow="cat.json", seed=seed, changes=changes) for name, level, seed, changes in
+               (("a", 10, 1, {}), ("b", 30, 2, {}), ("c", 90, 3, {}), ("again", 200, 3, {}), ("d", 10, 4, {"strength": 0.5}))]
     found, lines, _ = measured(folders)
-    assert lines["diversity_pixels", "cat"].estimate == Estimate(*[pytest.approx((20 + 80 + 60) / 3)] * 3)
-    assert lines["diversity_features", "cat"].estimate.value > 0
-    assert set(found.diversity) == {"cat"}
+    group, = found.diversity
+    assert group == "a and 2 more seeds"
+    assert lines["diversity_pixels", group].estimate == Estimate(*[pytest.approx((20 + 80 + 60) / 3)] * 3)
+    assert lines["diversity_features", group].estimate.value > 0
 
 
 def test_mismatched_folders_are_named(result_folder):
@@ -108,12 +112,26 @@ def test_mismatched_folders_are_named(result_folder):
                   "the 2 that all have with --common"):
         assert words in str(error.value)
     assert "whole lacks" not in str(error.value)
-    opened = [Results.open(folder) for folder in (whole, broken)]
-    samples = SampleSet(manifest_of([whole]), "test", "segment", SIZE).read()
-    assert [record.id for record in samples.of_all(opened, True).records] == ids[6:]
+    opened, samples = [Results.open(folder) for folder in (whole, broken)], sample_set(whole)
+    some, notes = samples.of_all(opened, True)
+    assert [record.id for record in some.records] == ids[6:] and notes == ["Only the 2 of 8 pictures that all folders have were evaluated."]
     (broken / f"{ids[6]}.png").unlink()
-    with pytest.raises(EvaluationError, match="1 pictures to evaluate, 8 records .* at least 2"):
+    with pytest.raises(EvaluationError, match="1 of 8 pictures of .*m.*jsonl .split test. to evaluate; .* at least 2"):
         samples.of_all(opened, True)
+
+
+def test_what_failed_in_one_folder_is_left_out_of_all(result_folder):
+    whole, other = result_folder("whole"), result_folder("other")
+    ids = sorted(path.stem for path in other.glob("*.png"))
+    (other / f"{ids[2]}.png").unlink()
+    lines = [{"id": id, "reason": "empty mask", "detail": ""} for id in (ids[2], ids[5])]  # the second was made after all
+    (other / "failed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found, _, notes = measured([whole, other])
+    assert [record.id for record in found.samples.records] == ids[:2] + ids[3:]
+    assert f"1 samples are left out, since they failed in {other}: {ids[2]}." in notes
+    (other / "failed.jsonl").write_text("[]\n")
+    with pytest.raises(EvaluationError, match="failed.jsonl cannot be read .*expected lines such as"):
+        measured([whole, other])
 
 
 def test_files_that_cannot_be_used(result_folder, tmp_path):
@@ -188,8 +206,8 @@ samples, results = SampleSet(Path(sys.argv[1]), None, "box", 64).read(), Results
 peaks = []
 for count in (100, 2000):
     some = SampleSet(samples.manifest, None, "box", 64, samples.records[:count])
-    found = measure.measure(some, [results, results], pixels)
-    assert len(found.folders[1].values["background_mean"]) == found.real.whole.count == count
+    found = measure.measure(some, [results], pixels)
+    assert len(found.folders[0].values["background_mean"]) == found.real.whole.count == count
     metrics.frechet_distance((torch.rand(20, 128) for _ in range(count)), (torch.rand(20, 128) for _ in range(count)))
     peaks.append(peak())
 print(*peaks)
@@ -198,7 +216,7 @@ print(*peaks)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts memory in Linux's units")
 def test_memory_does_not_grow_with_the_pictures(tmp_path):
-    """2,000 pictures are 70 MB of pixels and 50 MB of features; 40,000 features of the second kind are 40 MB."""
+    """2,000 pictures and results are 49 MB of pixels and 38 MB of features; 40,000 features of the second kind are 20 MB."""
     Image.effect_noise((SIZE, SIZE), 90).convert("RGB").save(tmp_path / "x.png")
     (tmp_path / "results").mkdir()
     manifest.write(tmp_path / "m.jsonl", (manifest.Record(f"{i}", "x.png", box=(0.2, 0.2, 0.7, 0.8), label="cup") for i in range(2000)))
