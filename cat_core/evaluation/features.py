@@ -91,7 +91,8 @@ class OpenClip:
         try:
             import open_clip
         except ImportError as error:
-            raise Missing(f"CLIP score needs open_clip ({error}). Install requirements-evaluate.txt with ComfyUI's Python.") from error
+            raise Missing(f"open_clip is not installed ({error}). Install requirements-evaluate.txt with ComfyUI's "
+                          "Python.") from error
         file, settings = pretrained, {}
         if pretrained is not None and not Path(pretrained).is_file():
             file, settings = _downloaded(open_clip, name, pretrained)

@@ -87,8 +87,8 @@ def background_error(made: np.ndarray, original: np.ndarray, hole: np.ndarray) -
 
 
 def hole_distance(a: np.ndarray, b: np.ndarray, hole: np.ndarray) -> float:
-    """Mean absolute difference inside the hole (128 and above), in levels, 0 to 255."""
-    inside = hole >= 128
+    """Mean absolute difference inside the hole (all that is not background), in levels, 0 to 255."""
+    inside = hole > 0
     return float(np.abs(a[inside].astype(np.float64) - b[inside]).mean())
 
 

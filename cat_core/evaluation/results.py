@@ -47,8 +47,8 @@ class Results:
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
             return {json.loads(line)["id"] for line in lines}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise EvaluationError(f"{path} cannot be read ({error}), expected lines such as {{\"id\": \"611c\"}}. Delete it and let "
-                                  "tools/generate.py write it again.") from error
+            raise EvaluationError(f"{path} cannot be read ({error}), expected lines such as {{\"id\": \"611c\"}}. Delete it and "
+                                  "let tools/generate.py write it again.") from error
 
     @property
     def ids(self) -> set[str]:

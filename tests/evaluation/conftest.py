@@ -31,7 +31,8 @@ def result_folder(scene_manifest, tmp_path):
         samples = SampleSet(scene_manifest, "test", hole, SIZE).read()
         for place, sample in enumerate(map(samples.sample, samples.records)):
             paint(sample.picture, sample.hole, place).save(folder / f"{sample.record.id}.png")
-        told = {"manifest": str(scene_manifest), "split": "test", "hole": hole, "size": SIZE, "workflow": f"{name}.json", "seed": 0}
+        told = {"manifest": str(scene_manifest), "split": "test", "hole": hole, "size": SIZE, "workflow": f"{name}.json",
+                "seed": 0}
         (folder / "run.json").write_text(json.dumps(told | run))
         return folder
 

@@ -53,9 +53,9 @@ def evaluated(scene_manifest, tiny_clip, tmp_path_factory):
         (folder / name / "run.json").write_text(json.dumps(
             {"manifest": str(scene_manifest), "split": "test", "hole": "box", "size": SIZE, "workflow": name, "seed": 0}))
     run = subprocess.run(
-        [sys.executable, ROOT / "tools/evaluate.py", folder / "grey", folder / "b<i>lurred", "--clip-score", f"local-dir:{tiny_clip}",
-         "--cosines", DEMO_MODEL, "--json", folder / "new/m.json", "--csv", folder / "m.csv", "--html", folder / "report",
-         "--resamples", "200", "--fid-resamples", "10", "--threads", "1", "--cpu"], capture_output=True, text=True)
+        [sys.executable, ROOT / "tools/evaluate.py", folder / "grey", folder / "b<i>lurred",
+         "--clip-score", f"local-dir:{tiny_clip}", "--cosines", DEMO_MODEL, "--json", folder / "new/m.json",
+         "--csv", folder / "m.csv", "--html", folder / "report", "--resamples", "200", "--fid-resamples", "10", "--threads", "1", "--cpu"], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-3000:]
     return folder, run.stdout, json.loads((folder / "new/m.json").read_text()), samples
 
@@ -136,7 +136,8 @@ def test_the_report_is_one_file_with_everything_in_it(evaluated):
     assert "b<i>lurred" not in text and "b<i>lurred" in words  # escaped
     assert page.tags.count("svg") == 2
     sections = re.findall("<h2>(.*?)</h2>", text)
-    assert [section.split(" ")[0] for section in sections] == ["Cosine", "CLIP", "Best", "Worst", "Random", "b&lt;i&gt;lurred", "b&lt;i&gt;lurred"]
+    assert [section.split(" ")[0] for section in sections] == ["Cosine", "CLIP", "Best", "Worst", "Random",
+                                                               "b&lt;i&gt;lurred", "b&lt;i&gt;lurred"]
     assert page.tags.count("img") == 5 * 4 * 4  # five sections, four samples, original, hole and two results
     for line in found["lines"]:
         assert f"{line['estimate']['value']:.4g}" in words
@@ -174,8 +175,8 @@ def test_errors_end_without_a_traceback(fails, result_folder, tmp_path):
     assert "results has 8 pictures that no record asks for" in fails(folder, "--split", "train")
     assert "none.jsonl cannot be read" in fails(folder, "--manifest", tmp_path / "none.jsonl")
     assert "--extractor is 'resnet', expected inception:FILE or clip:FILE" in fails(folder, "--extractor", "resnet")
-    assert "none.pth is not a file, expected torch-fidelity's" in fails(folder, "--extractor", f"inception:{tmp_path / 'none.pth'}")
-    assert "none.safetensors does not exist" in fails(folder, "--extractor", f"clip:{tmp_path / 'none.safetensors'}")
+    assert "none.pth is not a file, expected torch-fidelity's" in fails(folder, "--extractor", f"inception:{tmp_path}/none.pth")
+    assert "none.safetensors does not exist" in fails(folder, "--extractor", f"clip:{tmp_path}/none.safetensors")
     assert "--clip-score is 'ViT-B-32', expected MODEL:FILE" in fails(folder, "--clip-score", "ViT-B-32")
     (tmp_path / "file").touch()
     assert "Cannot write" in fails(folder, "--json", tmp_path / "file/m.json", "--resamples", 0, "--fid-resamples", 0)
@@ -191,8 +192,9 @@ def test_without_run_json_the_options_say_it_all(pack, result_folder, scene_mani
     folder = result_folder(paint=grey)
     (folder / "run.json").unlink()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(folder), "--manifest", str(scene_manifest), "--hole", "segment", "--size", str(SIZE),
-                                      "--cpu", "--resamples", "0", "--fid-resamples", "0", "--json", str(tmp_path / "m.json")])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(folder), "--manifest", str(scene_manifest), "--hole", "segment",
+                                      "--size", str(SIZE), "--resamples", "0", "--fid-resamples", "0", "--cpu",
+                                      "--json", str(tmp_path / "m.json")])
     assert evaluate.main() == 0
     found = json.loads((tmp_path / "m.json").read_text())
     assert found["facts"]["split"] == "all" and all(line["estimate"]["low"] is None for line in found["lines"])

@@ -95,7 +95,7 @@ def test_tags_are_looked_up_on_this_machine_only(tmp_path, monkeypatch):
 
 def test_open_clip_may_be_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    with pytest.raises(Missing, match="needs open_clip .*requirements-evaluate.txt"):
+    with pytest.raises(Missing, match="open_clip is not installed .*requirements-evaluate.txt"):
         OpenClip("ViT-B-32", "openai", CPU)
 
 
@@ -119,9 +119,9 @@ def inception_file(tmp_path_factory):
 def test_inception_features(inception_file, pictures):
     path, network = inception_file
     found = Inception(path, CPU)(pictures[:2])
-    resized = torch.stack([torch.from_numpy(np.array(picture.resize((299, 299), Image.Resampling.BICUBIC))) for picture in pictures[:2]])
+    resized = [np.array(picture.resize((299, 299), Image.Resampling.BICUBIC)) for picture in pictures[:2]]
     with torch.no_grad():
-        expected, = network(resized.permute(0, 3, 1, 2))
+        expected, = network(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2))
     assert found.shape == (2, 2048) and found.std() > 0
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5)
 

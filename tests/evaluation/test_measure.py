@@ -73,8 +73,8 @@ def test_every_metric_sees_what_it_should(result_folder):
         """One pixel of the background 9 levels off, in one picture of the eight."""
         made = grey(picture, hole, place)
         if place == 3:
-            x, y = np.argwhere(np.asarray(hole).T == 0)[0]
-            made.putpixel((int(x), int(y)), tuple(value - 9 if value > 100 else value + 9 for value in picture.getpixel((int(x), int(y)))))
+            spot = tuple(map(int, np.argwhere(np.asarray(hole).T == 0)[0]))
+            made.putpixel(spot, tuple(value - 9 if value > 100 else value + 9 for value in picture.getpixel(spot)))
         return made
 
     _, lines, notes = measured([result_folder("original"), result_folder("grey", grey), result_folder("spot", spot)])
@@ -89,7 +89,9 @@ def test_every_metric_sees_what_it_should(result_folder):
 
 def test_diversity_compares_what_differs_by_the_seed_alone(result_folder):
     def shade(level):
-        return lambda picture, hole, place: Image.composite(Image.new("RGB", picture.size, (level,) * 3), picture, hole.point(lambda v: 255 * (v > 0)))
+        def paint(picture, hole, place):
+            return Image.composite(Image.new("RGB", picture.size, (level,) * 3), picture, hole.point(lambda v: 255 * (v > 0)))
+        return paint
 
     folders = [result_folder(name, shade(level), workflow="cat.json", seed=seed, changes=changes) for name, level, seed, changes in
                (("a", 10, 1, {}), ("b", 30, 2, {}), ("c", 90, 3, {}), ("again", 200, 3, {}), ("d", 10, 4, {"strength": 0.5}))]
@@ -114,7 +116,8 @@ def test_mismatched_folders_are_named(result_folder):
     assert "whole lacks" not in str(error.value)
     opened, samples = [Results.open(folder) for folder in (whole, broken)], sample_set(whole)
     some, notes = samples.of_all(opened, True)
-    assert [record.id for record in some.records] == ids[6:] and notes == ["Only the 2 of 8 pictures that all folders have were evaluated."]
+    assert [record.id for record in some.records] == ids[6:]
+    assert notes == ["Only the 2 of 8 pictures that all folders have were evaluated."]
     (broken / f"{ids[6]}.png").unlink()
     with pytest.raises(EvaluationError, match="1 of 8 pictures of .*m.*jsonl .split test. to evaluate; .* at least 2"):
         samples.of_all(opened, True)
@@ -219,10 +222,12 @@ def test_memory_does_not_grow_with_the_pictures(tmp_path):
     """2,000 pictures and results are 49 MB of pixels and 38 MB of features; 40,000 features of the second kind are 20 MB."""
     Image.effect_noise((SIZE, SIZE), 90).convert("RGB").save(tmp_path / "x.png")
     (tmp_path / "results").mkdir()
-    manifest.write(tmp_path / "m.jsonl", (manifest.Record(f"{i}", "x.png", box=(0.2, 0.2, 0.7, 0.8), label="cup") for i in range(2000)))
+    records = (manifest.Record(f"{i}", "x.png", box=(0.2, 0.2, 0.7, 0.8), label="cup") for i in range(2000))
+    manifest.write(tmp_path / "m.jsonl", records)
     for i in range(2000):
         os.link(tmp_path / "x.png", tmp_path / f"results/{i}.png")
-    run = subprocess.run([sys.executable, "-c", MEMORY, tmp_path / "m.jsonl", tmp_path / "results"], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", MEMORY, tmp_path / "m.jsonl", tmp_path / "results"], cwd=ROOT,
+                         capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     few, many = map(float, run.stdout.split())
     print(f"peak {few:.0f} MB after 100 pictures, {many:.0f} MB after 2,000")

@@ -40,7 +40,8 @@ def test_fid_equals_the_matrix_square_root(count, width, shift):
 
 def test_fid_does_not_depend_on_batches():
     real, made = features(100, 16, 1), features(90, 16, 2, 0.3)
-    assert metrics.frechet_distance([real], [made]) == pytest.approx(metrics.frechet_distance(real.split(7), made.split(1)), rel=1e-9)
+    expected = metrics.frechet_distance([real], [made])
+    assert metrics.frechet_distance(real.split(7), made.split(1)) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("count, width", [(300, 48), (30, 48)])
@@ -86,7 +87,7 @@ def test_background_error_counts_only_where_the_hole_is_zero():
 
 def test_diversity_is_the_mean_over_pairs_inside_the_hole():
     hole = np.zeros((4, 4), np.uint8)
-    hole[1, 1:3], hole[3] = 128, 127
+    hole[1, 1:3], hole[3] = 255, 1
     pictures = [np.full((4, 4, 3), level, np.uint8) for level in (10, 250, 40)]
     pictures[0][0] = 99
     assert metrics.hole_distance(pictures[0], pictures[1], hole) == 240
