@@ -1,0 +1,128 @@
+"""Numbers from features and pixels. Which network made the features is the caller's business.
+
+Pictures are (H, W, 3) uint8, holes (H, W) uint8 with white = repainted.
+"""
+
+import itertools
+from typing import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+LEVEL = 95  # per cent of the resamples that an interval covers
+IDENTICAL = 100.0  # dB, the PSNR of what did not change: infinity has no mean
+HISTOGRAM = np.linspace(-1, 1, 81)  # edges, of cosines
+
+
+class EvaluationError(ValueError):
+    """Something that cannot be measured; the message says what was found, what was expected and what to do."""
+
+
+class Missing(EvaluationError):
+    """A library that is not installed or weights that are not on this machine: one metric is left out, the others are not."""
+
+
+# Distances between sets ---------------------------------------------------------------------------------------------
+
+
+def frechet_distance(real: Iterable[torch.Tensor], made: Iterable[torch.Tensor]) -> float:
+    """FID: the Fréchet distance of two Gaussians fitted to features, 0 for equal sets (Heusel et al. 2017, eq. 6).
+
+    torchmetrics sums in float64 and keeps D x D numbers, however many batches come.
+
+    Args:
+        real: features of real pictures, any number of batches (B, D).
+        made: features of made ones.
+    Raises:
+        EvaluationError: fewer than 2 features on a side.
+        Missing: torchmetrics is not installed.
+    """
+    distance = None
+    counts = [0, 0]
+    for side, batches in enumerate((real, made)):
+        for batch in batches:
+            distance = distance or _frechet_sums(batch.shape[1])
+            distance.update(batch.double(), real=side == 0)
+            counts[side] += len(batch)
+    if min(counts) < 2:
+        raise EvaluationError(f"FID compares covariances and needs at least 2 pictures on each side; found {counts[0]} real "
+                              f"and {counts[1]} made. Evaluate more pictures.")
+    return float(distance.compute())
+
+
+def _frechet_sums(width: int):
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+    except ImportError as error:
+        raise Missing(f"FID needs torchmetrics ({error}). Install requirements-evaluate.txt with ComfyUI's Python.") from error
+    features = torch.nn.Identity()
+    features.num_features = width
+    return FrechetInceptionDistance(features)
+
+
+# Numbers of one picture ---------------------------------------------------------------------------------------------
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Cosine similarity of features: (B, D) x 2 -> (B,) in [-1, 1]."""
+    return F.cosine_similarity(a.float(), b.float(), dim=-1)
+
+
+def clip_score(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """CLIP score, 100 max(cos, 0), of CLIP's image and text features: (B, D) x 2 -> (B,) in [0, 100] (torchmetrics' scale)."""
+    return 100 * cosine(image, text).clamp(min=0)
+
+
+def background_error(made: np.ndarray, original: np.ndarray, hole: np.ndarray) -> tuple[float, float, float]:
+    """What changed where nothing should: mean and largest absolute error (levels, 0 to 255), and PSNR (dB, at most 100).
+
+    Background is where the hole is exactly 0: a soft edge may be repainted. Without any the error is 0.
+    """
+    outside = hole == 0
+    error = np.abs(made[outside].astype(np.float64) - original[outside])
+    if not error.any():
+        return 0.0, 0.0, IDENTICAL
+    return error.mean(), error.max(), min(10 * np.log10(255**2 / np.square(error).mean()), IDENTICAL)
+
+
+def hole_distance(a: np.ndarray, b: np.ndarray, hole: np.ndarray) -> float:
+    """Mean absolute difference inside the hole (all that is not background), in levels, 0 to 255."""
+    inside = hole > 0
+    return float(np.abs(a[inside].astype(np.float64) - b[inside]).mean())
+
+
+def diversity(items: Sequence, distance: Callable) -> float:
+    """Mean distance of all pairs: how different pictures of one sample are that were made with other seeds."""
+    return float(np.mean([distance(a, b) for a, b in itertools.combinations(items, 2)]))
+
+
+def masked_cosines(patches: torch.Tensor, truth: torch.Tensor, patch_mask: torch.Tensor) -> torch.Tensor:
+    """Cosines of masked patches to the true ones: (B, N, D) x 2, (B, 1, G, G) -> (M,), M masked patches in all."""
+    return cosine(patches, truth)[patch_mask.flatten(1).bool()]
+
+
+def histogram(cosines: torch.Tensor) -> np.ndarray:
+    """Counts in 80 equal bins over [-1, 1]; counts of several calls add up."""
+    return np.histogram(cosines.double().clamp(-1, 1).numpy(), HISTOGRAM)[0]
+
+
+# How sure -----------------------------------------------------------------------------------------------------------
+
+
+def resampled(statistic: Callable[[np.ndarray], float], count: int, resamples: int, seed: int) -> np.ndarray:
+    """Bootstrap: `statistic` of the rows drawn with replacement, (resamples,).
+
+    Two statistics of the same count and seed see the same rows, so the difference of the results is a paired one.
+    """
+    rng = np.random.default_rng(seed)
+    return np.array([statistic(rng.integers(count, size=count)) for _ in range(resamples)])
+
+
+def interval(value: float, resamples: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of the resampled values, moved so that their mean lies on `value`.
+
+    A mean's resamples lie there anyway. Those of FID lie above it, since a resample repeats pictures; only their spread counts.
+    """
+    low, high = np.percentile(resamples, ((100 - LEVEL) / 2, (100 + LEVEL) / 2)) - resamples.mean()
+    return value + low, value + high
