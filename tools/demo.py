@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--comfyui", help="an existing ComfyUI folder; installed into the cache if not given")
     parser.add_argument("--python", help="the Python that runs that ComfyUI")
     parser.add_argument("--label", help='what to draw, such as "red star" (default: what the scene has there)')
-    parser.add_argument("--scene", type=int, default=2, help="number of the test scene, 0 to 99999")
+    parser.add_argument("--scene", type=int, default=10, help="number of the test scene, 0 to 99999")
     parser.add_argument("--hole", choices=("box", "exact"), default="box", help="the object's box or its exact outline")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--full-size", action="store_true", help="a photograph and random weights of full size (3.5 GB)")
