@@ -95,21 +95,23 @@ class SamplePictures:
         return plots.sheet(rows, ("picture", "inpainted", "original"))
 
     def _inpaint(self, model, cat_model, record, picture, hole) -> Image.Image:
-        """The pack's own nodes and the host's own sampler. Stage 2's visual prompt is the whole picture's, as in training."""
+        """The pack's own nodes and the host's own sampler, from noise alone; visual prompt as in training."""
         import nodes  # the host's
 
         clip, vision, vae = self.encoders.clip, self.encoders.clip_vision, self.encoders.vae
         image, mask = (torch.from_numpy(np.array(x, np.float32) / 255)[None] for x in (picture, hole))
-        if self.stage.uses_sem_inpainter:
+        if self.stage.prompt == "predicted":
             prompt = CATSemanticInpaint.execute(cat_model, vision, clip, image, mask, record.label).args[0]
-        else:
-            prompt = CATEncodeVisualPrompt.execute(vision, image).args[0]
+        elif self.stage.prompt:
+            prompt = CATEncodeVisualPrompt.execute(vision, image, mask if self.stage.prompt == "observed" else None).args[0]
         texts = (clip.encode_from_tokens_scheduled(host.plain_tokens(clip, text)) for text in (record.caption or record.label, ""))
         positive, negative, latent = CATInpaintConditioning.execute(*texts, vae, image, mask, "black", False).args
-        patched = CATApplyRefAdapter.execute(model, cat_model, prompt, 1.0, 0.0, 1.0).args[0]
+        if self.stage.prompt:
+            model = CATApplyRefAdapter.execute(model, cat_model, prompt, 1.0, 0.0, 1.0).args[0]
+        latent["samples"] = torch.zeros_like(latent["samples"])  # the photo's own still holds the object
         shown, comfy.utils.PROGRESS_BAR_ENABLED = comfy.utils.PROGRESS_BAR_ENABLED, False
         try:
-            latent, = nodes.common_ksampler(patched, self.seed, STEPS, CFG, "ddim", "ddim_uniform", positive, negative, latent)
+            latent, = nodes.common_ksampler(model, self.seed, STEPS, CFG, "ddim", "ddim_uniform", positive, negative, latent)
         finally:
             comfy.utils.PROGRESS_BAR_ENABLED = shown
         pixels = vae.decode(latent["samples"])[0].float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8)

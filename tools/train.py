@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def command_line() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("stage", help="sem-inpainter, ref-adapter, ref-adapter-unet, cascade-sem-inpainter, cascade, or unet "
-                                      "(plain inpainting)")
+    parser.add_argument("stage", help="sem-inpainter, ref-adapter, ref-adapter-unet, cascade-sem-inpainter, cascade; unet (plain "
+                                      "inpainting), ref-adapter-observed (the ablation without SemInpainter)")
     parser.add_argument("--base", type=Path, nargs="+", required=True, metavar="FILE",
                         help="what to start from: SD 1.5 inpainting checkpoint, CLIP ViT-L/14 vision file, CAT weights of "
                              "earlier stages; of parts that several have, the last one's")
@@ -110,9 +110,9 @@ def run(arguments) -> Path:
     architecture = file.architecture
     if diffusion:
         modules["unet"] = trainable_unet(file)
-        denoiser = Denoiser(modules["unet"], modules["ref_adapter"] if stage.uses_ref_adapter else None, arguments.checkpointing)
+        denoiser = Denoiser(modules["unet"], modules["ref_adapter"] if stage.prompt else None, arguments.checkpointing)
         objective = Diffusion(denoiser, stable_diffusion_schedule(),
-                              modules["sem_inpainter"] if stage.uses_sem_inpainter else None)
+                              modules["sem_inpainter"] if stage.prompt == "predicted" else None, stage.prompt == "observed")
     else:
         objective = Distillation(modules["sem_inpainter"], arguments.masked)
     settings = loop.Settings(arguments.steps, arguments.batch_size, arguments.micro_batch_size, arguments.warmup,

@@ -53,20 +53,23 @@ class Diffusion(nn.Module):
 
     Batch: latent, noise, masked_latent (B, 4, h, w), all scaled; latent_mask (B, 1, h, w); timestep (B,) int64;
     context (B, L, T). Without a SemInpainter also teacher_patches (B, N, D): the visual prompt is the whole picture's
-    own features. With one, the inputs of SemInpainter (see Distillation): gradients flow through it.
+    own features; or patches (B, N, D), those of the picture with its hole. With one, the inputs of SemInpainter (see
+    Distillation): gradients flow through it.
     dropped (B,) bool: rows whose visual prompt is all zero (their context is expected to be the empty text's).
 
     Args:
         denoiser: (x (B, 9, h, w), timestep (B,), context (B, L, T), visual_prompt (B, N/4, D)) -> noise (B, 4, h, w).
         alphas_cumprod: (1000,) the noise schedule.
         sem_inpainter: None for stage 2.
+        observed: without a SemInpainter, take the visual prompt from the picture with its hole.
     """
 
     extra = {"noise": 0.0}
 
-    def __init__(self, denoiser: Callable, alphas_cumprod: torch.Tensor, sem_inpainter: SemInpainter | None = None):
+    def __init__(self, denoiser: Callable, alphas_cumprod: torch.Tensor, sem_inpainter: SemInpainter | None = None,
+                 observed: bool = False):
         super().__init__()
-        self.denoiser, self.sem_inpainter = denoiser, sem_inpainter
+        self.denoiser, self.sem_inpainter, self.observed = denoiser, sem_inpainter, observed
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
 
     def weights(self, batch: Batch) -> Terms:
@@ -75,7 +78,7 @@ class Diffusion(nn.Module):
     def visual_prompt(self, batch: Batch) -> torch.Tensor:
         """(B, N/4, D), zero where dropped."""
         if self.sem_inpainter is None:
-            patches = batch["teacher_patches"]
+            patches = batch["patches" if self.observed else "teacher_patches"]
         else:
             out = self.sem_inpainter(batch["patches"], batch["image"], batch["text"], batch["patch_mask"])
             patches = features.blend(out.patches, batch["patches"], batch["patch_mask"])

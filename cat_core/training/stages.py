@@ -15,8 +15,9 @@ class Stage:
     name: str
     objective: str  # "distillation" or "diffusion"
     rates: tuple[tuple[str, float], ...]
-    uses_sem_inpainter: bool = False  # whether the diffusion objective's visual prompt comes from SemInpainter
-    uses_ref_adapter: bool = True  # whether the diffusion objective's denoiser sees the visual prompt at all
+    # The diffusion objective's visual prompt: CLIP's features of the "whole" picture, of the "observed" one with its hole,
+    # those "predicted" by SemInpainter, or None for plain inpainting without RefAdapter.
+    prompt: str | None = "whole"
 
     def scaled(self, factor: float) -> "Stage":
         """The same stage with all rates times `factor`."""
@@ -27,11 +28,13 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("sem-inpainter", "distillation", (("sem_inpainter", NEW),)),
-        Stage("unet", "diffusion", (("unet", NEW),), uses_ref_adapter=False),  # plain inpainting
+        Stage("unet", "diffusion", (("unet", NEW),), prompt=None),
         Stage("ref-adapter", "diffusion", (("ref_adapter", NEW),)),
         Stage("ref-adapter-unet", "diffusion", (("ref_adapter", NEW), ("unet", PRETRAINED))),
-        Stage("cascade-sem-inpainter", "diffusion", (("sem_inpainter", PRETRAINED),), uses_sem_inpainter=True),
+        # The paper's ablation without SemInpainter.
+        Stage("ref-adapter-observed", "diffusion", (("ref_adapter", NEW), ("unet", PRETRAINED)), prompt="observed"),
+        Stage("cascade-sem-inpainter", "diffusion", (("sem_inpainter", PRETRAINED),), prompt="predicted"),
         Stage("cascade", "diffusion", (("sem_inpainter", PRETRAINED), ("ref_adapter", PRETRAINED), ("unet", PRETRAINED)),
-              uses_sem_inpainter=True),
+              prompt="predicted"),
     )
 }

@@ -133,6 +133,18 @@ def test_dropped_rows_see_no_visual_prompt(modules, golden):
     assert not prompt[0].any() and prompt[1].any()
 
 
+def test_the_visual_prompt_may_show_the_hole(modules, golden):
+    """The ablation without SemInpainter: what CLIP sees of the picture with its hole, instead of the whole one."""
+    from cat_diffusion.cat_core import features
+    from cat_diffusion.cat_core.training.objectives import Diffusion, stable_diffusion_schedule
+
+    _, denoiser = modules()
+    batch = batch_of(golden)
+    whole, observed = (Diffusion(denoiser, stable_diffusion_schedule(), observed=which).visual_prompt(batch) for which in (False, True))
+    assert torch.equal(whole, features.pool(batch["teacher_patches"])) and torch.equal(observed, features.pool(batch["patches"]))
+    assert not torch.equal(whole, observed)
+
+
 def close(found, golden):
     assert found.shape == golden.shape
     assert (found - golden).abs().max() <= 1e-5 * golden.abs().max()

@@ -155,7 +155,7 @@ def test_rates_rise_and_decay():
 
 
 @pytest.mark.parametrize("stage, parts, more", [
-    ("unet", {"unet"}, ["--rates", 2]),
+    ("unet", {"unet"}, ["--rates", 2, "--samples-every", 2]), ("ref-adapter-observed", {"ref_adapter", "unet"}, ["--samples-every", 2]),
     ("ref-adapter", {"ref_adapter"}, ["--checkpointing", "--samples-every", 2]), ("ref-adapter-unet", {"ref_adapter", "unet"}, []),
     ("cascade-sem-inpainter", {"sem_inpainter"}, []), ("cascade", {"sem_inpainter", "ref_adapter", "unet"}, ["--precision", "bf16", "--samples-every", 2])])
 def test_every_other_stage_trains_its_parts_and_resumes(tiny_file, data, tmp_path, stage, parts, more):
