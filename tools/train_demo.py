@@ -41,7 +41,7 @@ RUNS = (
     Run("sem-inpainter", 1600, 32, 1e-3, ("start", "clip")),
     Run("unet", 6000, 32, 1e-3, ("start", "clip", "vae")),
     Run("ref-adapter-unet", 1000, 32, 5e-4, ("start", "clip", "vae", "unet")),
-    Run("cascade", 1500, 32, 6e-3, ("start", "clip", "vae", "sem-inpainter", "ref-adapter-unet")),
+    Run("cascade", 1500, 32, 5e-4, ("start", "clip", "vae", "sem-inpainter", "ref-adapter-unet")),
 )
 ORDER = ("scenes", CLIP.stage, VAE.stage, "cache", *(run.stage for run in RUNS), "file")
 
