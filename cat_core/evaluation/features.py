@@ -30,7 +30,6 @@ class FeatureFile:
 
     def batches(self, rows: np.ndarray | None = None, size: int = 256) -> Iterator[torch.Tensor]:
         """All features in order, or those of `rows` (sorted), `size` at once."""
-        self.file.flush()
         stored = np.memmap(self.file, np.float32, "r", shape=(self.count, self.width))
         rows = np.arange(self.count) if rows is None else np.sort(rows)
         for start in range(0, len(rows), size):

@@ -122,7 +122,8 @@ def resampled(statistic: Callable[[np.ndarray], float], count: int, resamples: i
 def interval(value: float, resamples: np.ndarray) -> tuple[float, float]:
     """The middle 95 % of the resampled values, moved so that their mean lies on `value`.
 
-    A mean's resamples lie there anyway. Those of FID lie above it, since a resample repeats pictures; only their spread counts.
+    A mean's resamples lie there anyway. Those of FID lie above it, since a resample repeats pictures; only their spread counts,
+    and with few pictures it is rather too wide.
     """
     low, high = np.percentile(resamples, ((100 - LEVEL) / 2, (100 + LEVEL) / 2)) - resamples.mean()
     return value + low, value + high

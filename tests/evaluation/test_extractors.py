@@ -112,6 +112,9 @@ def inception_file(tmp_path_factory):
         patch.setattr(torch, "load", lambda *_, **__: None)
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(path))
+    for name, weight in network.named_parameters():
+        if name.endswith("conv.weight"):
+            weight.mul_(6**0.5)  # He's initialisation, so that features do not die out on the way
     torch.save(network.state_dict(), path)
     return path, network
 
@@ -122,8 +125,8 @@ def test_inception_features(inception_file, pictures):
     resized = [np.array(picture.resize((299, 299), Image.Resampling.BICUBIC)) for picture in pictures[:2]]
     with torch.no_grad():
         expected, = network(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2))
-    assert found.shape == (2, 2048) and found.std() > 0
-    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5)
+    assert found.shape == (2, 2048)
+    assert (found - expected).abs().max() < 0.01 * (expected[0] - expected[1]).abs().max()
 
 
 def test_inception_refuses_other_files(tmp_path, monkeypatch):

@@ -132,18 +132,19 @@ def test_differences_are_paired():
 
 
 def test_the_interval_of_fid_covers_what_other_pictures_give():
-    """Resampled distances lie above the measured one, so a plain percentile interval would not even hold it."""
     files = []
     for seed, shift in ((1, 0), (2, 0.3)):
         files.append(FeatureFile())
-        for batch in features(300, 16, seed, shift).split(45):
+        for batch in features(60, 32, seed, shift).split(45):
             files[-1].append(batch)
 
     def statistic(rows):
         return metrics.frechet_distance(*(file.batches(rows) for file in files))
 
-    value = statistic(np.arange(300))
-    low, high = metrics.interval(value, metrics.resampled(statistic, 300, 100, seed=0))
-    others = [metrics.frechet_distance([features(300, 16, 2 * i)], [features(300, 16, 2 * i + 1, 0.3)]) for i in range(5, 25)]
+    value = statistic(np.arange(60))
+    drawn = metrics.resampled(statistic, 60, 200, seed=0)
+    low, high = metrics.interval(value, drawn)
+    others = [metrics.frechet_distance([features(60, 32, 2 * i)], [features(60, 32, 2 * i + 1, 0.3)]) for i in range(5, 45)]
     assert low < value < high
-    assert np.std(others) == pytest.approx((high - low) / 3.92, rel=0.5)
+    assert np.percentile(drawn, 2.5) > value  # a resample repeats pictures, which alone raises FID
+    assert np.mean((low < others) & (others < high)) > 0.7
