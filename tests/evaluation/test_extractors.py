@@ -51,7 +51,7 @@ def test_clip_score_equals_open_clip(tiny_clip, pictures):
 
 
 def test_a_weights_file_is_loaded_into_the_named_model(tiny_clip, pictures, tmp_path):
-    open_clip.add_model_config(_config(tmp_path))
+    open_clip.add_model_config(_config(tiny_clip, tmp_path))
     by_file = OpenClip("tiny-for-tests", str(tiny_clip / "open_clip_model.safetensors"), CPU)
     assert torch.equal(by_file.image(pictures), OpenClip(f"local-dir:{tiny_clip}", None, CPU).image(pictures))
     (tmp_path / "broken.pt").write_bytes(b"not weights")
@@ -61,12 +61,11 @@ def test_a_weights_file_is_loaded_into_the_named_model(tiny_clip, pictures, tmp_
             OpenClip(name, str(file), CPU)
 
 
-def _config(folder):
+def _config(tiny_clip, folder):
     import json
 
-    from conftest import TINY_CLIP
-
-    (folder / "tiny-for-tests.json").write_text(json.dumps(TINY_CLIP))
+    described = json.loads((tiny_clip / "open_clip_config.json").read_text())
+    (folder / "tiny-for-tests.json").write_text(json.dumps(described["model_cfg"]))
     return folder / "tiny-for-tests.json"
 
 
