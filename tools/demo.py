@@ -53,7 +53,7 @@ def main() -> int:
             return 1
     start = time.monotonic()
     try:
-        host = (hosts.existing_host(arguments.comfyui, arguments.python) if arguments.comfyui else hosts.prepare_host())
+        host = hosts.chosen_host(arguments.comfyui, arguments.python)
     except hosts.SetupError as error:
         parser.error(str(error))
     print(f"ComfyUI: {host.path} ({time.monotonic() - start:.1f} s)", flush=True)

@@ -85,6 +85,16 @@ def require(host: Host, requirements: Path) -> None:
             done.touch()
 
 
+def chosen_host(path: str | None, python: str | None, requirements: Path | None = None) -> Host:
+    """The user's own ComfyUI at `path`, into which nothing is installed; without a path the cache's, with `requirements`."""
+    if path:
+        return existing_host(path, python)
+    host = prepare_host()
+    if requirements:
+        require(host, requirements)
+    return host
+
+
 def _source(cache: Path, version: str) -> Path:
     package, sha256 = SOURCES[version]
     target = cache / f"ComfyUI-{version}"

@@ -28,8 +28,7 @@ def main() -> int:
         parser.error(f"{arguments.goldens} has no index.json; expected a folder of golden tensors")
     if inside.COMFYUI not in os.environ:
         try:
-            host = (hosts.existing_host(arguments.comfyui, arguments.python) if arguments.comfyui
-                    else hosts.prepare_host())
+            host = hosts.chosen_host(arguments.comfyui, arguments.python)
         except hosts.SetupError as error:
             parser.error(str(error))
         return inside.rerun(host, __file__, sys.argv[1:])

@@ -220,6 +220,12 @@ def test_load_says_why_not(tmp_path):
     assert reason(tmp_path, box=(0.5, 0.5, 0.501, 0.501)) == "empty mask"  # less than a pixel
 
 
+def test_holes_have_the_size_that_preprocessing_wants():
+    from cat_core import preprocess
+
+    assert manifest.HOLE_SIZE == preprocess.SIZE
+
+
 @pytest.mark.parametrize("variant", manifest.VARIANTS)
 def test_an_object_that_vanishes_at_the_training_size_is_a_bad_sample(variant):
     dot = Image.new("L", (4000, 3000))
