@@ -18,7 +18,9 @@ class VisualPrompt:
     before: torch.Tensor  # (B, G*G, D), CLIP's patch features of the picture that was seen
     after: torch.Tensor  # (B, G*G, D), with the hole's features replaced by the predicted ones
     patch_mask: torch.Tensor  # (B, 1, G, G), 1 = patch was repainted
-    text: str = ""
+    picture: torch.Tensor  # (B, 3, 224, 224) uint8, what CLIP saw
+    mask: torch.Tensor | None = None  # (B, 1, H, W) in [0, 1], 1 = hidden from CLIP
+    text: str = ""  # of the last object
 
 
 def blend(predicted: torch.Tensor, observed: torch.Tensor, patch_mask: torch.Tensor) -> torch.Tensor:

@@ -5,13 +5,15 @@ from comfy_api.latest import ComfyExtension, io
 from . import host
 from .compare import CATCompareFeatures
 from .conditioning import CATInpaintConditioning, CATScheduler
+from .demo import CATDemoScene
 from .load import CATLoadCheckpoint, CATLoadWeights
 from .ref_adapter import CATApplyRefAdapter
 from .train import CATTrainRefAdapter, CATTrainSemInpainter
-from .visual_prompt import CATEncodeVisualPrompt, CATSemanticInpaint
+from .visual_prompt import CATEncodeVisualPrompt, CATSemanticInpaint, CATVisualPromptPreview
 
 NODES = [CATLoadCheckpoint, CATLoadWeights, CATSemanticInpaint, CATEncodeVisualPrompt, CATApplyRefAdapter,
-         CATInpaintConditioning, CATScheduler, CATCompareFeatures, CATTrainSemInpainter, CATTrainRefAdapter]
+         CATInpaintConditioning, CATScheduler, CATVisualPromptPreview, CATCompareFeatures, CATTrainSemInpainter,
+         CATTrainRefAdapter, CATDemoScene]
 
 
 class CATDiffusionExtension(ComfyExtension):

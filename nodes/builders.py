@@ -90,8 +90,8 @@ def build_clip(file: Checkpoint) -> comfy.sd.CLIP:
         config |= {"hidden_size": width, "num_hidden_layers": _count(tensors, "text_model.encoder.layers."),
                    "intermediate_size": tensors["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
                    "num_attention_heads": file.architecture.clip_text_num_heads or max(width // HEAD_WIDTH, 1)}
-        # SD 1.5 has no text projection; the identity keeps the host from reading uninitialised memory.
-        tensors.setdefault("text_projection.weight", torch.eye(width, dtype=_dtype(tensors)))
+        # SD 1.5 has no text projection and needs none; zeros keep the host from reading uninitialised memory.
+        tensors.setdefault("text_projection.weight", torch.zeros(width, width, dtype=_dtype(tensors)))
         _expect(file, "clip_text", lambda: comfy.clip_model.CLIPTextModel(config, None, None, torch.nn), tensors)
     target = comfy.supported_models_base.ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel)
     return comfy.sd.CLIP(target, embedding_directory=folder_paths.get_folder_paths("embeddings"),

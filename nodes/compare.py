@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 from ..cat_core.training import plots
 from ..cat_core.training.objectives import masked_cosine
 from . import host
-from .visual_prompt import CLIP_VISION_TOOLTIP, CATSemanticInpaint, see
+from .visual_prompt import CLIP_VISION_TOOLTIP, predict, see
 from .wires import CATEGORY, CatModelWire, to_core
 
 
@@ -42,7 +42,7 @@ class CATCompareFeatures(io.ComfyNode):
 
     @classmethod
     def execute(cls, cat_model, clip_vision, clip, image, mask, text) -> io.NodeOutput:
-        prompt = CATSemanticInpaint.execute(cat_model, clip_vision, clip, image, mask, text).args[0]
+        prompt = predict(cat_model, clip_vision, clip, image, mask, text)
         m = prompt.patch_mask.flatten(1).bool()  # (B, N)
         if not m.any(1).all():
             raise ValueError(f"The mask of {(~m.any(1)).sum()} of {len(m)} pictures is empty; there is nothing to compare. "

@@ -237,6 +237,27 @@ def encode_text(clip, text: str, width: int | None = None) -> torch.Tensor:
     return pooled.float()
 
 
+def text_similarity(clip, clip_vision, prompt) -> torch.Tensor | None:
+    """Cosine of each cell's features and the text of a visual prompt in CLIP's common space, (B, N).
+
+    None where one of the two has no projection into it. The host leaves a projection that a file lacks as it finds the
+    memory, so its spread has to be a trained one's, near 1 / sqrt(width).
+    """
+    transformer = clip.cond_stage_model.clip_l.transformer if set(clip.tokenize("")) == {"l"} else None
+    projections = [getattr(transformer, "text_projection", None), getattr(clip_vision.model, "visual_projection", None)]
+    weights_ = [getattr(projection, "weight", None) for projection in projections]
+    if any(weight is None or not 0.25 < weight.float().std().item() * weight.shape[1] ** 0.5 < 4 for weight in weights_):
+        return None
+    _, text = clip.encode_from_tokens(plain_tokens(clip, prompt.text), return_pooled=True)
+    device, dtype = clip_vision.load_device, clip_vision.dtype
+    comfy.model_management.load_model_gpu(clip_vision.patcher)
+    with torch.inference_mode():
+        cells = projections[1](clip_vision.model.vision_model.post_layernorm(prompt.after.to(device, dtype))).float().cpu()
+    if cells.shape[2] != text.shape[1]:
+        return None
+    return torch.nn.functional.cosine_similarity(cells, text.float().cpu().view(1, 1, -1), dim=2)
+
+
 def plain_tokens(clip, text: str) -> dict[str, list]:
     """The first 77 tokens of a text as it is: no weights, no embeddings, no escapes, which the host would read in it."""
     encoders = set(clip.tokenize(""))

@@ -1,9 +1,9 @@
 """From a picture with a hole, or a reference picture, to the visual prompt."""
 
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
-from ..cat_core import features, preprocess
+from ..cat_core import features, preprocess, preview
 from . import host
 from .wires import CATEGORY, CatModelWire, VisualPromptWire, to_core
 
@@ -29,27 +29,19 @@ class CATSemanticInpaint(io.ComfyNode):
                 io.Image.Input("image", tooltip="The photo, of any size. What is under the mask is not looked at."),
                 io.Mask.Input("mask", tooltip="White where the object goes. Any size; soft edges are fine."),
                 io.String.Input("text", default="", tooltip="The object's name, for example: fire hydrant"),
+                VisualPromptWire.Input("previous", optional=True,
+                                       tooltip="For a second object in the same photo: the visual prompt of the first, with a "
+                                               "mask of its own. This one then holds both."),
             ],
             outputs=[VisualPromptWire.Output(display_name="VISUAL_PROMPT", tooltip="For CAT Apply RefAdapter.")],
         )
 
     @classmethod
-    def execute(cls, cat_model, clip_vision, clip, image, mask, text) -> io.NodeOutput:
-        host.require_part(cat_model, "sem_inpainter")
-        text = text.strip()
-        if not text:
-            raise ValueError("The text is empty. Type the name of the object that belongs in the hole.")
-        config = cat_model.architecture.sem_inpainter
-        host.check_clip_vision(clip_vision, config.hidden_size, config.grid_size)
-        patch_mask, patches, image_feature = see(clip_vision, *to_core(image, mask))
-        if not patch_mask.any():
-            host.say("The mask is empty: the visual prompt is just the photo's own features. Paint a mask to change it.")
-        elif patch_mask.all():
-            host.say("The mask covers everything: the visual prompt rests on the text alone.")
-        text_feature = host.encode_text(clip, text, config.text_size)
-        predicted = host.run_sem_inpainter(cat_model, patches, image_feature, text_feature, patch_mask)
-        after = features.blend(predicted, patches, patch_mask)
-        return io.NodeOutput(features.VisualPrompt(features.pool(after), patches, after, patch_mask, text))
+    def execute(cls, cat_model, clip_vision, clip, image, mask, text, previous=None) -> io.NodeOutput:
+        prompt = predict(cat_model, clip_vision, clip, image, mask, text, previous)
+        cells = [row.to(torch.uint8).numpy().astype(str) for row in prompt.patch_mask.flatten(1)]
+        picture = draw(prompt, clip, clip_vision)
+        return io.NodeOutput(prompt, ui=ui.PreviewImage(picture).as_dict() | {"cat_cells": ["".join(row) for row in cells]})
 
 
 class CATEncodeVisualPrompt(io.ComfyNode):
@@ -74,14 +66,96 @@ class CATEncodeVisualPrompt(io.ComfyNode):
     @classmethod
     def execute(cls, clip_vision, image, mask=None) -> io.NodeOutput:
         host.check_clip_vision(clip_vision)
-        patch_mask, patches, _ = see(clip_vision, *to_core(image, mask))
-        return io.NodeOutput(features.VisualPrompt(features.pool(patches), patches, patches, torch.zeros_like(patch_mask)))
+        image, mask = to_core(image, mask)
+        seen, patches, _ = see(clip_vision, image, mask)
+        return io.NodeOutput(features.VisualPrompt(features.pool(patches), patches, patches, torch.zeros_like(seen.patch_mask),
+                                                   seen.masked_image, mask))
 
 
-def see(clip_vision, image, mask) -> list[torch.Tensor]:
-    """The core's image and mask -> patch mask (B, 1, G, G), patch features (B, N, D), image feature (B, D)."""
+class CATVisualPromptPreview(io.ComfyNode):
+    """What a visual prompt holds, as a picture."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="CATVisualPromptPreview",
+            display_name="CAT Visual Prompt Preview",
+            category=CATEGORY,
+            description="Look at a visual prompt: the photo as CLIP saw it with its 16x16 grid and the hidden cells, the features "
+                        "before and after as colours, and how similar each cell is to the text.",
+            is_output_node=True,
+            inputs=[
+                VisualPromptWire.Input("visual_prompt", tooltip="From CAT Semantic Inpaint or CAT Encode Visual Prompt."),
+                io.Clip.Input("clip", optional=True,
+                              tooltip="With clip_vision: adds the similarity to the text. It needs a CLIP with a text projection: "
+                                      "the demo model has one, SD 1.5 checkpoints have none."),
+                io.ClipVision.Input("clip_vision", optional=True, tooltip="The image encoder that made the visual prompt."),
+            ],
+            outputs=[io.Image.Output(display_name="preview", tooltip="One row of panels for each picture of the batch.")],
+        )
+
+    @classmethod
+    def execute(cls, visual_prompt, clip=None, clip_vision=None) -> io.NodeOutput:
+        if visual_prompt.text and clip and clip_vision and host.text_similarity(clip, clip_vision, visual_prompt) is None:
+            host.say("The similarity to the text is left out: this CLIP, or CLIP vision, has no projection.")
+        picture = draw(visual_prompt, clip, clip_vision)
+        return io.NodeOutput(picture, ui=ui.PreviewImage(picture))
+
+
+def predict(cat_model, clip_vision, clip, image, mask, text: str, previous: features.VisualPrompt | None = None) -> features.VisualPrompt:
+    """SemInpainter on the host's IMAGE and MASK.
+
+    With `previous`, CLIP sees neither hole, and in the earlier one the features are those that were predicted there.
+    """
+    host.require_part(cat_model, "sem_inpainter")
+    text = text.strip()
+    if not text:
+        raise ValueError("The text is empty. Type the name of the object that belongs in the hole.")
+    config = cat_model.architecture.sem_inpainter
+    host.check_clip_vision(clip_vision, config.hidden_size, config.grid_size)
+    image, mask = to_core(image, mask)
+    hidden = mask
+    if previous is not None:
+        hidden = union(mask, previous, config.hidden_size)
+        image, mask = (x.expand(len(hidden), -1, -1, -1) for x in (image, mask))
+    seen, patches, image_feature = see(clip_vision, image, hidden)
+    patch_mask = seen.patch_mask
+    if previous is not None:
+        patch_mask = preprocess.clip_input(image, mask).patch_mask
+        patches = features.blend(previous.after.expand_as(patches).to(patches), patches, seen.patch_mask * previous.patch_mask)
+    if not patch_mask.any():
+        host.say("The mask is empty: the visual prompt is just the photo's own features. Paint a mask to change it.")
+    elif patch_mask.all():
+        host.say("The mask covers everything: the visual prompt rests on the text alone.")
+    text_feature = host.encode_text(clip, text, config.text_size)
+    predicted = host.run_sem_inpainter(cat_model, patches, image_feature, text_feature, patch_mask)
+    after = features.blend(predicted, patches, patch_mask)
+    return features.VisualPrompt(features.pool(after), patches, after, seen.patch_mask, seen.masked_image, hidden, text)
+
+
+def union(mask: torch.Tensor, previous: features.VisualPrompt, width: int) -> torch.Tensor:
+    """(B, 1, H, W): this hole and the one before it."""
+    if previous.before.shape[2] != width:
+        raise ValueError(f"previous is {previous.before.shape[2]} wide, this SemInpainter makes {width}. Take both visual prompts "
+                         "from the same CAT model.")
+    if previous.mask is None:
+        return mask
+    if not {len(mask), len(previous.mask)} <= {1, max(len(mask), len(previous.mask))}:
+        raise ValueError(f"previous holds {len(previous.mask)} pictures, here are {len(mask)}. Connect as many, or one of either.")
+    return torch.maximum(mask, preprocess.resize_mask(previous.mask, *mask.shape[-2:]))
+
+
+def see(clip_vision, image, mask) -> tuple[preprocess.ClipInput, torch.Tensor, torch.Tensor]:
+    """The core's image and mask -> what CLIP sees, its patch features (B, N, D) and image feature (B, D)."""
     parts = []
     for rows in host.chunks(len(image)):
         seen = preprocess.clip_input(image[rows], None if mask is None else mask[rows])
-        parts.append((seen.patch_mask, *host.encode_image(clip_vision, seen.masked_image)))
-    return [torch.cat(part) for part in zip(*parts)]
+        parts.append((seen.image, seen.masked_image, seen.patch_mask, *host.encode_image(clip_vision, seen.masked_image)))
+    whole, masked, patch_mask, patches, image_feature = (torch.cat(part) for part in zip(*parts))
+    return preprocess.ClipInput(whole, masked, patch_mask), patches, image_feature
+
+
+def draw(prompt: features.VisualPrompt, clip=None, clip_vision=None) -> torch.Tensor:
+    """The visual prompt as IMAGE, with the similarity to its text where both encoders have a projection."""
+    similarity = host.text_similarity(clip, clip_vision, prompt) if prompt.text and clip and clip_vision else None
+    return preview.sheet(prompt, similarity)

@@ -118,11 +118,11 @@ def run_nodes(models, image, mask, label: str, steps: int, cfg: float, strength:
     import torch
     from cat_diffusion.nodes.conditioning import CATInpaintConditioning
     from cat_diffusion.nodes.ref_adapter import CATApplyRefAdapter
-    from cat_diffusion.nodes.visual_prompt import CATSemanticInpaint
+    from cat_diffusion.nodes.visual_prompt import predict
 
     model, clip, vae, clip_vision, cat_model = models
     positive, negative = (nodes.CLIPTextEncode().encode(clip, text)[0] for text in (label, ""))
-    prompt = CATSemanticInpaint.execute(cat_model, clip_vision, clip, image, mask, label).args[0]
+    prompt = predict(cat_model, clip_vision, clip, image, mask, label)
     patched = CATApplyRefAdapter.execute(model, cat_model, prompt, strength, 0.0, 1.0).args[0]
     positive, negative, latent = CATInpaintConditioning.execute(positive, negative, vae, image, mask, "black", False).args
     latent = nodes.KSampler().sample(patched, seed, steps, cfg, SAMPLER, SCHEDULER, positive, negative, latent)[0]

@@ -81,7 +81,7 @@ def require(host: Host, requirements: Path) -> None:
     done = host.python.parents[1] / f"requirements-{digest}.done"
     with _lock(cache_dir() / "install.lock"):
         if not done.exists():
-            _pip(host.python, "install", "-r", str(requirements))
+            _pip(host.python, "install", "-q", "-r", str(requirements))
             done.touch()
 
 

@@ -160,7 +160,7 @@ class Cases:
         from cat_diffusion.nodes.ref_adapter import CATApplyRefAdapter
 
         file = self._file("unet_tiny.safetensors")
-        prompt = VisualPrompt(visual_prompt, *(visual_prompt,) * 2, visual_prompt)
+        prompt = VisualPrompt(*(visual_prompt,) * 5)  # only its tokens are read
         return CATApplyRefAdapter.execute(builders.build_unet(file), builders.build_cat_model(file), prompt, 1.0, 0.0, 1.0).args[0]
 
     def _file(self, name: str):

@@ -13,7 +13,7 @@ from cat_diffusion.nodes import builders, host
 from cat_diffusion.nodes.conditioning import CATInpaintConditioning
 from cat_diffusion.nodes.encoders import HostEncoders
 from cat_diffusion.nodes.ref_adapter import CATApplyRefAdapter
-from cat_diffusion.nodes.visual_prompt import CATEncodeVisualPrompt, CATSemanticInpaint
+from cat_diffusion.nodes.visual_prompt import CATEncodeVisualPrompt, predict
 from PIL import Image
 
 COUNT = 4  # samples on a sheet
@@ -101,7 +101,7 @@ class SamplePictures:
         clip, vision, vae = self.encoders.clip, self.encoders.clip_vision, self.encoders.vae
         image, mask = (torch.from_numpy(np.array(x, np.float32) / 255)[None] for x in (picture, hole))
         if self.stage.prompt == "predicted":
-            prompt = CATSemanticInpaint.execute(cat_model, vision, clip, image, mask, record.label).args[0]
+            prompt = predict(cat_model, vision, clip, image, mask, record.label)
         elif self.stage.prompt:
             prompt = CATEncodeVisualPrompt.execute(vision, image, mask if self.stage.prompt == "observed" else None).args[0]
         texts = (clip.encode_from_tokens_scheduled(host.plain_tokens(clip, text)) for text in (record.caption or record.label, ""))

@@ -84,8 +84,8 @@ def main() -> int:
     return 0
 
 
-def run(arguments) -> Path:
-    """Load, build, cache, train."""
+def run(arguments, stage=None) -> Path:
+    """Load, build, cache, train; `stage` with rates of its own replaces the one that the arguments name."""
     import torch
     from cat_diffusion.cat_core.training import loop, samples, start
     from cat_diffusion.cat_core.training.objectives import Diffusion, Distillation, stable_diffusion_schedule
@@ -94,7 +94,7 @@ def run(arguments) -> Path:
     from cat_diffusion.nodes.denoiser import Denoiser, trainable_unet
     from sample_pictures import SamplePictures
 
-    stage = STAGES[arguments.stage].scaled(arguments.rates)
+    stage = stage or STAGES[arguments.stage].scaled(arguments.rates)
     diffusion = stage.objective == "diffusion"
     file = load(arguments.base, diffusion)
     modules = start.trainable_parts(file.architecture, file.parts, arguments.seed)

@@ -108,15 +108,20 @@ def _weights(work: Path, runs: Sequence[str]) -> list[Path]:
     paths = []
     for run in runs:
         whole = {"start": work / "start.safetensors", VAE.stage: work / "vae.safetensors"}.get(run)
-        newest = whole or max((work / run).glob("checkpoint-*[0-9]"), default=work / run) / "weights.safetensors"
-        if not newest.exists():
-            raise TrainingError(f"There is no {newest}. The step {run} comes first.")
-        paths.append(newest)
+        path = whole or newest(work / run)
+        if not path.exists():
+            raise TrainingError(f"There is no {path}. The step {run} comes first.")
+        paths.append(path)
     return paths
 
 
-def _start(work: Path) -> Path:
-    """The fresh networks, written once."""
+def newest(run: Path) -> Path:
+    """The latest weights of a run; of no run, where they would be."""
+    return max(run.glob("checkpoint-*[0-9]"), default=run) / "weights.safetensors"
+
+
+def fresh_networks(work: Path) -> Path:
+    """A file with all networks, not trained, written once."""
     import demo_models
     import torch
     from cat_diffusion.cat_core import weights
@@ -139,7 +144,7 @@ def _pretrain(run: Run, work: Path, shorter: int, cpu: bool) -> None:
     from cat_diffusion.cat_core.training.stages import Stage
     from cat_diffusion.nodes import builders, host
 
-    file = weights.read(_start(work))
+    file = weights.read(fresh_networks(work))
     modules = demo_models.networks(torch.Generator().manual_seed(0))
     if run.stage == CLIP.stage:
         clip = builders.build_clip(file)
@@ -175,14 +180,21 @@ def _pretrain(run: Run, work: Path, shorter: int, cpu: bool) -> None:
 
 def _train(run: Run, work: Path, shorter: int, cpu: bool) -> None:
     """One of CAT-Diffusion's own stages, as tools/train.py runs it."""
+    from cat_diffusion.cat_core.training.stages import NEW, STAGES
+    train_stage(STAGES[run.stage].scaled(run.rate / NEW), work / run.stage, _weights(work, run.base), work,
+                max(run.steps // shorter, 1), run.batch_size, cpu=cpu)
+
+
+def train_stage(stage, run: Path, base: Sequence[Path], work: Path, steps: int, batch_size: int, final_rate: float = 0.02,
+                warmup: int = 50, cpu: bool = True) -> None:
+    """A stage of tools/train.py on the scenes and the cache in `work`; `stage` may have other rates than the table's."""
     import demo_models
     import train
-    from cat_diffusion.cat_core.training.stages import NEW
-    options = ["--run", work / run.stage, "--cache", work / "cache", "--steps", max(run.steps // shorter, 1), "--batch-size",
-               run.batch_size, "--micro-batch-size", run.batch_size, "--size", demo_models.SIZE, "--warmup", 50,
-               "--rates", run.rate / NEW, "--final-rate", 0.02, "--save-every", 200, "--samples-every", 0, "--licence", LICENCE]
-    words = [run.stage, "--data", work / "scenes/manifest.jsonl", *options, "--base", *_weights(work, run.base)]
-    train.run(train.command_line().parse_args([str(word) for word in words] + ["--cpu"] * cpu))
+    options = ["--run", run, "--cache", work / "cache", "--steps", steps, "--batch-size", batch_size, "--micro-batch-size",
+               batch_size, "--size", demo_models.SIZE, "--warmup", warmup, "--final-rate", final_rate, "--save-every", 200,
+               "--samples-every", 0, "--licence", LICENCE]
+    words = [stage.name, "--data", work / "scenes/manifest.jsonl", *options, "--base", *base]
+    train.run(train.command_line().parse_args([str(word) for word in words] + ["--cpu"] * cpu), stage)
 
 
 def _write(work: Path, out: Path) -> None:
