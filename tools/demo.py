@@ -102,8 +102,8 @@ def demo(arguments, out: Path) -> int:
     for node in prompt.values():
         if node["class_type"] == "CATLoadCheckpoint":
             node["inputs"]["checkpoint"] = RANDOM_WEIGHTS if arguments.full_size else DEMO_MODEL
-        elif node["class_type"] == "LoadImage":
-            node["inputs"]["image"] = "cat_demo.png"
+        elif node["class_type"] in ("LoadImage", "CATDemoScene"):  # both give picture and mask
+            node |= {"class_type": "LoadImage", "inputs": {"image": "cat_demo.png"}}
         elif node["class_type"] == "PrimitiveString":
             node["inputs"]["value"] = label or node["inputs"]["value"]
         elif node["class_type"] == "KSampler":

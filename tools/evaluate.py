@@ -102,7 +102,8 @@ def evaluate(arguments) -> None:
     with torch.inference_mode():
         measured = measure.measure(samples, folders, extractor, clip, progress())
         lines, more = measure.summary(measured, arguments.resamples, arguments.fid_resamples, arguments.seed)
-        cosines = feature_cosines(arguments, samples) if arguments.cosines else None
+        cosines = (feature_cosines(arguments.cosines, samples, arguments.resamples, arguments.seed)
+                   if arguments.cosines else None)
     lines, notes = lines + (cosines["lines"] if cosines else []), notes + more
     facts = {"pictures": len(samples.records), "manifest": samples.manifest, "split": samples.split or "all",
              "hole": samples.hole, "size": samples.size, "extractor": arguments.extractor,
@@ -116,13 +117,13 @@ def evaluate(arguments) -> None:
                       "ids": [record.id for record in samples.records],
                       "values": {folder.results.folder.as_posix(): folder.values for folder in measured.folders},
                       "diversity": measured.diversity}
-        _write(arguments.json, json.dumps(everything, indent=1) + "\n")
+        write(arguments.json, json.dumps(everything, indent=1) + "\n")
     if arguments.csv:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([report.COLUMNS, *report.rows(lines)])
-        _write(arguments.csv, text.getvalue())
+        write(arguments.csv, text.getvalue())
     if arguments.html:
-        _write(arguments.html / "index.html", report.page(measured, lines, notes, facts, histogram, arguments.seed))
+        write(arguments.html / "index.html", report.page(measured, lines, notes, facts, histogram, arguments.seed))
         print(f"Report: {arguments.html / 'index.html'}")
 
 
@@ -195,21 +196,26 @@ class HostClip:
         self.vision = builders.build_clip_vision(dataclasses.replace(file, parts={"clip_vision": tensors}))
 
     def __call__(self, pictures):
-        import torch
-        from cat_diffusion.cat_core import preprocess
         from cat_diffusion.nodes import host
 
-        pixels = torch.cat([preprocess.clip_input(_tensor(picture)).image for picture in pictures])
-        return host.encode_image(self.vision, pixels)[1]
+        return host.encode_image(self.vision, self.pixels(pictures))[1]
+
+    @staticmethod
+    def pixels(pictures):
+        """Pillow pictures of any size -> (B, 3, 224, 224) uint8."""
+        import torch
+        from cat_diffusion.cat_core import preprocess
+
+        return torch.cat([preprocess.clip_input(_tensor(picture)).image for picture in pictures])
 
 
-def feature_cosines(arguments, samples) -> dict:
+def feature_cosines(checkpoint: Path, samples, resamples: int, seed: int) -> dict:
     """How near observed and predicted features in the hole are to the true picture's (the paper's Fig. 4a)."""
     from cat_diffusion.cat_core import preprocess
     from cat_diffusion.cat_core.evaluation import measure, metrics
     from cat_diffusion.nodes import builders, host
 
-    file = host.read_path(arguments.cosines)
+    file = host.read_path(checkpoint)
     file.require("clip_vision", "clip_text", "sem_inpainter")
     vision, clip, cat_model = builders.build_clip_vision(file), builders.build_clip(file), builders.build_cat_model(file)
     counts, means = {"observed": 0, "predicted": 0}, {"observed": [], "predicted": []}
@@ -225,8 +231,8 @@ def feature_cosines(arguments, samples) -> dict:
             counts[kind] = counts[kind] + metrics.histogram(found)
             means[kind].append(float(found.mean()))
         show(done, len(samples.records))
-    lines = [measure.mean_line("feature_cosine", f"{kind}, {arguments.cosines.name}", values, arguments.resamples,
-                               arguments.seed, means["observed"] if kind == "predicted" else None)
+    lines = [measure.mean_line("feature_cosine", f"{kind}, {checkpoint.name}", values, resamples, seed,
+                               means["observed"] if kind == "predicted" else None)
              for kind, values in means.items()]
     return {"lines": lines, "histogram": {"edges": metrics.HISTOGRAM.tolist(),
                                           "counts": {kind: found.tolist() for kind, found in counts.items()}}}
@@ -269,7 +275,7 @@ def progress():
     return show
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     """Write a file under a temporary name, then rename it."""
     from cat_diffusion.cat_core.evaluation.metrics import EvaluationError
 

@@ -114,17 +114,30 @@ def inpaint(models, scenes_, labels, kind: str, steps: int, cfg: float, strength
 
 def run_nodes(models, image, mask, label: str, steps: int, cfg: float, strength: float, seed: int):
     """IMAGE (B, S, S, 3) and MASK (B, S, S) through the nodes of the demo workflow, one label for all."""
-    import nodes
-    import torch
-    from cat_diffusion.nodes.conditioning import CATInpaintConditioning
     from cat_diffusion.nodes.ref_adapter import CATApplyRefAdapter
     from cat_diffusion.nodes.visual_prompt import predict
 
-    model, clip, vae, clip_vision, cat_model = models
-    positive, negative = (nodes.CLIPTextEncode().encode(clip, text)[0] for text in (label, ""))
+    model, clip, _, clip_vision, cat_model = models
     prompt = predict(cat_model, clip_vision, clip, image, mask, label)
     patched = CATApplyRefAdapter.execute(model, cat_model, prompt, strength, 0.0, 1.0).args[0]
+    return sample(models, patched, image, mask, label, steps, cfg, seed)
+
+
+def sample(models, patched, image, mask, label: str, steps: int, cfg: float, seed: int, from_noise: bool = False):
+    """The rest of the workflow with a patched model: conditioning, KSampler, VAE; the photo stays outside the hole.
+
+    Args:
+        from_noise: start from noise alone instead of adding it to the photo's own latent.
+    """
+    import nodes
+    import torch
+    from cat_diffusion.nodes.conditioning import CATInpaintConditioning
+
+    _, clip, vae, *_ = models
+    positive, negative = (nodes.CLIPTextEncode().encode(clip, text)[0] for text in (label, ""))
     positive, negative, latent = CATInpaintConditioning.execute(positive, negative, vae, image, mask, "black", False).args
+    if from_noise:
+        latent = latent | {"samples": torch.zeros_like(latent["samples"])}
     latent = nodes.KSampler().sample(patched, seed, steps, cfg, SAMPLER, SCHEDULER, positive, negative, latent)[0]
     made = nodes.VAEDecode().decode(vae, latent)[0].clamp(0, 1)
     return torch.where(mask[..., None] > 0.5, made, image)

@@ -179,7 +179,7 @@ def summary(measured: Measured, resamples: int, fid_resamples: int | None, seed:
     for metric in METRICS:
         firsts: tuple[float, np.ndarray] | None = None
         for folder in measured.folders:
-            statistic, draws = _statistic(metric, folder, measured.real), resamples
+            statistic, draws = statistic_of(metric, folder, measured.real), resamples
             if statistic is None:
                 continue
             if metric.endswith("fid"):
@@ -213,7 +213,7 @@ def name(results: Results, folders: Sequence[Results]) -> str:
     return results.folder.name if same == 1 else results.folder.as_posix()
 
 
-def _statistic(metric: str, folder: Folder, real: Features) -> Callable[[np.ndarray], float] | None:
+def statistic_of(metric: str, folder: Folder, real: Features) -> Callable[[np.ndarray], float] | None:
     """Rows -> the metric of these records; None if it was not measured."""
     part = {"fid": "whole", "local_fid": "local"}.get(metric)
     if part:

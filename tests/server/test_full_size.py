@@ -53,7 +53,7 @@ def test_the_example_workflow_at_512_pixels(full, prompt):
     run = finished(full, prompt)
     latent = load_file(full.image_path(run.outputs["latent"]["latents"][0]))["latent_tensor"]
     assert latent.shape == (1, 4, 64, 64) and latent.isfinite().all()
-    made = np.asarray(Image.open(full.image_path(run.outputs["13"]["images"][0])).convert("RGB")).astype(int)
+    made = np.asarray(Image.open(full.image_path(run.outputs["17"]["images"][0])).convert("RGB")).astype(int)
     rgba = np.asarray(Image.open(full.base / "input/photo.png")).astype(int)
     outside, inside = rgba[..., 3] == 255, rgba[..., 3] == 0
     assert made.shape == (512, 512, 3)

@@ -115,17 +115,21 @@ class HelperVae(io.ComfyNode):
 
 
 class HelperControlNet(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(node_id="HelperControlNet", inputs=[], outputs=[io.ControlNet.Output()])
+    """A small ControlNet with random weights, for the tiny U-Net or the demo model's."""
 
     @classmethod
-    def execute(cls):
+    def define_schema(cls):
+        return io.Schema(node_id="HelperControlNet", inputs=[io.Boolean.Input("demo", default=False)],
+                         outputs=[io.ControlNet.Output()])
+
+    @classmethod
+    def execute(cls, demo):
         torch.manual_seed(0)
+        width, depth, context = (64, 0, 32) if demo else (32, 1, 24)
         model = comfy.cldm.cldm.ControlNet(
-            image_size=32, in_channels=4, model_channels=32, hint_channels=3, num_res_blocks=[1, 1], channel_mult=[1, 2],
-            num_heads=4, num_head_channels=-1, use_spatial_transformer=True, transformer_depth=[1, 1],
-            transformer_depth_middle=1, context_dim=24, legacy=False, dtype=torch.float32,
+            image_size=32, in_channels=4, model_channels=width, hint_channels=3, num_res_blocks=[1, 1], channel_mult=[1, 2],
+            num_heads=4, num_head_channels=-1, use_spatial_transformer=True, transformer_depth=[depth, 1],
+            transformer_depth_middle=1, context_dim=context, legacy=False, dtype=torch.float32,
             operations=comfy.ops.disable_weight_init)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.05)

@@ -1,0 +1,353 @@
+"""The paper's ablation in small: three rows trained at equal budget on drawn scenes, sampled, measured.
+
+    python tools/ablation.py [--work runs/ablation]
+
+Row 1 is the inpainting U-Net alone, row 2 adds RefAdapter with a visual prompt from the masked picture, row 3 lets
+SemInpainter predict it (CAT-Diffusion). CLIP and VAE are the demo model's; U-Net, RefAdapter and SemInpainter start from
+nothing. Writes table.md, measured.json, report/, histogram.png and seeds.png into the folder. The same command continues.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import evaluate
+import evaluate_demo
+import host as hosts
+import inside
+import train_demo
+
+DEMO_MODEL = inside.ROOT / "models/cat_demo_model.safetensors"
+SCENES, BATCH = 6_000, 32
+# Every row's U-Net goes through the same steps at the same rates: shared ones first, then two phases of its own.
+SHARED_STEPS, STEPS = 500, (800, 500)
+RATES, FINAL_RATES = (1e-3, 3e-4), (0.3, 0.05)
+SEM_INPAINTER_STEPS, SEM_INPAINTER_RATE, CASCADE_RATE = 1200, 1e-3, 5e-5  # beside the rows' budget, as in the paper
+TEST_HOLES, HOLES, SEEDS, AT_ONCE, SHOWN = 500, ("box", "segment"), (0, 1, 2), 16, 8
+RESAMPLES, FID_RESAMPLES = 1000, 100
+METRICS = {"fid": ("FID (demo CLIP)", 1, 3), "local_fid": ("Local FID (demo CLIP)", 1, 3), "clip_score": ("CLIP score (demo CLIP)", 1, 1),
+           "object_similarity": ("Similarity to the original object", 1, 3), "named": ("Colour and shape named right, %", 100, 1),
+           "colour": ("Colour, %", 100, 1), "shape": ("Shape, %", 100, 1), "background_mean": ("Background error, levels", 1, 2)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: the stage of each of its phases."""
+
+    name: str
+    stages: tuple[str, str]
+
+
+ROWS = (Row("inpainting", ("unet", "unet")),
+        Row("+ RefAdapter", ("ref-adapter-observed", "ref-adapter-observed")),
+        Row("+ SemInpainter", ("ref-adapter-unet", "cascade")))
+
+
+def main() -> int:
+    sys.path.append(str(inside.ROOT))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=inside.ROOT / "runs/ablation", help="folder for all that is made")
+    parser.add_argument("--only", choices=("train", "sample", "measure"), nargs="+", default=("train", "sample", "measure"))
+    parser.add_argument("--rows", type=int, choices=(1, 2, 3), nargs="+", default=(1, 2, 3), help="rows to train and sample")
+    parser.add_argument("--shorter", type=int, default=1, metavar="N", help="an Nth of all steps, scenes and holes, to try it out")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    arguments = parser.parse_args()
+    if inside.COMFYUI not in os.environ:
+        try:
+            host = hosts.prepare_host()
+            for extras in ("train", "evaluate"):
+                hosts.require(host, inside.ROOT / f"requirements-{extras}.txt")
+        except hosts.SetupError as error:
+            parser.error(str(error))
+        return inside.rerun(host, __file__, sys.argv[1:])
+    import torch
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    arguments.cpu = arguments.cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    inside.load_pack(arguments.cpu)
+    from cat_diffusion.cat_core.training.loop import TrainingError
+    try:
+        for step in arguments.only:
+            globals()[step](arguments)
+    except KeyboardInterrupt:
+        print("\nStopped. The same command continues.")
+        return 130
+    except TrainingError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+# Training -----------------------------------------------------------------------------------------------------------
+
+
+def train(arguments) -> None:
+    """What all rows share, then the rows, each from the same weights."""
+    import scenes
+    work, shorter = arguments.work, arguments.shorter
+    if not (work / "scenes/manifest.jsonl").exists():
+        scenes.write(work / "scenes", scenes.TRAIN[:SCENES // shorter])
+    base = [train_demo.fresh_networks(work), frozen(work)]
+    _phase("unet", "shared", base, SHARED_STEPS, {"unet": RATES[0]}, 1.0, arguments)
+    for number in arguments.rows:
+        row, before = ROWS[number - 1], [*base, train_demo.newest(work / "shared")]
+        if "cascade" in row.stages:
+            _phase("sem-inpainter", "sem-inpainter", base, SEM_INPAINTER_STEPS, {"sem_inpainter": SEM_INPAINTER_RATE}, 0.02, arguments)
+            before.append(train_demo.newest(work / "sem-inpainter"))
+        for phase, (stage, steps, rate, final) in enumerate(zip(row.stages, STEPS, RATES, FINAL_RATES)):
+            rates = {"unet": rate, "ref_adapter": rate, "sem_inpainter": CASCADE_RATE}
+            run = f"row{number}-{'ab'[phase]}"
+            _phase(stage, run, before, steps, rates, final, arguments)
+            before.append(train_demo.newest(work / run))
+
+
+def frozen(work: Path) -> Path:
+    """The demo model's CLIP and VAE in a file of their own."""
+    from cat_diffusion.cat_core import weights
+    path = work / "frozen.safetensors"
+    if not path.exists():
+        file = weights.read(DEMO_MODEL)
+        parts = {part: file.parts[part] for part in ("clip_text", "clip_vision", "vae")}
+        weights.save(path, weights.flat(parts), weights.header(parts, file.architecture, licence=train_demo.LICENCE,
+                                                               provenance="the demo model's CLIP and VAE"))
+    return path
+
+
+def _phase(stage: str, run: str, base, steps: int, rates: dict[str, float], final_rate: float, arguments) -> None:
+    """Train a stage's own parts at `rates`, by tools/train.py's code, unless that is done."""
+    from cat_diffusion.cat_core.training.stages import STAGES
+    print(f"\n== {run}: {stage}, {steps // arguments.shorter} steps", flush=True)
+    own = replace(STAGES[stage], rates=tuple((part, rates[part]) for part, _ in STAGES[stage].rates))
+    train_demo.train_stage(own, arguments.work / run, base, arguments.work, max(steps // arguments.shorter, 1), BATCH, final_rate,
+                           cpu=arguments.cpu)
+
+
+# Sampling -----------------------------------------------------------------------------------------------------------
+
+
+def sample(arguments) -> None:
+    """Every row fills every test hole with every seed; a folder that is there is complete."""
+    import torch
+    manifest = test_manifest(arguments)
+    for number in arguments.rows:
+        with torch.inference_mode():
+            models = evaluate_demo.load(checkpoint(number, arguments.work))
+        for hole in HOLES:
+            for seed in SEEDS:
+                folder = results_folder(arguments.work, number, hole, seed)
+                if not folder.exists():
+                    _fill(models, number, test_set(manifest, hole), seed, folder)
+
+
+def checkpoint(number: int, work: Path) -> Path:
+    """A row's file for CAT Load Checkpoint; the first two rows' SemInpainter is not trained and not asked."""
+    from cat_diffusion.cat_core import weights
+    path = work / f"row{number}.safetensors"
+    if not path.exists():
+        runs = [work / "sem-inpainter"] * (number == 3) + [work / f"row{number}-b"]
+        file = weights.merge([weights.read(path) for path in (train_demo.fresh_networks(work), frozen(work),
+                                                              *map(train_demo.newest, runs))])
+        weights.save(path, weights.flat(file.parts), weights.header(file.parts, file.architecture, licence=train_demo.LICENCE,
+                                                                    provenance=f"ablation, row {number}: {ROWS[number - 1].name}"))
+    return path
+
+
+def test_manifest(arguments) -> Path:
+    """The test scenes, written once."""
+    import scenes
+    folder = arguments.work / "test"
+    return folder / "manifest.jsonl" if folder.exists() else scenes.write(folder, scenes.TEST[:TEST_HOLES // arguments.shorter])
+
+
+def results_folder(work: Path, number: int, hole: str, seed: int) -> Path:
+    return work / "results" / f"row{number}-{hole}-seed{seed}"
+
+
+def test_set(manifest: Path, hole: str):
+    """The test set with one kind of hole."""
+    import demo_models
+    from cat_diffusion.cat_core.evaluation.results import SampleSet
+    return SampleSet(manifest, "test", hole, demo_models.SIZE).read()
+
+
+def _fill(models, number: int, samples, seed: int, folder: Path) -> None:
+    """One row's pictures of one kind of hole with one seed, in the layout of tools/generate.py."""
+    import demo_models
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    partial, start = folder.with_name(f"{folder.name}.partial"), time.monotonic()
+    partial.mkdir(parents=True, exist_ok=True)
+    groups: dict[str, list] = {}
+    for record in samples.records:
+        groups.setdefault(record.label, []).append(record)
+    batches = [members[i:i + AT_ONCE] for members in groups.values() for i in range(0, len(members), AT_ONCE)]
+    for place, records in enumerate(batches):
+        opened = [samples.sample(record) for record in records]
+        image, hole = (torch.from_numpy(np.stack([np.asarray(getattr(s, name)) for s in opened])).float() / 255
+                       for name in ("picture", "hole"))
+        with torch.inference_mode():
+            pictures = evaluate_demo.sample(models, patched(models, number, image, hole, records[0].label), image, hole,
+                                            records[0].label, evaluate_demo.STEPS, evaluate_demo.CFG,
+                                            1000 * seed + place, from_noise=True)
+        for record, picture in zip(records, (pictures * 255).round().to(torch.uint8).numpy()):
+            Image.fromarray(picture).save(partial / f"{record.id}.png")
+    (partial / "run.json").write_text(json.dumps({
+        "manifest": str(samples.manifest), "split": samples.split, "hole": samples.hole, "size": demo_models.SIZE,
+        "workflow": f"row {number}", "seed": seed}))
+    partial.rename(folder)
+    print(f"{folder.name}: {len(samples.records)} pictures in {time.monotonic() - start:.0f} s", flush=True)
+
+
+def patched(models, number: int, image, mask, label: str):
+    """A row's model for these pictures: as it is, or with a RefAdapter that looks at the row's visual prompt."""
+    from cat_diffusion.nodes.ref_adapter import CATApplyRefAdapter
+    from cat_diffusion.nodes.visual_prompt import CATEncodeVisualPrompt, predict
+    model, clip, _, clip_vision, cat_model = models
+    if number == 1:
+        return model
+    prompt = (CATEncodeVisualPrompt.execute(clip_vision, image, mask).args[0] if number == 2
+              else predict(cat_model, clip_vision, clip, image, mask, label))
+    return CATApplyRefAdapter.execute(model, cat_model, prompt, 1.0, 0.0, 1.0).args[0]
+
+
+# Measuring ----------------------------------------------------------------------------------------------------------
+
+
+def measure(arguments) -> None:
+    """The table, SemInpainter's histogram, the seeds side by side and a report of pictures."""
+    import torch
+    from cat_diffusion.cat_core.evaluation import measure as measuring
+    from cat_diffusion.cat_core.evaluation import metrics, report
+    from cat_diffusion.cat_core.evaluation.results import Results
+    from cat_diffusion.cat_core.training import plots
+    import numpy as np
+
+    work, manifest = arguments.work, test_manifest(arguments)
+    tables, found, clip = [], {}, demo_clip(DEMO_MODEL)
+    for hole in HOLES:
+        samples = test_set(manifest, hole)
+        folders = [Results.open(results_folder(work, number, hole, seed)) for number in (1, 2, 3) for seed in SEEDS]
+        samples, notes = samples.of_all(folders, False)
+        with torch.inference_mode():
+            measured = measuring.measure(samples, folders, clip, clip, evaluate.progress())
+            cosines = evaluate.feature_cosines(checkpoint(3, work), samples, RESAMPLES, 0)
+        for folder in measured.folders:
+            folder.values.update(judged(samples, folder.results))
+        rows = compare(measured)
+        rows |= {"diversity_pixels": [spread(values["diversity_pixels"]) for values in measured.diversity.values()]}
+        found[hole] = {"rows": rows, "feature_cosines": {line.name: line.estimate.value for line in cosines["lines"]},
+                       "histogram": cosines["histogram"]}
+        tables.append(markdown(hole, len(samples.records), rows, cosines["lines"]))
+        first = measuring.Measured(samples, measured.folders[::len(SEEDS)], measured.real)
+        lines, more = measuring.summary(first, RESAMPLES, None, 0)
+        facts = {"pictures": len(samples.records), "holes": hole, "networks": "the demo model's CLIP"}
+        evaluate.write(work / "report" / hole / "index.html",
+                       report.page(first, lines + cosines["lines"], notes + more, facts, cosines["histogram"], 0))
+        edges = np.array(cosines["histogram"]["edges"])
+        plots.histogram({kind: np.repeat((edges[1:] + edges[:-1]) / 2, counts).tolist()
+                         for kind, counts in cosines["histogram"]["counts"].items()}).save(work / f"histogram-{hole}.png")
+        seeds_sheet(samples, folders).save(work / f"seeds-{hole}.png")
+    evaluate.write(work / "measured.json", json.dumps(found, indent=1) + "\n")
+    evaluate.write(work / "table.md", "\n".join(tables))
+    print("\n".join(tables))
+
+
+def demo_clip(path: Path):
+    """The demo model's CLIP as extractor of features (B, D) and, with .image and .text, as network of the CLIP score."""
+    from cat_diffusion.nodes import builders, host
+    clip = builders.build_clip(host.read_path(path))
+
+    class DemoClip(evaluate.HostClip):
+        def image(self, pictures):
+            pixels = self.pixels(pictures).movedim(1, -1).float() / 255
+            return self.vision.encode_image(pixels, crop=False)["image_embeds"].float()
+
+        def text(self, texts):
+            import torch
+            return torch.cat([clip.encode_from_tokens(host.plain_tokens(clip, text), return_pooled=True)[1] for text in texts]).float()
+
+    return DemoClip(path)
+
+
+def judged(samples, results) -> dict[str, list[float]]:
+    """Whether the independent classifier names what was asked for, by picture."""
+    import numpy as np
+    import scene_classifier
+    import scenes
+    pictures = np.stack([np.asarray(results.picture(record.id, samples.size)) for record in samples.records])
+    verdict = scene_classifier.judge(evaluate_demo.the_judge(), pictures, np.array([record.box for record in samples.records]))
+    right = {"colour": [], "shape": []}
+    for record, colour, shape in zip(samples.records, verdict.colour, verdict.shape):
+        wanted_colour, wanted_shape = record.label.split()
+        right["colour"].append(float(scenes.COLOUR_NAMES[colour] == wanted_colour))
+        right["shape"].append(float(scenes.SHAPES[shape] == wanted_shape))
+    return right | {"named": [min(pair) for pair in zip(*right.values())]}
+
+
+def compare(measured) -> dict[str, list[dict]]:
+    """By metric and row: the mean over seeds, its extremes, and the difference to the row before with its 95 % interval.
+
+    The interval comes from pictures drawn again, the same ones for both rows; training runs are not drawn again.
+    """
+    import numpy as np
+    from cat_diffusion.cat_core.evaluation import measure as measuring
+    from cat_diffusion.cat_core.evaluation import metrics
+    count, everything = len(measured.samples.records), {}
+    for metric in METRICS:
+        before = None
+        for number in range(3):
+            some = measured.folders[number * len(SEEDS):(number + 1) * len(SEEDS)]
+            statistics = [measuring.statistic_of(metric, folder, measured.real) for folder in some]
+            values = [float(statistic(np.arange(count))) for statistic in statistics]
+            drawn = metrics.resampled(lambda rows: np.mean([statistic(rows) for statistic in statistics]), count,
+                                      FID_RESAMPLES if "fid" in metric else RESAMPLES, 0)
+            row = spread(values)
+            if before:
+                gap = row["mean"] - before[0]
+                low, high = metrics.interval(gap, drawn - before[1])
+                row |= {"difference": gap, "low": float(low), "high": float(high)}
+            everything.setdefault(metric, []).append(row)
+            before = (row["mean"], drawn)
+    return everything
+
+
+def spread(values) -> dict:
+    return {"mean": float(sum(values) / len(values)), "least": float(min(values)), "most": float(max(values))}
+
+
+def markdown(hole: str, count: int, rows, cosines) -> str:
+    """The table as README shows it."""
+    lines = [f"| {count} holes, {'boxes' if hole == 'box' else 'exact outlines'} | " + " | ".join(
+        f"{number}. {row.name}" for number, row in enumerate(ROWS, 1)) + " | 2 - 1 [95 %] | 3 - 2 [95 %] |", "|---|---|---|---|---|---|"]
+    for metric, cells in rows.items():
+        title, scale, digits = METRICS.get(metric, ("Diversity across seeds in the hole, levels", 1, 1))
+        texts = [f"{scale * cell['mean']:.{digits}f}" for cell in cells]
+        texts += [f"{scale * cell['difference']:+.{digits}f} [{scale * cell['low']:+.{digits}f}, {scale * cell['high']:+.{digits}f}]"
+                  if "difference" in cell else "" for cell in cells[1:]]
+        lines.append(f"| {title} | " + " | ".join(texts) + " |")
+    means = ", ".join(f"{line.name.split(',')[0]} {line.estimate.value:.3f}" for line in cosines)
+    return "\n".join(lines) + f"\n\nCosine of the features in the hole to the true ones, row 3: {means}.\n"
+
+
+def seeds_sheet(samples, folders):
+    """A few samples of every row with every seed, the paper's Fig. 4b."""
+    from cat_diffusion.cat_core.training import plots
+    from PIL import Image
+    shown = []
+    for record in samples.records[:SHOWN]:
+        sample_ = samples.sample(record)
+        hidden = Image.composite(Image.new("RGB", sample_.picture.size, "white"), sample_.picture, sample_.hole)
+        shown.append((record.label, [sample_.picture, hidden, *(folder.picture(record.id, samples.size) for folder in folders)]))
+    titles = ["original", "hole", *(f"row {number}, seed {seed}" for number in (1, 2, 3) for seed in SEEDS)]
+    return plots.sheet(shown, titles, samples.size)
+
+
+if __name__ == "__main__":
+    inside.interruptible(main)
