@@ -23,9 +23,10 @@ import inside
 DOCS = inside.ROOT / "web/docs"
 LANGUAGES = {"en": "{node}.png", "zh": "{node}/zh.png"}
 WIDTH = 640  # pixels, of a finished picture at most
-COLOURS = 128  # of its palette: a third of the bytes, and no difference to be seen
+COLOURS = 64  # of its palette
 SCALE = 2  # device pixels a pixel of the page
 NODE_WIDTH = 300  # pixels of the page
+WIDE = {"CATVisualPromptPreview": 600}  # nodes whose result is the point
 APART = 1500  # pixels between the nodes, so that none lies over another
 MARGIN = 12  # pixels of canvas around a node: the dots of its slots lie on its border
 EXAMPLES = 24  # training scenes
@@ -93,9 +94,10 @@ async def draw(url: str, nodes: list[str]) -> None:
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        # A run from the host's cache leaves results on the nodes, and none of the progress that stays beside them.
+        await (await open_canvas(browser, url, "en")).close()
         for language, name in LANGUAGES.items():
-            page = await browser.new_page(viewport={"width": 1600, "height": 1200}, device_scale_factor=SCALE)
-            await open_canvas(page, url, language)
+            page = await open_canvas(browser, url, language)
             for node in nodes:
                 target = DOCS / name.format(node=node)
                 target.parent.mkdir(exist_ok=True)
@@ -105,20 +107,22 @@ async def draw(url: str, nodes: list[str]) -> None:
         await browser.close()
 
 
-async def open_canvas(page, url: str, language: str) -> None:
-    """ComfyUI with the workflow on its canvas, run to its end."""
-    settings = {"Comfy.TutorialCompleted": True, "Comfy.Locale": language, "Comfy.VueNodes.Enabled": True}
+async def open_canvas(browser, url: str, language: str):
+    """A page of ComfyUI with the workflow on its canvas, run to its end."""
+    page = await browser.new_page(viewport={"width": 1600, "height": 1200}, device_scale_factor=SCALE)
+    settings = {"Comfy.TutorialCompleted": True, "Comfy.Locale": language, "Comfy.VueNodes.Enabled": True,
+                "Comfy.LinkRenderMode": 3}  # links hidden
     await page.request.post(f"{url}/api/settings", data=settings)
     await page.goto(url)
     await page.wait_for_function("""() => window.app?.extensionManager?.workflow?.activeWorkflow
                                           && LiteGraph.registered_node_types.CATLoadCheckpoint""")  # its own workflow comes first
-    await page.evaluate("""async ([workflow, width, apart]) => {
+    await page.evaluate("""async ([workflow, width, wide, apart]) => {
         await app.loadApiJson(workflow, "pictures")
         app.graph._nodes.forEach((node, i) => {
-            node.setSize([width, node.computeSize()[1]])
+            node.setSize([wide[node.type] ?? width, node.computeSize()[1]])
             node.pos = [i % 4 * apart, Math.floor(i / 4) * apart]
         })
-    }""", [workflow(), NODE_WIDTH, APART])
+    }""", [workflow(), NODE_WIDTH, WIDE, APART])
     ended = await page.evaluate("""() => new Promise(done => {
         app.api.addEventListener("execution_success", () => done(null))
         app.api.addEventListener("execution_error", event => done(event.detail))
@@ -126,6 +130,7 @@ async def open_canvas(page, url: str, language: str) -> None:
     })""")
     if ended:
         sys.exit(f"{ended['node_type']} failed: {ended['exception_message']}")
+    return page
 
 
 async def photograph(page, node: str) -> bytes:

@@ -32,8 +32,8 @@ def pages(nodes):
 
 
 def inputs(info):
-    """Input id -> its options, required ones first as on the canvas."""
-    return {name: (*value, {})[1] for kind in info["input"].values() for name, value in kind.items()}
+    """Input id -> its options."""
+    return {name: (*value, {})[1] for kind in ("required", "optional") for name, value in info["input"].get(kind, {}).items()}
 
 
 def test_every_node_has_both_pages_and_nothing_else_has(nodes, pages, chinese):
