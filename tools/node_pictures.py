@@ -26,14 +26,17 @@ WIDTH = 640  # pixels, of a finished picture at most
 COLOURS = 64  # of its palette
 SCALE = 2  # device pixels a pixel of the page
 NODE_WIDTH = 300  # pixels of the page
-WIDE = {"CATVisualPromptPreview": 600}  # nodes whose result is the point
 APART = 1500  # pixels between the nodes, so that none lies over another
 MARGIN = 12  # pixels of canvas around a node: the dots of its slots lie on its border
+TIMEOUT = 180_000  # milliseconds for the page to open
 EXAMPLES = 24  # training scenes
 
 
-def workflow() -> dict:
-    """All nodes of the pack around the demo workflow, in API format; a node's id is its class where it is drawn."""
+def workflow(seed: int) -> dict:
+    """All nodes of the pack around the demo workflow, in API format; a node's id is its class where it is drawn.
+
+    Another seed makes the host visit the nodes before the sampler again, and so show what they have in its cache.
+    """
     demo = json.loads((inside.ROOT / "workflows/api/cat_demo.json").read_text())
     ids = {number: node["class_type"] if node["class_type"].startswith("CAT") else number for number, node in demo.items()}
 
@@ -63,6 +66,7 @@ def workflow() -> dict:
                                                       "filename_prefix": "ref_adapter"}),
     }
     nodes["CATSemanticInpaint"]["inputs"]["text"] = "red star"
+    next(node for node in nodes.values() if node["class_type"] == "KSampler")["inputs"]["seed"] = seed
     return nodes | {id: {"class_type": kind, "inputs": inputs} for id, (kind, inputs) in extra.items()}
 
 
@@ -95,9 +99,9 @@ async def draw(url: str, nodes: list[str]) -> None:
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         # A run from the host's cache leaves results on the nodes, and none of the progress that stays beside them.
-        await (await open_canvas(browser, url, "en")).close()
-        for language, name in LANGUAGES.items():
-            page = await open_canvas(browser, url, language)
+        await (await open_canvas(browser, url, "en", 0)).close()
+        for seed, (language, name) in enumerate(LANGUAGES.items(), 1):
+            page = await open_canvas(browser, url, language, seed)
             for node in nodes:
                 target = DOCS / name.format(node=node)
                 target.parent.mkdir(exist_ok=True)
@@ -107,22 +111,23 @@ async def draw(url: str, nodes: list[str]) -> None:
         await browser.close()
 
 
-async def open_canvas(browser, url: str, language: str):
+async def open_canvas(browser, url: str, language: str, seed: int):
     """A page of ComfyUI with the workflow on its canvas, run to its end."""
     page = await browser.new_page(viewport={"width": 1600, "height": 1200}, device_scale_factor=SCALE)
+    page.set_default_timeout(TIMEOUT)
     settings = {"Comfy.TutorialCompleted": True, "Comfy.Locale": language, "Comfy.VueNodes.Enabled": True,
                 "Comfy.LinkRenderMode": 3}  # links hidden
     await page.request.post(f"{url}/api/settings", data=settings)
     await page.goto(url)
     await page.wait_for_function("""() => window.app?.extensionManager?.workflow?.activeWorkflow
                                           && LiteGraph.registered_node_types.CATLoadCheckpoint""")  # its own workflow comes first
-    await page.evaluate("""async ([workflow, width, wide, apart]) => {
+    await page.evaluate("""async ([workflow, width, apart]) => {
         await app.loadApiJson(workflow, "pictures")
         app.graph._nodes.forEach((node, i) => {
-            node.setSize([wide[node.type] ?? width, node.computeSize()[1]])
+            node.setSize([width, node.computeSize()[1]])
             node.pos = [i % 4 * apart, Math.floor(i / 4) * apart]
         })
-    }""", [workflow(), NODE_WIDTH, WIDE, APART])
+    }""", [workflow(seed), NODE_WIDTH, APART])
     ended = await page.evaluate("""() => new Promise(done => {
         app.api.addEventListener("execution_success", () => done(null))
         app.api.addEventListener("execution_error", event => done(event.detail))
