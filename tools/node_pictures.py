@@ -22,8 +22,8 @@ import inside
 
 DOCS = inside.ROOT / "web/docs"
 LANGUAGES = {"en": "{node}.png", "zh": "{node}/zh.png"}
-WIDTH = 640  # pixels, of a finished picture at most
-COLOURS = 64  # of its palette
+WIDTH = 600  # pixels, of a finished picture at most
+COLOURS = 128  # of its palette
 SCALE = 2  # device pixels a pixel of the page
 NODE_WIDTH = 300  # pixels of the page
 APART = 1500  # pixels between the nodes, so that none lies over another
@@ -32,12 +32,14 @@ TIMEOUT = 180_000  # milliseconds for the page to open
 EXAMPLES = 24  # training scenes
 
 
-def workflow(seed: int) -> dict:
+def workflow(run: int) -> dict:
     """All nodes of the pack around the demo workflow, in API format; a node's id is its class where it is drawn.
 
-    Another seed makes the host visit the nodes before the sampler again, and so show what they have in its cache.
+    `run` is another number each time, so that the host computes CATSemanticInpaint again: from its cache it shows no preview,
+    since that is no output node.
     """
     demo = json.loads((inside.ROOT / "workflows/api/cat_demo.json").read_text())
+    demo["2"] = {"class_type": "CATDemoScene", "inputs": {"scene": "square hole"}}  # the photo
     ids = {number: node["class_type"] if node["class_type"].startswith("CAT") else number for number, node in demo.items()}
 
     def renamed(value):
@@ -51,7 +53,6 @@ def workflow(seed: int) -> dict:
                 "seed": 0, "licence": "unknown"}
     extra = {
         "whole": ("LoadImage", {"image": "whole.png"}),
-        "CATDemoScene": ("CATDemoScene", {}),
         "CATLoadWeights": ("CATLoadWeights", {"weights": "cat_demo_model.safetensors"}),
         "CATEncodeVisualPrompt": ("CATEncodeVisualPrompt", {"clip_vision": clip_vision, "image": ["whole", 0]}),
         "CATScheduler": ("CATScheduler", {"model": model, "steps": 50, "denoise": 1.0}),
@@ -65,19 +66,17 @@ def workflow(seed: int) -> dict:
                                                       "batch_size": 4, "micro_batch_size": 4, "checkpointing": False,
                                                       "filename_prefix": "ref_adapter"}),
     }
-    nodes["CATSemanticInpaint"]["inputs"]["text"] = "red star"
-    next(node for node in nodes.values() if node["class_type"] == "KSampler")["inputs"]["seed"] = seed
+    nodes["CATSemanticInpaint"]["inputs"]["text"] = "red star" + run * " "
     return nodes | {id: {"class_type": kind, "inputs": inputs} for id, (kind, inputs) in extra.items()}
 
 
 def prepare(base: Path) -> None:
-    """A user folder for ComfyUI with what the workflow reads: the demo's scene, a whole picture, training examples."""
+    """A user folder for ComfyUI with what the workflow reads: a picture with an object, and training examples."""
     import scenes
     from comfy_server import make_base
     from PIL import Image, ImageOps
 
     make_base(base)
-    shutil.copy(inside.ROOT / "workflows/cat_demo_scene.png", base / "input")
     shapes = base / "input/shapes"
     shapes.mkdir()
     for seed in range(EXAMPLES):
@@ -100,8 +99,8 @@ async def draw(url: str, nodes: list[str]) -> None:
         browser = await playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         # A run from the host's cache leaves results on the nodes, and none of the progress that stays beside them.
         await (await open_canvas(browser, url, "en", 0)).close()
-        for seed, (language, name) in enumerate(LANGUAGES.items(), 1):
-            page = await open_canvas(browser, url, language, seed)
+        for run, (language, name) in enumerate(LANGUAGES.items(), 1):
+            page = await open_canvas(browser, url, language, run)
             for node in nodes:
                 target = DOCS / name.format(node=node)
                 target.parent.mkdir(exist_ok=True)
@@ -111,12 +110,12 @@ async def draw(url: str, nodes: list[str]) -> None:
         await browser.close()
 
 
-async def open_canvas(browser, url: str, language: str, seed: int):
+async def open_canvas(browser, url: str, language: str, run: int):
     """A page of ComfyUI with the workflow on its canvas, run to its end."""
     page = await browser.new_page(viewport={"width": 1600, "height": 1200}, device_scale_factor=SCALE)
     page.set_default_timeout(TIMEOUT)
     settings = {"Comfy.TutorialCompleted": True, "Comfy.Locale": language, "Comfy.VueNodes.Enabled": True,
-                "Comfy.LinkRenderMode": 3}  # links hidden
+                "Comfy.LinkRenderMode": -1}  # links hidden
     await page.request.post(f"{url}/api/settings", data=settings)
     await page.goto(url)
     await page.wait_for_function("""() => window.app?.extensionManager?.workflow?.activeWorkflow
@@ -127,7 +126,7 @@ async def open_canvas(browser, url: str, language: str, seed: int):
             node.setSize([width, node.computeSize()[1]])
             node.pos = [i % 4 * apart, Math.floor(i / 4) * apart]
         })
-    }""", [workflow(seed), NODE_WIDTH, APART])
+    }""", [workflow(run), NODE_WIDTH, APART])
     ended = await page.evaluate("""() => new Promise(done => {
         app.api.addEventListener("execution_success", () => done(null))
         app.api.addEventListener("execution_error", event => done(event.detail))
@@ -139,7 +138,7 @@ async def open_canvas(browser, url: str, language: str, seed: int):
 
 
 async def photograph(page, node: str) -> bytes:
-    """PNG of one node with a margin of canvas, without the links of its neighbours."""
+    """PNG of one node with a margin of canvas."""
     box = await page.evaluate("""async ([kind, margin]) => {
         const node = app.graph._nodes.find(node => node.type === kind)
         node.setSize([node.size[0], node.computeSize()[1]])
