@@ -118,6 +118,16 @@ def read(path: str | os.PathLike, reader: Callable | None = None, inert_objects:
     return checkpoint
 
 
+def parts_inside(path: str | os.PathLike) -> set[str]:
+    """Which parts a safetensors file holds, by its header alone; none where it is damaged or holds other things, too."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            parts, unknown = sort_keys(dict.fromkeys(file.keys()))
+    except (safetensors.SafetensorError, OSError):
+        return set()
+    return set() if unknown else set(parts)
+
+
 def sort_keys(tensors: Tensors) -> tuple[dict[str, dict[str, torch.Tensor]], list[str]]:
     """Sort a flat state dict into parts with canonical keys; also return the keys that fit nowhere.
 

@@ -4,7 +4,9 @@ import logging
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Callable
 
 import comfy.ldm.modules.attention
 import comfy.ldm.modules.diffusionmodules.openaimodel
@@ -44,9 +46,29 @@ def register_folder() -> None:
         log.warning("CAT-Diffusion: cannot create %s (%s); create it yourself for CAT files.", own, error)
 
 
-def list_files(*suffixes: str) -> list[str]:
-    """Names of the files in models/cat_diffusion, optionally only with these endings."""
-    return [name for name in folder_paths.get_filename_list(FOLDER) if not suffixes or name.lower().endswith(suffixes)]
+def list_files(usable: Callable[[set[str]], bool], pickles: bool = False) -> list[str]:
+    """Names of the files in models/cat_diffusion whose parts are `usable`; what a pickle holds only reading it tells."""
+    def fits(name: str) -> bool:
+        path = folder_paths.get_full_path(FOLDER, name)
+        if path is None or not name.lower().endswith(".safetensors"):
+            return pickles and path is not None
+        status = os.stat(path)
+        return usable(_parts_inside(path, status.st_mtime_ns, status.st_size))
+
+    return [name for name in folder_paths.get_filename_list(FOLDER) if fits(name)]
+
+
+@lru_cache(maxsize=1000)
+def _parts_inside(path: str, mtime: int, size: int) -> set[str]:
+    return weights.parts_inside(path)
+
+
+def missing_file(name: str | None, what: str) -> str | None:
+    """A sentence about a file that is not there, or None. `name` is None where another node supplies it."""
+    if name is None or folder_paths.get_full_path(FOLDER, name) is not None:
+        return None
+    return (f"There is no {name} in {' or '.join(folder_paths.get_folder_paths(FOLDER))}. Put {what} there and press R, or choose "
+            "another file; cat_demo_model.safetensors, a small demo model, comes with the pack.")
 
 
 def fingerprint(name: str) -> tuple:

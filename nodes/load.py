@@ -6,6 +6,8 @@ from ..cat_core.weights import PREFIXES
 from . import builders, host
 from .wires import CATEGORY, CatModelWire
 
+CAT_PARTS = {"sem_inpainter", "ref_adapter"}
+
 
 class CATLoadCheckpoint(io.ComfyNode):
     """A full CAT-Diffusion checkpoint: everything in one file."""
@@ -17,7 +19,7 @@ class CATLoadCheckpoint(io.ComfyNode):
             display_name="CAT Load Checkpoint",
             category=CATEGORY,
             description="Load a full CAT-Diffusion checkpoint: U-Net, text encoder, VAE, CLIP vision and the CAT parts.",
-            inputs=[io.Combo.Input("checkpoint", options=host.list_files(),
+            inputs=[io.Combo.Input("checkpoint", options=host.list_files(lambda parts: parts >= set(PREFIXES), pickles=True),
                                    tooltip="A full checkpoint in models/cat_diffusion (.safetensors or .ckpt), or the pack's "
                                            "cat_demo_model, which knows coloured shapes only.")],
             outputs=[
@@ -28,6 +30,10 @@ class CATLoadCheckpoint(io.ComfyNode):
                 CatModelWire.Output(display_name="CAT_MODEL", tooltip="SemInpainter and RefAdapter."),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, checkpoint):
+        return host.missing_file(checkpoint, "a full CAT-Diffusion checkpoint") or True
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint):
@@ -60,10 +66,14 @@ class CATLoadWeights(io.ComfyNode):
             category=CATEGORY,
             description="Load SemInpainter and/or RefAdapter from a CAT weights file. Model, CLIP, VAE and CLIP vision "
                         "come from ComfyUI's own loaders.",
-            inputs=[io.Combo.Input("weights", options=host.list_files(".safetensors"),
+            inputs=[io.Combo.Input("weights", options=host.list_files(lambda parts: bool(parts & CAT_PARTS)),
                                    tooltip="A CAT weights file in models/cat_diffusion (.safetensors).")],
             outputs=[CatModelWire.Output(display_name="CAT_MODEL", tooltip="The parts that the file holds.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, weights):
+        return host.missing_file(weights, "a CAT weights file") or True
 
     @classmethod
     def fingerprint_inputs(cls, weights):

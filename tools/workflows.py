@@ -346,7 +346,7 @@ def _photo(graph: Graph, model, clip, vae, vision, cat, photo, label, name: str 
                       upscale_method="lanczos", megapixels=0.25, resolution_steps=8)
     made, _ = _cat(graph, model, clip, vae, vision, cat, image, mask, label[0], scale[0], 50, 7.5, prompt, control)
     shrunk = graph.add("GrowMask", (X[3], 470), (330, 86), "Soft edge: inwards, so that the photo stays untouched", mask=mask, expand=-4,
-                       tapered_corners=True)
+                       tapered_corners=False)  # the blur is a square, too
     picture = graph.add("MaskToImage", (X[3], 620), (330, 30), mask=shrunk[0])
     blurred = graph.add("ImageBlur", (X[3], 710), (330, 86), image=picture[0], blur_radius=4, sigma=2.0)
     soft = graph.add("ImageToMask", (X[3], 860), (330, 60), image=blurred[0], channel="red")

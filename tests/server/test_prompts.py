@@ -77,12 +77,15 @@ def test_ids_and_orders_are_those_of_saved_workflows(server):
         assert all(len(spec) > 1 and spec[1].get("tooltip") for spec in given.values()), name
 
 
-def test_only_weight_files_are_offered(server):
+def test_only_files_with_what_the_node_needs_are_offered(server):
     info = server.get("/object_info")
     checkpoints = info["CATLoadCheckpoint"]["input"]["required"]["checkpoint"][1]["options"]
     weights = info["CATLoadWeights"]["input"]["required"]["weights"][1]["options"]
     assert "tiny.safetensors" in weights and "evil.ckpt" in checkpoints and "evil.ckpt" not in weights
     assert any("sub" in name for name in checkpoints)
+    assert {"sem_inpainter.safetensors", "ref_adapter.safetensors", "cat.safetensors"} <= set(weights)
+    unusable = {"cut.safetensors", "empty.safetensors", "mislabelled.safetensors", "lora.safetensors"}
+    assert not unusable & {*weights, *checkpoints} and "cat.safetensors" not in checkpoints
 
 
 def test_queueing_again_reproduces_and_a_new_strength_reloads_nothing(prompt, run):
