@@ -39,7 +39,6 @@ def workflow(run: int) -> dict:
     since that is no output node.
     """
     demo = json.loads((inside.ROOT / "workflows/api/cat_demo.json").read_text())
-    demo["2"] = {"class_type": "CATDemoScene", "inputs": {"scene": "square hole"}}  # the photo
     ids = {number: node["class_type"] if node["class_type"].startswith("CAT") else number for number, node in demo.items()}
 
     def renamed(value):
