@@ -19,7 +19,8 @@ class CATCompareFeatures(io.ComfyNode):
         return io.Schema(
             node_id="CATCompareFeatures",
             display_name="CAT Compare Features",
-            category=CATEGORY,
+            category=f"{CATEGORY}/preview",
+            search_aliases=["cosine similarity", "evaluate seminpainter", "histogram", "余弦相似度"],
             description="Hide a part of a picture from SemInpainter, let it predict what was there, and compare: how similar "
                         "are CLIP's features of the hidden part, and the predicted ones, to those of the whole picture?",
             is_output_node=True,

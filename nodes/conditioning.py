@@ -18,6 +18,7 @@ class CATInpaintConditioning(io.ComfyNode):
             node_id="CATInpaintConditioning",
             display_name="CAT Inpaint Conditioning",
             category=CATEGORY,
+            search_aliases=["inpaint model conditioning", "masked image", "black fill", "局部重绘", "内补"],
             description="Give the inpainting model the photo and the mask. Like Inpaint Model Conditioning, but with the "
                         "hole filled black and the mask resized as CAT-Diffusion was trained.",
             inputs=[
@@ -82,6 +83,7 @@ class CATScheduler(io.ComfyNode):
             node_id="CATScheduler",
             display_name="CAT Scheduler",
             category=CATEGORY,
+            search_aliases=["ddim sigmas", "official schedule", "sigmas", "调度器"],
             description="Sigmas of the official DDIM schedule for SamplerCustom (sampler: ddim). It ends at the "
                         "smallest trained noise level, not at zero.",
             inputs=[

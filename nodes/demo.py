@@ -20,7 +20,8 @@ class CATDemoScene(io.ComfyNode):
         return io.Schema(
             node_id="CATDemoScene",
             display_name="CAT Demo Scene",
-            category=CATEGORY,
+            category=f"{CATEGORY}/loaders",
+            search_aliases=["example picture", "demo image", "test scene", "示例图片"],
             description="A drawn picture with a hole, made for the small demo model, which knows coloured shapes only. For your "
                         "own pictures use Load Image.",
             inputs=[io.Combo.Input("scene", options=sorted(path.stem for path in FOLDER.glob("*.png")),

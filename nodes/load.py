@@ -17,7 +17,8 @@ class CATLoadCheckpoint(io.ComfyNode):
         return io.Schema(
             node_id="CATLoadCheckpoint",
             display_name="CAT Load Checkpoint",
-            category=CATEGORY,
+            category=f"{CATEGORY}/loaders",
+            search_aliases=["cat-diffusion checkpoint", "load cat model", "demo model", "加载CAT模型"],
             description="Load a full CAT-Diffusion checkpoint: U-Net, text encoder, VAE, CLIP vision and the CAT parts.",
             inputs=[io.Combo.Input("checkpoint", options=host.list_files(lambda parts: parts >= set(PREFIXES), pickles=True),
                                    tooltip="A full checkpoint in models/cat_diffusion (.safetensors or .ckpt), or the pack's "
@@ -63,7 +64,8 @@ class CATLoadWeights(io.ComfyNode):
         return io.Schema(
             node_id="CATLoadWeights",
             display_name="CAT Load Weights",
-            category=CATEGORY,
+            category=f"{CATEGORY}/loaders",
+            search_aliases=["load seminpainter", "load refadapter", "cat weights", "加载权重"],
             description="Load SemInpainter and/or RefAdapter from a CAT weights file. Model, CLIP, VAE and CLIP vision "
                         "come from ComfyUI's own loaders.",
             inputs=[io.Combo.Input("weights", options=host.list_files(lambda parts: bool(parts & CAT_PARTS)),

@@ -96,6 +96,7 @@ class CATApplyRefAdapter(io.ComfyNode):
             node_id="CATApplyRefAdapter",
             display_name="CAT Apply RefAdapter",
             category=CATEGORY,
+            search_aliases=["visual prompt attention", "patch model", "ip-adapter", "refadapter", "视觉提示"],
             description="Let the sampler look at the visual prompt. Works with any sampler, LoRA and ControlNet.",
             inputs=[
                 io.Model.Input("model", tooltip="An SD 1.5 inpainting model (9 input channels)."),

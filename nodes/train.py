@@ -60,7 +60,8 @@ class CATTrainSemInpainter(io.ComfyNode):
         return io.Schema(
             node_id="CATTrainSemInpainter",
             display_name="CAT Train SemInpainter",
-            category=CATEGORY,
+            category=f"{CATEGORY}/training",
+            search_aliases=["finetune", "train stage 1", "distillation", "训练"],
             description="Train a SemInpainter on a folder of examples, anew or from a CAT model. Cancel keeps what was "
                         "learned so far.",
             is_output_node=True,
@@ -116,7 +117,8 @@ class CATTrainRefAdapter(io.ComfyNode):
         return io.Schema(
             node_id="CATTrainRefAdapter",
             display_name="CAT Train RefAdapter",
-            category=CATEGORY,
+            category=f"{CATEGORY}/training",
+            search_aliases=["finetune", "train stage 2", "训练"],
             description="Train a RefAdapter for an inpainting model on a folder of examples, anew or from a CAT model. Cancel "
                         "keeps what was learned so far.",
             is_output_node=True,

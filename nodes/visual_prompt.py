@@ -20,6 +20,7 @@ class CATSemanticInpaint(io.ComfyNode):
             node_id="CATSemanticInpaint",
             display_name="CAT Semantic Inpaint",
             category=CATEGORY,
+            search_aliases=["pre-inpaint", "semantic pre-inpainting", "add object", "object inpainting", "seminpainter", "语义修复", "添加物体"],
             description="Predict what CLIP would see if the named object were in the hole. The result, the visual prompt, "
                         "guides the sampler through CAT Apply RefAdapter.",
             inputs=[
@@ -53,6 +54,7 @@ class CATEncodeVisualPrompt(io.ComfyNode):
             node_id="CATEncodeVisualPrompt",
             display_name="CAT Encode Visual Prompt",
             category=CATEGORY,
+            search_aliases=["reference image", "image prompt", "ip-adapter", "clip vision encode", "参考图"],
             description="Make a visual prompt from a reference picture, or, with a mask, from the masked photo itself "
                         "(the paper's ablation without SemInpainter).",
             inputs=[
@@ -80,7 +82,8 @@ class CATVisualPromptPreview(io.ComfyNode):
         return io.Schema(
             node_id="CATVisualPromptPreview",
             display_name="CAT Visual Prompt Preview",
-            category=CATEGORY,
+            category=f"{CATEGORY}/preview",
+            search_aliases=["show visual prompt", "mask grid", "pca features", "heatmap", "预览"],
             description="Look at a visual prompt: the photo as CLIP saw it with its 16x16 grid and the hidden cells, the features "
                         "before and after as colours, and how similar each cell is to the text.",
             is_output_node=True,
