@@ -25,6 +25,8 @@ import torch
 
 from ..cat_core import weights
 from ..cat_core.config import HEAD_WIDTH
+from ..cat_core.features import VisualPrompt
+from ..cat_core.models.ref_adapter import FoldedRefAdapter
 from ..cat_core.weights import Checkpoint, WeightsError
 from .host import CatModel, read_path
 
@@ -47,6 +49,17 @@ def _cat_patcher(file: Checkpoint, part: str, patcher_class=None):
     module.load_state_dict(tensors, assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (_reload, (_cat_patcher, file.path, part))
     return patcher
+
+
+def build_folded(cat_model: CatModel, visual_prompt: VisualPrompt, dtype: torch.dtype):
+    """The RefAdapter with a visual prompt folded in, as the host loads it for sampling.
+
+    Made where the RefAdapter's weights lie, the CPU as a rule: they never go to the GPU.
+    """
+    module = FoldedRefAdapter(cat_model.ref_adapter.model, visual_prompt.tokens, dtype)
+    comfy.model_management.archive_model_dtypes(module)
+    return comfy.model_patcher.CoreModelPatcher(module, load_device=comfy.model_management.get_torch_device(),
+                                                offload_device=comfy.model_management.unet_offload_device())
 
 
 def _attention(q, k, v, heads):
