@@ -88,11 +88,11 @@ class FoldedBlock(nn.Module):
         bias, (tokens, width) = attn.to_out[0].bias.float(), k.shape[1:]
         if self.heads * tokens < width + tokens:
             k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (k, v))  # (P, heads, M, d)
-            first = (k @ to_q.unflatten(0, (self.heads, -1))).flatten(1, 2) * (width // self.heads) ** -0.5
-            last = (v @ to_out.T.unflatten(0, (self.heads, -1))).flatten(1, 2) + bias / self.heads  # (P, heads * M, C), as first
-            keys = values = None
+            first = (k @ to_q.unflatten(0, (self.heads, -1))).flatten(1, 2).transpose(1, 2) * (width // self.heads) ** -0.5
+            last = (v @ to_out.T.unflatten(0, (self.heads, -1))).flatten(1, 2) + bias / self.heads
+            keys = values = None  # first (P, C, heads * M), last (P, heads * M, C)
         else:
-            first, keys, values, last = to_q[None], k, v, to_out[None]
+            first, keys, values, last = to_q.T[None], k, v, to_out  # (1, C, C), 2 x (P, M, C), (C, C)
         for name, constant in (("scale", norm.weight), ("shift", norm.bias), ("first", first), ("keys", keys),
                                ("values", values), ("last", last), ("bias", bias)):
             constant = None if constant is None else nn.Parameter(constant.detach().to(dtype).contiguous(), requires_grad=False)
@@ -106,35 +106,44 @@ class FoldedBlock(nn.Module):
                 looks at prompt i modulo P.
             conditional: which of the batches look at their prompts; the others get what an all-zero prompt adds, the bias.
         """
-        x = x.contiguous()
-        out, latents = torch.empty_like(x), len(x) // len(conditional)
-        for i, looks in enumerate(conditional):
-            rows = slice(i * latents, (i + 1) * latents)
+        x = x if x.is_contiguous() else x.contiguous()
+        constants, out, shape = self._constants(x), torch.empty_like(x), (len(conditional), -1, *x.shape[1:])
+        for looks, rows, into in zip(conditional, x.view(shape).unbind(), out.view(shape).unbind()):
             if looks:
-                self.attend(x[rows], out[rows], strength)
+                self.attend(rows, into, strength, **constants)
             else:
-                torch.add(x[rows], self.bias.to(x), alpha=strength, out=out[rows])
+                torch.add(rows, constants["bias"], alpha=strength, out=into)
         return out
 
-    def attend(self, x: torch.Tensor, out: torch.Tensor, strength: float) -> None:
-        """Write x (B, N, C) plus `strength` times its attention to the prompts into `out`; both contiguous."""
-        groups = len(x) if self.prompts > 1 else 1  # one prompt: all latents in one product
-        x, out = x.view(groups, -1, x.shape[2]), out.view(groups, -1, x.shape[2])
+    def attend(self, x, out, strength, scale, shift, first, keys, values, last, bias) -> None:
+        """Write x (B, N, C) plus `strength` times its attention to the prompts into `out`; both contiguous.
 
-        def of_groups(constant):
-            chosen = constant.to(x)
-            if len(chosen) == 1:
-                return chosen.expand(groups, -1, -1)
-            return chosen[:groups] if len(chosen) >= groups else chosen[torch.arange(groups, device=x.device) % len(chosen)]
-
-        h = nn.functional.layer_norm(x, x.shape[2:], self.scale.to(x), self.shift.to(x))
-        h = h @ of_groups(self.first).transpose(1, 2)
-        if self.keys is None:
-            h = h.unflatten(2, (self.heads, -1)).softmax(dim=3).flatten(2)  # (groups, tokens, heads * M)
-            torch.baddbmm(x, h, of_groups(self.last), alpha=strength, out=out)
+        Kept to few operators: on a fast GPU it is their number that costs.
+        """
+        groups, width = len(x) if self.prompts > 1 else 1, x.shape[2]  # one prompt: all latents in one product
+        x, out = x.view(groups, -1, width), out.view(groups, -1, width)
+        h = torch.bmm(nn.functional.layer_norm(x, (width,), scale, shift), _of_groups(first, groups))
+        if keys is None:
+            h = h.view(groups, -1, self.heads, h.shape[2] // self.heads).softmax(3).view(h.shape)  # (groups, tokens, heads * M)
+            torch.baddbmm(x, h, _of_groups(last, groups), alpha=strength, out=out)
         else:
-            h = self.attention(h, of_groups(self.keys), of_groups(self.values), self.heads)  # (groups, tokens, C)
-            torch.add(x, nn.functional.linear(h, self.last[0].to(x), self.bias.to(x)), alpha=strength, out=out)
+            h = self.attention(h, _of_groups(keys, groups), _of_groups(values, groups), self.heads)  # (groups, tokens, C)
+            torch.add(x, nn.functional.linear(h, last, bias), alpha=strength, out=out)
+
+    def _constants(self, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        """What was folded, moved to x only where the host left it elsewhere."""
+        if self.bias.dtype == x.dtype and self.bias.device == x.device:
+            return self._parameters
+        return {name: None if constant is None else constant.to(x) for name, constant in self._parameters.items()}
+
+
+def _of_groups(constant: torch.Tensor, groups: int) -> torch.Tensor:
+    """One of (P, ...) for each group; they repeat."""
+    if len(constant) == groups:
+        return constant
+    if len(constant) == 1:
+        return constant.expand(groups, -1, -1)
+    return constant[:groups] if len(constant) > groups else constant[torch.arange(groups, device=constant.device) % len(constant)]
 
 
 class FoldedRefAdapter(nn.Module):

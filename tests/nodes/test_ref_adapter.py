@@ -1,6 +1,8 @@
 """RefAdapter inside the host's U-Net, through the host's own sampler."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -18,9 +20,9 @@ def counted(pack, monkeypatch):
         counts["folds"] += 1
         fold(self, *args)
 
-    def count_rows(self, x, *args):
+    def count_rows(self, x, *args, **kwargs):
         counts["rows"].append(len(x))
-        attend(self, x, *args)
+        attend(self, x, *args, **kwargs)
 
     monkeypatch.setattr(FoldedBlock, "__init__", count_folds)
     monkeypatch.setattr(FoldedBlock, "attend", count_rows)
@@ -204,6 +206,37 @@ def test_the_folded_matrices_load_with_the_model_and_the_adapter_itself_does_not
     assert not shared & {id(parameter) for parameter in found[0].model.parameters()}
 
 
+def test_the_host_counts_them_to_the_byte_and_nothing_stays_after_unloading(apply, sample):
+    """Whatever the patch holds is in the one model that it names; with that unloaded and dropped, nothing is left."""
+    import comfy.model_management as management
+
+    model = apply()
+    sample(model)
+    patch = patches(model)[0]
+    size = sum(parameter.numel() * parameter.element_size() for parameter in patch.folded.model.parameters())
+    loaded = {type(entry.model.model).__name__: entry for entry in management.current_loaded_models}
+    assert loaded["FoldedRefAdapter"].model is patch.folded
+    assert loaded["FoldedRefAdapter"].model_loaded_memory() == patch.folded.model_size() == size
+    assert "RefAdapter" not in loaded
+    assert not any(isinstance(value, torch.Tensor) for value in vars(patch).values())
+    management.unload_all_models()
+    assert not management.current_loaded_models and patch.folded.loaded_size() == 0
+    alive = weakref.ref(patch.folded.model)
+    del model, patch, loaded
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_partial_load_samples_the_same(apply, sample):
+    model = apply()
+    whole = sample(model)
+    patcher = patches(model)[0].folded
+    patcher.unpatch_model(patcher.offload_device)
+    patcher.patch_model(patcher.load_device, lowvram_model_memory=1)
+    assert patcher.loaded_size() == 0
+    assert torch.equal(sample(model), whole)
+
+
 def test_half_precision_hidden_states_keep_their_type(apply):
     patch = patches(apply())[0]
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -281,6 +314,7 @@ def test_a_half_precision_unet_samples_nearly_the_same(models, builders, apply, 
     monkeypatch.setattr(comfy.model_management, "unet_manual_cast", lambda *args, **kwargs: None)
     half = builders.build_unet(models.file)
     assert half.model.get_dtype() == dtype
+    assert {parameter.dtype for parameter in patches(apply(half))[0].folded.model.parameters()} == {dtype}
     whole, approximate = sample(apply()), sample(apply(half))
     assert approximate.isfinite().all()
     assert (whole - approximate).abs().mean() < 0.1 * whole.abs().mean()
