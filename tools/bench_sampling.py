@@ -4,6 +4,7 @@ import functools
 import time
 
 import comfy.model_management
+import comfy.ops
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -16,6 +17,7 @@ from cat_diffusion.nodes import builders, host
 from cat_diffusion.nodes.conditioning import CATInpaintConditioning
 from cat_diffusion.nodes.ref_adapter import CATApplyRefAdapter
 from cat_diffusion.nodes.visual_prompt import CATEncodeVisualPrompt, CATSemanticInpaint
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -156,16 +158,26 @@ def counted(function) -> float:
     return counter.get_total_flops() / 2e9
 
 
+def step_multiplications(bench: Bench, model, size: int, batch: int = 1) -> float:
+    """Multiplications of a step's work, in units of 1e9, on tensors without content: nothing is computed."""
+    meta, config = torch.device("meta"), bench.model.model.model_config.unet_config
+    unet = UNetModel(**{**config, "dtype": torch.float32}, device=meta, operations=comfy.ops.disable_weight_init)
+    side, rows = size // 8, 2 * batch
+    context = torch.empty(rows, 77, config["context_dim"], device=meta)
+    options = {"patches": model.model_options["transformer_options"].get("patches", {}), "cond_or_uncond": [1, 0]}
+    return counted(lambda: unet(torch.empty(rows, unet.in_channels, side, side, device=meta), torch.empty(rows, device=meta),
+                                context=context, transformer_options=options))
+
+
 def operations(bench: Bench, arguments):
     """Multiplications of a step of each form, and of what runs once a picture."""
-    counts = {}
-    for name, model in bench.forms().items():
-        bench.call(model, arguments.size, inner=lambda step: counts.update({name: counted(step)}))
-        yield Row(f"a step, {name}", "GMAC", [counts[name]], [counts[name] / counts[PLAIN]] if name != PLAIN else [])
-    once = counted(lambda: bench.see(*bench.picture(arguments.size)))
-    steps = PAPER_STEPS * counts[PLAIN]
-    yield Row("once: CLIP vision, CLIP text, SemInpainter", "GMAC", [once], [once / steps], f"of {PAPER_STEPS} plain steps")
-    yield Row("once: folding", "GMAC", [counted(bench.apply)])
+    counts = {name: step_multiplications(bench, model, arguments.size) for name, model in bench.forms().items()}
+    for name, count in counts.items():
+        yield Row(f"a step, {name}", "GMAC", [count], [count / counts[PLAIN]] if name != PLAIN else [])
+    for what, function in (("CLIP vision, CLIP text, SemInpainter", lambda: bench.see(*bench.picture(arguments.size))),
+                           ("folding", bench.apply)):
+        once = counted(function)
+        yield Row(f"once: {what}", "GMAC", [once], [once / PAPER_STEPS / counts[PLAIN]], f"of {PAPER_STEPS} plain steps")
 
 
 def step(bench: Bench, arguments):
@@ -266,9 +278,8 @@ def growth(bench: Bench, arguments):
     cases += [(f"{stack} adapters on each other", lambda stack=stack: functools.reduce(
         lambda model, _: bench.apply(model=model), range(stack), bench.model), size, 1) for stack in arguments.stacks]
     for what, build, side, batch in cases:
-        model, counts = build(), []
-        for form in (bench.model, model):
-            bench.call(form, side, batch, inner=lambda step: counts.append(counted(step)))
+        model = build()
+        counts = [step_multiplications(bench, form, side, batch) for form in (bench.model, model)]
         seconds = bench.in_turn({name: functools.partial(bench.call, form, side, batch)
                                  for name, form in ((PLAIN, bench.model), (SHIPPED, model))}, max(bench.rounds // 2, 1))
         row = rows_in_turn(seconds, PLAIN)[1]
