@@ -62,10 +62,14 @@ class Checkpoint:
 
     def require(self, *parts: str) -> None:
         """Raise WeightsError unless every named part is here."""
-        missing = [TITLES[part] for part in parts if not self.parts.get(part)]
+        missing = [TITLES[part] for part in parts if part not in self.parts]
         if missing:
             raise WeightsError(f"{self.name} holds {describe(self.parts)}, but no {' and no '.join(missing)}. "
                                "Choose a file that has it.")
+
+    def without(self, *parts: str) -> "Checkpoint":
+        """The rest; the file's pages of `parts` leave the memory with the last that holds their tensors."""
+        return replace(self, parts={part: tensors for part, tensors in self.parts.items() if part not in parts})
 
 
 def describe(parts: Iterable[str]) -> str:
@@ -91,12 +95,15 @@ def read(path: str | os.PathLike, reader: Callable | None = None, inert_objects:
             misshapen keys, with NaN or Inf, or of another kind altogether.
     """
     path = Path(path)
+
+    def load():
+        if kind == "safetensors":
+            return (reader or load_safetensors)(str(path))
+        return _load_pickle(path, inert_objects), {}
+
     kind = _kind(path)
     try:
-        if kind == "safetensors":
-            tensors, metadata = (reader or load_safetensors)(str(path))
-        else:
-            tensors, metadata = _load_pickle(path, inert_objects), {}
+        tensors, metadata = load()
     except safetensors.SafetensorError as error:
         raise WeightsError(f"{path.name} is damaged or cut short ({error}). Download or copy it again.") from error
     parts, unknown = sort_keys(tensors)
@@ -110,12 +117,13 @@ def read(path: str | os.PathLike, reader: Callable | None = None, inert_objects:
         architecture = _architecture(parts, metadata or {}, path.name)
     except ArchitectureError as error:
         raise WeightsError(f"{path.name}: {error}. The file is incomplete or of another model.") from error
-    checkpoint = Checkpoint(path, parts, architecture, metadata or {})
     for part, tensors in parts.items():
         _check_numbers(tensors, path.name, part)
     for part, module in cat_modules(architecture, device="meta").items():
         check_keys({key: value.shape for key, value in module.state_dict().items()}, parts[part], path.name, part)
-    return checkpoint
+    if kind == "safetensors" or zipfile.is_zipfile(path):  # mapped into memory; one mapping a part, to let go of one by one
+        parts = {part: sort_keys(load()[0])[0][part] for part in parts}
+    return Checkpoint(path, parts, architecture, metadata or {})
 
 
 def parts_inside(path: str | os.PathLike) -> set[str]:

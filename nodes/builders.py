@@ -25,6 +25,8 @@ import torch
 
 from ..cat_core import weights
 from ..cat_core.config import HEAD_WIDTH
+from ..cat_core.features import VisualPrompt
+from ..cat_core.models.ref_adapter import FoldedRefAdapter
 from ..cat_core.weights import Checkpoint, WeightsError
 from .host import CatModel, read_path
 
@@ -49,6 +51,17 @@ def _cat_patcher(file: Checkpoint, part: str, patcher_class=None):
     return patcher
 
 
+def build_folded(cat_model: CatModel, visual_prompt: VisualPrompt, dtype: torch.dtype):
+    """The RefAdapter with a visual prompt folded in, as the host loads it for sampling.
+
+    Made where the RefAdapter's weights lie, the CPU as a rule: they never go to the GPU.
+    """
+    module = FoldedRefAdapter(cat_model.ref_adapter.model, visual_prompt.tokens, dtype)
+    comfy.model_management.archive_model_dtypes(module)
+    return comfy.model_patcher.CoreModelPatcher(module, load_device=comfy.model_management.get_torch_device(),
+                                                offload_device=comfy.model_management.unet_offload_device())
+
+
 def _attention(q, k, v, heads):
     return comfy.ldm.modules.attention.optimized_attention(q, k, v, heads)
 
@@ -61,7 +74,7 @@ def build_unet(file: Checkpoint, patcher_class=None):
         config = comfy.supported_models.SD15(comfy.model_detection.detect_unet_config(tensors, ""))
         config.unet_config["num_heads"] = file.architecture.unet_num_heads
         _expect(file, "unet", lambda: comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel(
-            **config.unet_config, operations=comfy.ops.disable_weight_init))
+            **config.unet_config, operations=comfy.ops.disable_weight_init), tensors)
     if config.unet_config["in_channels"] != 9:
         raise WeightsError(f"The U-Net in {file.name} takes {config.unet_config['in_channels']} channels, expected 9. "
                            "It is not an inpainting checkpoint.")
@@ -111,7 +124,7 @@ def build_vae(file: Checkpoint) -> comfy.sd.VAE:
                     "ch": channels, "ch_mult": mult, "num_res_blocks": _count(tensors, "encoder.down.0.block."),
                     "attn_resolutions": [], "dropout": 0.0}
         params = {"ddconfig": ddconfig, "embed_dim": tensors["post_quant_conv.weight"].shape[1]}
-        _expect(file, "vae", lambda: comfy.ldm.models.autoencoder.AutoencoderKL(**params))
+        _expect(file, "vae", lambda: comfy.ldm.models.autoencoder.AutoencoderKL(**params), tensors)
     vae = comfy.sd.VAE(sd=tensors, config={"params": params})
     vae.latent_channels = latent
     vae.downscale_ratio = vae.upscale_ratio = 2 ** (levels - 1)
@@ -131,7 +144,8 @@ def build_clip_vision(file: Checkpoint) -> comfy.clip_vision.ClipVisionModel:
                   "num_attention_heads": file.architecture.clip_vision_num_heads or max(width // HEAD_WIDTH, 1)}
         if "visual_projection.weight" in tensors:
             config["projection_dim"] = tensors["visual_projection.weight"].shape[0]
-        _expect(file, "clip_vision", lambda: comfy.clip_model.CLIPVisionModelProjection(config, None, None, torch.nn))
+        _expect(file, "clip_vision", lambda: comfy.clip_model.CLIPVisionModelProjection(config, None, None, torch.nn),
+                tensors)
     with tempfile.TemporaryDirectory() as folder:  # older hosts take a path, not a dict
         path = os.path.join(folder, "config.json")
         with open(path, "w") as out:
@@ -147,11 +161,11 @@ def _reload(build, path, *args, disable_dynamic: bool = False):
     return build(read_path(path), *args, comfy.model_patcher.ModelPatcher if disable_dynamic else None)
 
 
-def _expect(file: Checkpoint, part: str, build, tensors=None) -> None:
-    """Compare the file's keys with those of the host's own class, built without memory."""
+def _expect(file: Checkpoint, part: str, build, tensors) -> None:
+    """Compare the keys with those of the host's own class, built without memory."""
     with torch.device("meta"):
         expected = {key: value.shape for key, value in build().state_dict().items()}
-    weights.check_keys(expected, tensors or file.parts[part], file.name, part)
+    weights.check_keys(expected, tensors, file.name, part)
 
 
 @contextmanager

@@ -329,6 +329,11 @@ def unet_heads(model) -> int:
     return model.model.model_config.unet_config["num_heads"]
 
 
+def compute_dtype(model) -> torch.dtype:
+    """What the U-Net's hidden states are in."""
+    return model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
+
+
 def block_name(extra_options: dict) -> str:
     """The official name of the transformer block that calls a patch."""
     kind, number = extra_options["block"][:2]

@@ -42,18 +42,20 @@ class CATLoadCheckpoint(io.ComfyNode):
 
     @classmethod
     def execute(cls, checkpoint) -> io.NodeOutput:
-        builds = (builders.build_unet, builders.build_clip, builders.build_vae, builders.build_clip_vision,
-                  builders.build_cat_model)
-        bar = host.progress_bar(1 + len(builds))
-        outputs = []
+        # Large parts first: the file's pages of a part are in memory, too, while the part is built.
+        order = {"unet": builders.build_unet, "cat_model": builders.build_cat_model, "clip_vision": builders.build_clip_vision,
+                 "clip_text": builders.build_clip, "vae": builders.build_vae}
+        bar = host.progress_bar(1 + len(order))
+        built = {}
         with host.plain_errors():
             file = host.read(checkpoint)
             file.require(*PREFIXES)
-            for build in builds:
+            for name, build in order.items():
                 bar.update(1)
-                outputs.append(build(file))
+                built[name] = build(file)
+                file = file.without(*(("sem_inpainter", "ref_adapter") if name == "cat_model" else (name,)))
         bar.update(1)
-        return io.NodeOutput(*outputs)
+        return io.NodeOutput(*(built[name] for name in ("unet", "clip_text", "vae", "clip_vision", "cat_model")))
 
 
 class CATLoadWeights(io.ComfyNode):

@@ -4,40 +4,30 @@ import torch
 from comfy_api.latest import io
 
 from ..cat_core.features import VisualPrompt
-from . import host
+from . import builders, host
 from .wires import CATEGORY, CatModelWire, VisualPromptWire
 
 
 class RefAdapterPatch:
     """Adds the RefAdapters' output between self-attention and text cross-attention (the host's `middle_patch`).
 
-    Immutable but for caches that hold what is constant over a sampling: one object serves all clones of a model
-    and all samplers.
+    Immutable but for what it remembers of a sampling: one object serves all clones of a model and all samplers.
     """
 
-    def __init__(self, adapter, visual_prompt: VisualPrompt, strength: float, sigma_start: float, sigma_end: float):
-        self.adapter = adapter  # ModelPatcher around RefAdapter
-        self.visual_prompt = visual_prompt
+    def __init__(self, folded, strength: float, sigma_start: float, sigma_end: float):
+        self.folded = folded  # ModelPatcher around FoldedRefAdapter
         self.strength = strength
         self.sigma_start, self.sigma_end = sigma_start, sigma_end
-        self._constants: dict[tuple, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._range: tuple[torch.Tensor | None, bool] = (None, True)
         self._negative: set = set()  # ids of conditions that came as unconditional in this sampling
 
-    @torch.compiler.disable  # a compiled U-Net calls it as it is: caches and settings must not be traced
+    @torch.compiler.disable  # a compiled U-Net calls it as it is: settings must not be traced
     def __call__(self, x: torch.Tensor, extra_options: dict) -> torch.Tensor:
         """(B, N, C) hidden states -> the same plus the adapter's output; x itself where nothing is to be added."""
         if self.strength == 0 or not self._in_range(extra_options.get("sigmas")):
             return x
-        name = host.block_name(extra_options)
-        block = self.adapter.model.block(name)
-        k, v, bias = self._constant(name, block, x)
-        positive = self._positive(extra_options)  # one entry a chunk of x
-        if all(positive):
-            return self._conditional(x, len(positive), block, k, v)
-        chunks = [self._conditional(chunk, 1, block, k, v) if is_positive else torch.add(chunk, bias, alpha=self.strength)
-                  for is_positive, chunk in zip(positive, x.chunk(len(positive)))]
-        return torch.cat(chunks)
+        block = self.folded.model.block(host.block_name(extra_options))
+        return block(x, self._positive(extra_options), self.strength)
 
     def _positive(self, extra_options) -> list[bool]:
         """Which chunks belong to the positive prompt. Self-attention guidance and the like run the negative one alone,
@@ -46,19 +36,6 @@ class RefAdapterPatch:
         ids = extra_options.get("uuids", conds)
         self._negative.update(id for cond, id in zip(conds, ids) if cond != 0)
         return [cond == 0 and id not in self._negative for cond, id in zip(conds, ids)]
-
-    def _conditional(self, x, chunks, block, k, v):
-        """`chunks` batches of latents under each other; prompts go with the latents of a batch, over and over."""
-        latents = torch.arange(len(x) // chunks, device=k.device).repeat(chunks)
-        k, v = (k[latents % len(k)], v[latents % len(v)]) if len(k) > 1 else (k.expand(len(x), -1, -1), v.expand(len(x), -1, -1))
-        return torch.add(x, block.attend(x, k, v), alpha=self.strength)
-
-    def _constant(self, name, block, x):
-        key = (name, x.device, x.dtype)
-        if key not in self._constants:
-            tokens = self.visual_prompt.tokens.to(x)
-            self._constants[key] = (*block.keys_values(tokens), block.unconditional(x))
-        return self._constants[key]
 
     def _in_range(self, sigmas: torch.Tensor | None) -> bool:
         if sigmas is None or (self.sigma_end <= 0 and self.sigma_start >= host.ANY_SIGMA):
@@ -70,16 +47,15 @@ class RefAdapterPatch:
         return inside
 
     def models(self):
-        """The host loads these together with the U-Net and counts them."""
-        return [self.adapter]
+        """The host loads these together with the U-Net, counts them to the byte and unloads them."""
+        return [self.folded]
 
     def to(self, device_or_dtype):
-        """The host moves the adapter's weights itself, and the caches belong to a device."""
+        """The host moves the folded matrices itself, as models()."""
         return self
 
     def cleanup(self):
         """Called by the host after each sampling."""
-        self._constants.clear()
         self._negative.clear()
         self._range = (None, True)
 
@@ -125,5 +101,6 @@ class CATApplyRefAdapter(io.ComfyNode):
             raise ValueError(f"start_percent is {start_percent}, after end_percent {end_percent}. Set it below.")
         patched = model.clone()
         sigmas = (host.percent_to_sigma(model, percent) for percent in (start_percent, end_percent))
-        patched.set_model_patch(RefAdapterPatch(cat_model.ref_adapter, visual_prompt, strength, *sigmas), "middle_patch")
+        folded = builders.build_folded(cat_model, visual_prompt, host.compute_dtype(model))
+        patched.set_model_patch(RefAdapterPatch(folded, strength, *sigmas), "middle_patch")
         return io.NodeOutput(patched)

@@ -1,12 +1,13 @@
 """SemInpainter and RefAdapter: sizes of the paper, and what the goldens cannot tell."""
 
+import copy
 import json
 
 import pytest
 import torch
 from cat_core import features, weights
 from cat_core.config import Architecture, ArchitectureError, RefAdapterConfig, SemInpainterConfig
-from cat_core.models.ref_adapter import RefAdapter
+from cat_core.models.ref_adapter import FoldedBlock, RefAdapter, RefAdapterBlock
 from cat_core.models.sem_inpainter import SemInpainter
 from paths import GOLDENS
 
@@ -43,7 +44,70 @@ def test_a_zero_visual_prompt_adds_exactly_the_bias():
     x = torch.randn(2, 9, 40)
     bias = block.attn3.to_out[0].bias
     assert torch.equal(block(x, torch.zeros(2, 64, 32)), bias.expand(2, 9, 40))
-    assert torch.equal(block.unconditional(x), bias.expand(1, 1, 40))
+    folded = FoldedBlock(block, torch.zeros(1, 64, 32), torch.float32)
+    assert torch.equal(folded(x, [False]), x + bias) and torch.allclose(folded(x, [True]), x + bias, atol=1e-6)
+
+
+# (width, tokens, heads): folded, folded, keys and values kept
+SHAPES = [(80, 16, 4), (640, 64, 8), (40, 64, 4)]
+
+
+def block_and_reference(width, tokens, heads, dtype, x, prompts, conditional, strength):
+    """An adapter in `dtype`, what it adds to x unfolded in its own precision, and the same in fp64."""
+    block = random_(RefAdapterBlock(width, 32, heads)).to(dtype)
+    with torch.no_grad():
+        block.norm4.weight += 1
+    latents = len(x) // len(conditional)
+    rows = torch.cat([prompts[torch.arange(latents) % len(prompts)] * looks for looks in conditional])
+    unfolded = x + strength * block(x, rows)
+    exact = x.double() + strength * random_like(block)(x.double(), rows.double())
+    return block, unfolded, exact
+
+
+def random_like(block):
+    """The same weights in fp64."""
+    return copy.deepcopy(block).double()
+
+
+@pytest.mark.parametrize("width, tokens, heads", SHAPES)
+@pytest.mark.parametrize("prompts, latents", [(1, 1), (1, 3), (3, 3), (2, 4), (3, 2), (2, 3)])
+@pytest.mark.parametrize("conditional", [[True], [False], [True, False], [False, True, True, False]])
+def test_folding_changes_nothing(width, tokens, heads, prompts, latents, conditional):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(latents * len(conditional), 9, width, generator=generator)
+    prompts = torch.randn(prompts, tokens, 32, generator=generator)
+    before = x.clone()
+    block, unfolded, _ = block_and_reference(width, tokens, heads, torch.float32, x, prompts, conditional, -0.7)
+    folded = FoldedBlock(block, prompts, torch.float32)
+    assert (folded.keys is None) == ((width, tokens, heads) != SHAPES[2])
+    out = folded(x, conditional, -0.7)
+    assert torch.equal(x, before)
+    assert (out - unfolded).abs().max() <= 1e-5 * (unfolded - x).abs().max()
+
+
+@pytest.mark.parametrize("width, tokens, heads", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 3.0])
+def test_folding_is_no_worse_in_half_precision(width, tokens, heads, dtype, scale):
+    """Against fp64 on the same halves, for flat and for sharp attention."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(4, 64, width, generator=generator).to(dtype)
+    prompts = (scale * (torch.randn(1, tokens, 32, generator=generator) + 2 * torch.randn(1, 1, 32, generator=generator))).to(dtype)
+    block, unfolded, exact = block_and_reference(width, tokens, heads, dtype, x, prompts, [True], 1.0)
+    out = FoldedBlock(block, prompts, dtype)(x, [True])
+    assert out.dtype == dtype
+    errors = [(found.double() - exact).norm().item() for found in (out, unfolded)]
+    print(f"folded / unfolded error {errors[0] / errors[1]:.2f}")
+    assert errors[0] <= 1.01 * errors[1]  # flat attention: both lose almost only what the last rounding takes
+
+
+def test_hidden_states_may_be_of_another_type_and_layout_than_the_folded_matrices():
+    folded = FoldedBlock(random_(RefAdapterBlock(80, 32, 4)), torch.randn(1, 16, 32), torch.float32)
+    x = torch.randn(2, 80, 9)
+    whole = folded(x.transpose(1, 2), [True, False])
+    assert torch.equal(whole, folded(x.transpose(1, 2).contiguous(), [True, False]))
+    half = folded(x.transpose(1, 2).bfloat16(), [True, False])
+    assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), whole, atol=0.1)
 
 
 def test_an_adapter_knows_only_its_own_blocks():

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -302,6 +303,23 @@ def test_the_command_that_the_error_names_makes_a_loadable_checkpoint(tiny, offi
     run = convert(*command)
     assert run.returncode == 0, run.stderr
     assert_same_parts(weights.read(path.with_suffix(".safetensors")).parts, tiny[0])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("name", ["x.safetensors", "x.ckpt"])
+def test_the_file_of_each_part_leaves_the_memory_with_the_part(official, tmp_path, name):
+    """Each part has a mapping of its own, so that a loader never holds the whole file beside the models."""
+    (save_file if name.endswith("s") else torch.save)(official, tmp_path / name)
+
+    def mapped():
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        return sum(line.endswith(str(tmp_path / name)) for line in maps)
+
+    file = weights.read(tmp_path / name)
+    assert mapped() == len(file.parts) == 6
+    for left, part in zip(range(5, -1, -1), list(file.parts)):
+        file = file.without(part)
+        assert mapped() == left and part not in file.parts
 
 
 def test_old_style_pickles_with_objects_are_called_so(official, tmp_path):

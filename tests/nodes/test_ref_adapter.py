@@ -1,6 +1,8 @@
 """RefAdapter inside the host's U-Net, through the host's own sampler."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -8,22 +10,22 @@ import torch
 
 @pytest.fixture
 def counted(pack, monkeypatch):
-    """Counts calls: `keys` of key and value projections, `rows` of each attention."""
-    from cat_diffusion.cat_core.models.ref_adapter import RefAdapterBlock
+    """Counts calls: `folds` of blocks, `rows` of each attention."""
+    from cat_diffusion.cat_core.models.ref_adapter import FoldedBlock
 
-    counts = {"keys": 0, "rows": []}
-    keys_values, attend = RefAdapterBlock.keys_values, RefAdapterBlock.attend
+    counts = {"folds": 0, "rows": []}
+    fold, attend = FoldedBlock.__init__, FoldedBlock.attend
 
-    def count_keys(self, tokens):
-        counts["keys"] += 1
-        return keys_values(self, tokens)
+    def count_folds(self, *args):
+        counts["folds"] += 1
+        fold(self, *args)
 
-    def count_rows(self, x, k, v):
+    def count_rows(self, x, *args, **kwargs):
         counts["rows"].append(len(x))
-        return attend(self, x, k, v)
+        attend(self, x, *args, **kwargs)
 
-    monkeypatch.setattr(RefAdapterBlock, "keys_values", count_keys)
-    monkeypatch.setattr(RefAdapterBlock, "attend", count_rows)
+    monkeypatch.setattr(FoldedBlock, "__init__", count_folds)
+    monkeypatch.setattr(FoldedBlock, "attend", count_rows)
     return counts
 
 
@@ -89,14 +91,15 @@ def test_late_steps_outside_the_range_run_the_plain_unet(models, apply):
     assert not torch.equal(patch(x, {**options, "sigmas": torch.tensor([14.0])}), x)
 
 
-def test_keys_and_values_are_computed_once_per_sampling(models, apply, sample, counted):
+def test_the_visual_prompt_is_folded_once_for_all_samplings(models, apply, sample, counted):
     model, blocks = apply(), len(models.cat_model.architecture.ref_adapter.blocks)
     sample(model, steps=5)
-    assert counted["keys"] == blocks
-    assert len(counted["rows"]) == 5 * blocks
+    sample(model, seed=2, steps=1)
+    assert counted["folds"] == blocks
+    assert len(counted["rows"]) == 6 * blocks
 
 
-def test_unconditional_rows_take_the_bias_only(models, apply, sample, counted):
+def test_unconditional_rows_take_the_bias_only(models, apply, sample, counted, prompt):
     model = apply()
     _, calls = trace(model, sample, steps=2)
     assert {tuple(sorted(conds)) for conds, _ in calls} == {(0, 1)}  # both in one call of the U-Net
@@ -104,7 +107,7 @@ def test_unconditional_rows_take_the_bias_only(models, apply, sample, counted):
     x, block = torch.randn(2, 16, 32), models.cat_model.ref_adapter.model.block("input_blocks.1.1.transformer_blocks.0")
     out = patches(model)[0](x, {"block": ("input", 1), "block_index": 0, "cond_or_uncond": [1, 0], "sigmas": torch.ones(1)})
     assert torch.equal(out[0], x[0] + block.attn3.to_out[0].bias)
-    assert torch.equal(out[1:], x[1:] + block(x[1:], patches(model)[0].visual_prompt.tokens))
+    assert torch.allclose(out[1:], x[1:] + block(x[1:], prompt.tokens), atol=1e-5)
 
 
 def test_cfg_1_runs_the_conditional_row_alone(models, apply, sample, counted):
@@ -140,14 +143,15 @@ def test_several_adapters_on_one_model(apply, sample, stack):
     assert torch.equal(sample(one), sample(apply(apply(), strength=0.0)))
 
 
-def test_changing_the_strength_loads_nothing_again(models, apply, sample, monkeypatch):
+def test_changing_the_strength_loads_none_of_the_models_again(models, apply, sample, monkeypatch):
     sample(apply())
-    loads, load = [], models.cat_model.ref_adapter.load
-    monkeypatch.setattr(models.cat_model.ref_adapter, "load", lambda *args, **kwargs: loads.append(1) or load(*args, **kwargs))
+    loads = []
+    for patcher in (models.model, models.cat_model.ref_adapter, models.cat_model.sem_inpainter):
+        load = patcher.load
+        monkeypatch.setattr(patcher, "load", lambda *args, load=load, **kwargs: loads.append(1) or load(*args, **kwargs))
     results = [sample(apply(strength=strength)) for strength in (0.5, 1.0, -1.0)]
     assert not torch.equal(results[0], results[1]) and not torch.equal(results[1], results[2])
     assert not loads
-    assert patches(apply(strength=0.3))[0].adapter is models.cat_model.ref_adapter
 
 
 def test_a_batch_of_prompts_equals_single_runs(apply, stack, conditioned):
@@ -195,9 +199,42 @@ def test_it_works_next_to_other_patches(models, apply, sample):
     assert torch.equal(alone, sample(apply(model, strength=0.0)))
 
 
-def test_its_weights_load_with_the_model(models, apply):
-    models_ = apply().model_patches_models()
-    assert models_ == [models.cat_model.ref_adapter]
+def test_the_folded_matrices_load_with_the_model_and_the_adapter_itself_does_not(models, apply):
+    found = apply().model_patches_models()
+    assert [type(patcher.model).__name__ for patcher in found] == ["FoldedRefAdapter"]
+    shared = {id(parameter) for parameter in models.cat_model.ref_adapter.model.parameters()}
+    assert not shared & {id(parameter) for parameter in found[0].model.parameters()}
+
+
+def test_the_host_counts_them_to_the_byte_and_nothing_stays_after_unloading(apply, sample):
+    """Whatever the patch holds is in the one model that it names; with that unloaded and dropped, nothing is left."""
+    import comfy.model_management as management
+
+    model = apply()
+    sample(model)
+    patch = patches(model)[0]
+    size = sum(parameter.numel() * parameter.element_size() for parameter in patch.folded.model.parameters())
+    loaded = {type(entry.model.model).__name__: entry for entry in management.current_loaded_models}
+    assert loaded["FoldedRefAdapter"].model is patch.folded
+    assert loaded["FoldedRefAdapter"].model_loaded_memory() == patch.folded.model_size() == size
+    assert "RefAdapter" not in loaded
+    assert not any(isinstance(value, torch.Tensor) for value in vars(patch).values())
+    management.unload_all_models()
+    assert not management.current_loaded_models and patch.folded.loaded_size() == 0
+    alive = weakref.ref(patch.folded.model)
+    del model, patch, loaded
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_partial_load_samples_the_same(apply, sample):
+    model = apply()
+    whole = sample(model)
+    patcher = patches(model)[0].folded
+    patcher.unpatch_model(patcher.offload_device)
+    patcher.patch_model(patcher.load_device, lowvram_model_memory=1)
+    assert patcher.loaded_size() == 0
+    assert torch.equal(sample(model), whole)
 
 
 def test_half_precision_hidden_states_keep_their_type(apply):
@@ -208,15 +245,15 @@ def test_half_precision_hidden_states_keep_their_type(apply):
         assert out.dtype == dtype and out.isfinite().all()
 
 
-def test_caches_are_dropped_after_sampling(apply, sample):
+def test_a_sampling_leaves_no_trace_on_the_patch(apply, sample):
     from comfyui_version import __version__
 
     model = apply()
+    before = dict(vars(patches(model)[0]), _negative=set())
     sample(model)
-    if tuple(map(int, __version__.split(".")[:2])) >= (0, 30):  # older hosts do not call a patch's cleanup
-        assert not patches(model)[0]._constants
-    patches(model)[0].cleanup()
-    assert not patches(model)[0]._constants
+    if tuple(map(int, __version__.split(".")[:2])) < (0, 30):  # older hosts do not call a patch's cleanup
+        patches(model)[0].cleanup()
+    assert vars(patches(model)[0]) == before
 
 
 def test_wrappers_of_the_host_see_the_patched_model(apply, sample):
@@ -277,6 +314,7 @@ def test_a_half_precision_unet_samples_nearly_the_same(models, builders, apply, 
     monkeypatch.setattr(comfy.model_management, "unet_manual_cast", lambda *args, **kwargs: None)
     half = builders.build_unet(models.file)
     assert half.model.get_dtype() == dtype
+    assert {parameter.dtype for parameter in patches(apply(half))[0].folded.model.parameters()} == {dtype}
     whole, approximate = sample(apply()), sample(apply(half))
     assert approximate.isfinite().all()
     assert (whole - approximate).abs().mean() < 0.1 * whole.abs().mean()

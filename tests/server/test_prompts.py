@@ -100,6 +100,31 @@ def test_queueing_again_reproduces_and_a_new_strength_reloads_nothing(prompt, ru
     assert {"8", "10"} <= set(changed.seconds) and not {"1", "7", "9"} & set(changed.seconds)
 
 
+def test_another_seed_or_strength_runs_neither_clip_vision_nor_sem_inpainter_again(prompt, run):
+    """By the server's own events: both run in CAT Semantic Inpaint (7), folding in CAT Apply RefAdapter (8)."""
+    def queue(node, **changes):
+        cached, executed = set(), set()
+
+        def note(kind, data):
+            if kind == "execution_cached":
+                cached.update(data["nodes"])
+            elif kind == "executing" and data["node"] is not None:
+                executed.add(data["node"])
+
+        prompt.inputs(node).update(changes)
+        return run(prompt, on_event=note)[1], cached, executed
+
+    before, *_ = queue("KSampler", seed=4)
+    once, each_time = set("123456789"), {"10", "11", "12", "13", "latent"}
+    for changes in ({"seed": 5}, {"steps": 3}, {"cfg": 2.0}):
+        latent, cached, executed = queue("KSampler", **changes)
+        assert not torch.equal(latent, before)
+        assert once <= cached and executed == each_time
+        before = latent
+    _, cached, executed = queue("CATApplyRefAdapter", strength=0.5)
+    assert once - {"8"} <= cached and executed == each_time | {"8"}
+
+
 def test_strength_0_equals_the_workflow_without_the_adapter(prompt, run):
     prompt.inputs("CATApplyRefAdapter")["strength"] = 0.0
     _, zero = run(prompt)

@@ -1,0 +1,109 @@
+"""The section of tools/bench.py on loading: time and memory, each in a process of its own, the file in the system's cache.
+
+    python tools/bench_loading.py pack FILE             what CAT Load Checkpoint does
+    python tools/bench_loading.py host BASE [VISION]    the host's own loaders, on the same U-Net, text encoder, VAE and CLIP vision
+"""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import inside
+from bench_rows import Row, rows_in_turn
+
+PACK, HOST = "CAT Load Checkpoint, everything", "the host's loaders: U-Net, CLIP, VAE, CLIP vision"
+KINDS = {"anonymous": "RssAnon", "of files": "RssFile", "all": "VmRSS"}  # as Linux names them
+
+
+def loading(arguments):
+    """Rows: seconds in turn; then memory at its peak and what stays, over what the process held before."""
+    with tempfile.TemporaryDirectory(dir=arguments.checkpoint.parent) as folder:
+        base, vision = Path(folder, "base.safetensors"), Path(folder, "vision.safetensors")
+        subprocess.run([sys.executable, inside.ROOT / "tools/convert.py", arguments.checkpoint, "--base", base, "--clip-vision", vision],
+                       check=True, stdout=subprocess.DEVNULL)
+        # The host's own loaders recognise full-size models only.
+        size = os.path.getsize(base)
+        forms = {HOST: ["host", base, vision], PACK: ["pack", arguments.checkpoint]} if size > 1e9 else {PACK: ["pack", arguments.checkpoint]}
+        measured = {name: [] for name in forms}
+        for i in range(max(arguments.rounds // 2, 1)):
+            for name in list(forms)[::1 if i % 2 == 0 else -1]:
+                measured[name].append(_in_a_process(forms[name], arguments.cpu))
+    for unit, key in (("s", "seconds"), ("s of CPU", "cpu_seconds")):
+        for row in rows_in_turn({name: [run[key] for run in runs] for name, runs in measured.items()}, HOST if HOST in forms else None):
+            row.unit = unit
+            yield row
+    for name, runs in measured.items():
+        if runs[0]["peak"]:
+            for kind in KINDS:
+                peak, stays = ([run[when][kind] for run in runs] for when in ("peak", "stays"))
+                yield Row(f"memory {kind}, peak over what stays: {name}", "MB", peak, [a / b for a, b in zip(peak, stays) if b > 0],
+                          f"stays {max(stays):.0f} MB")
+
+
+def _in_a_process(command: list, cpu: bool) -> dict:
+    run = subprocess.run([sys.executable, __file__, *map(str, command), *(["--cpu"] if cpu else [])], capture_output=True, text=True)
+    if run.returncode:
+        sys.exit(run.stderr)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def _memory() -> dict[str, float]:
+    """MB of this process by kind; empty where the system does not say."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+        return {kind: int(lines[name].split()[0]) * 1024 / 1e6 for kind, name in KINDS.items()}
+    except (OSError, KeyError):
+        return {}
+
+
+def main() -> None:
+    """Load once and print what it took as JSON."""
+    cpu = "--cpu" in sys.argv
+    which, *files = [word for word in sys.argv[1:] if word != "--cpu"]
+    inside.load_pack(cpu)
+    import comfy.clip_vision
+    import comfy.sd
+    import torch
+    from cat_diffusion.nodes import host
+    from cat_diffusion.nodes.load import CATLoadCheckpoint
+
+    for file in files:  # into the system's cache
+        with open(file, "rb") as content:
+            while content.read(1 << 24):
+                pass
+    peak, over = {}, threading.Event()
+
+    def watch():
+        while not over.wait(0.005):
+            for kind, value in _memory().items():
+                peak[kind] = max(peak.get(kind, 0), value)
+
+    before = _memory()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start, cpu_start = time.perf_counter(), time.process_time()
+    with torch.inference_mode():
+        if which == "pack":
+            read, host.read = host.read, host.read_path
+            kept = CATLoadCheckpoint.execute(files[0])
+        else:
+            kept = [comfy.sd.load_checkpoint_guess_config(files[0], output_vae=True, output_clip=True), comfy.clip_vision.load(files[1])]
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    over.set()
+    watcher.join()
+    gc.collect()
+    stays = _memory()
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds,
+                      **{name: {kind: value - before[kind] for kind, value in figures.items()}
+                         for name, figures in (("peak", peak), ("stays", stays))}}))
+    del kept
+
+
+if __name__ == "__main__":
+    main()

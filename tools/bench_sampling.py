@@ -1,0 +1,330 @@
+"""The sections of tools/bench.py that sample: plain SD inpainting and CAT-Diffusion through the pack's nodes and the host."""
+
+import functools
+import time
+
+import comfy.model_management
+import comfy.ops
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import inside
+import nodes  # the host's
+import numpy as np
+import torch
+from bench_rows import Row, rows_in_turn
+from cat_diffusion.nodes import builders, host
+from cat_diffusion.nodes.conditioning import CATInpaintConditioning
+from cat_diffusion.nodes.ref_adapter import CATApplyRefAdapter
+from cat_diffusion.nodes.visual_prompt import CATEncodeVisualPrompt, CATSemanticInpaint
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+PLAIN, OFFICIAL, SHIPPED = "plain SD inpainting", "CAT, RefAdapter as in the official code", "CAT as shipped"
+CFG, TEXT, PAPER_STEPS = 7.5, "spoon", 50
+
+
+class OfficialPatch:
+    """RefAdapter without shortcuts: keys and values in every call, attention for both kinds of rows."""
+
+    def __init__(self, adapter, tokens: torch.Tensor):
+        self.adapter, self.tokens = adapter, tokens
+
+    def __call__(self, x, extra_options):
+        conds = extra_options["cond_or_uncond"]
+        tokens = self.tokens.to(x).expand(len(x) // len(conds), -1, -1)
+        prompts = torch.cat([tokens if cond == 0 else torch.zeros_like(tokens) for cond in conds])
+        return x + self.adapter.model.block(host.block_name(extra_options))(x, prompts)
+
+    def models(self):
+        return [self.adapter]
+
+    def to(self, device_or_dtype):
+        return self
+
+
+class Bench:
+    """The models of one checkpoint, and timed calls of them."""
+
+    def __init__(self, arguments):
+        self.rounds, self.cuda = arguments.rounds, not arguments.cpu
+        file = host.read_path(arguments.checkpoint)
+        self.model, self.clip, self.vae = (build(file) for build in (builders.build_unet, builders.build_clip, builders.build_vae))
+        self.vision, self.cat_model = builders.build_clip_vision(file), builders.build_cat_model(file)
+        self.prompt = self.see(*self.picture(arguments.size))
+
+    def picture(self, size: int, batch: int = 1):
+        """IMAGE and MASK of the demo's photograph."""
+        photo, mask = (np.asarray(Image.open(inside.ROOT / "tools/demo" / name).convert(mode).resize((size, size)), np.float32) / 255
+                       for name, mode in (("photo.jpg", "RGB"), ("mask.png", "L")))
+        return torch.from_numpy(photo)[None].repeat(batch, 1, 1, 1), torch.from_numpy(mask)[None].repeat(batch, 1, 1)
+
+    def see(self, image, mask):
+        """The visual prompt."""
+        return CATSemanticInpaint.execute(self.cat_model, self.vision, self.clip, image, mask, TEXT).args[0]
+
+    def apply(self, prompt=None, model=None):
+        """The model with RefAdapter as shipped."""
+        return CATApplyRefAdapter.execute(model or self.model, self.cat_model, prompt or self.prompt, 1.0, 0.0, 1.0).args[0]
+
+    def official(self):
+        """The model with RefAdapter as in the official code."""
+        model = self.model.clone()
+        model.set_model_patch(OfficialPatch(self.cat_model.ref_adapter, self.prompt.tokens), "middle_patch")
+        return model
+
+    def forms(self) -> dict:
+        """The models that are compared."""
+        return {PLAIN: self.model, OFFICIAL: self.official(), SHIPPED: self.apply()}
+
+    @functools.lru_cache(maxsize=1)
+    def conditioned(self, size: int, batch: int = 1):
+        """Positive, negative and latent, as both forms get them."""
+        texts = [self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text)) for text in (TEXT, "")]
+        return CATInpaintConditioning.execute(*texts, self.vae, *self.picture(size, batch), "black", False).args
+
+    def call(self, model, size: int, batch: int = 1, inner=None) -> float:
+        """Seconds of one step's work, both rows of CFG, inside the host's sampling; `inner` stands in for the timing."""
+        positive, negative, latent = self.conditioned(size, batch)
+        seconds = []
+
+        def sampler(model, x, sigmas, extra_args=None, callback=None, disable=None):
+            def step():
+                return model(x, sigmas[:1].expand(len(x)), **extra_args)
+
+            if inner:
+                inner(step)
+                return x
+            for repeat in range(6 if self.cuda else 1):  # the first one on a GPU only warms up
+                self.wait()
+                start = time.perf_counter()
+                step()
+                self.wait()
+                seconds.append(time.perf_counter() - start)
+            return x
+
+        noise = comfy.sample.prepare_noise(latent["samples"], 0)
+        sigmas = host.trained_sigmas(self.model)[[500, 0]]
+        comfy.sample.sample_custom(model, noise, CFG, comfy.samplers.KSAMPLER(sampler), sigmas, positive, negative,
+                                   latent["samples"], disable_pbar=True)
+        return min(seconds[1:] or seconds) if seconds else 0.0
+
+    def wait(self):
+        """Until the GPU has done everything."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def timed(self, function):
+        """Seconds, and what the function returns."""
+        self.wait()
+        start = time.perf_counter()
+        result = function()
+        self.wait()
+        return time.perf_counter() - start, result
+
+    def in_turn(self, calls: dict, rounds: int | None = None) -> dict[str, list[float]]:
+        """Seconds of each form; the order turns from round to round, and the first round only warms up."""
+        names = list(calls)
+        seconds = {name: [] for name in names}
+        for i in range(-1, rounds or self.rounds):
+            for name in names[max(i, 0) % len(names):] + names[:max(i, 0) % len(names)]:
+                took = calls[name]()
+                if i >= 0:
+                    seconds[name].append(took)
+        return seconds
+
+
+@functools.lru_cache(maxsize=1)
+def _bench(checkpoint, size, rounds, cpu):
+    from types import SimpleNamespace
+
+    return Bench(SimpleNamespace(checkpoint=checkpoint, size=size, rounds=rounds, cpu=cpu))
+
+
+def section(name: str, arguments):
+    """The rows of a section by name."""
+    measure = {"operations": operations, "step": step, "adapter": adapter, "image": image, "sem-inpainter": sem_inpainter,
+               "growth": growth, "compile": compiled, "kernels": kernels}[name]
+    comfy.utils.PROGRESS_BAR_ENABLED = False
+    with torch.inference_mode():
+        yield from measure(_bench(arguments.checkpoint, arguments.size, arguments.rounds, arguments.cpu), arguments)
+
+
+def counted(function) -> float:
+    """Multiplications, in units of 1e9."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops() / 2e9
+
+
+def step_multiplications(bench: Bench, model, size: int, batch: int = 1) -> float:
+    """Multiplications of a step's work, in units of 1e9, on tensors without content: nothing is computed."""
+    meta, config = torch.device("meta"), bench.model.model.model_config.unet_config
+    unet = UNetModel(**{**config, "dtype": torch.float32}, device=meta, operations=comfy.ops.disable_weight_init)
+    side, rows = size // 8, 2 * batch
+    context = torch.empty(rows, 77, config["context_dim"], device=meta)
+    options = {"patches": model.model_options["transformer_options"].get("patches", {}), "cond_or_uncond": [1, 0]}
+    return counted(lambda: unet(torch.empty(rows, unet.in_channels, side, side, device=meta), torch.empty(rows, device=meta),
+                                context=context, transformer_options=options))
+
+
+def operations(bench: Bench, arguments):
+    """Multiplications of a step of each form, and of what runs once a picture."""
+    counts = {name: step_multiplications(bench, model, arguments.size) for name, model in bench.forms().items()}
+    for name, count in counts.items():
+        yield Row(f"a step, {name}", "GMAC", [count], [count / counts[PLAIN]] if name != PLAIN else [])
+    for what, function in (("CLIP vision, CLIP text, SemInpainter", lambda: bench.see(*bench.picture(arguments.size))),
+                           ("folding", bench.apply)):
+        once = counted(function)
+        yield Row(f"once: {what}", "GMAC", [once], [once / PAPER_STEPS / counts[PLAIN]], f"of {PAPER_STEPS} plain steps")
+
+
+def step(bench: Bench, arguments):
+    """One step of each form, in turn, and the memory that the forms hold."""
+    forms = bench.forms()
+    seconds = bench.in_turn({name: functools.partial(bench.call, model, arguments.size) for name, model in forms.items()})
+    yield from rows_in_turn(seconds, PLAIN)
+    for name, model in forms.items():
+        held = sum(patcher.model_size() for patcher in model.model_patches_models()) / 1e6
+        yield Row(f"weights beside the U-Net, {name}", "MB", [held], note="as the host counts them")
+    if bench.cuda:
+        for name, model in forms.items():
+            comfy.model_management.unload_all_models()
+            comfy.model_management.soft_empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            bench.call(model, arguments.size)
+            yield Row(f"peak GPU memory, {name}", "MB", [torch.cuda.max_memory_allocated() / 1e6])
+
+
+def adapter(bench: Bench, arguments):
+    """The adapters of one step, called with the shapes that the U-Net calls them with."""
+    calls = []
+
+    def record(x, extra_options):
+        calls.append((torch.randn_like(x), {key: extra_options[key] for key in ("block", "block_index", "cond_or_uncond")}))
+        return x
+
+    model = bench.model.clone()
+    model.set_model_patch(record, "middle_patch")
+    bench.call(model, arguments.size)
+    forms = {OFFICIAL: bench.official(), SHIPPED: bench.apply()}
+    comfy.model_management.load_models_gpu([patcher for model in forms.values() for patcher in model.model_patches_models()])
+    calls = calls[-len(bench.cat_model.architecture.ref_adapter.blocks):]
+    patches = {name: model.model_options["transformer_options"]["patches"]["middle_patch"][0] for name, model in forms.items()}
+    seconds = bench.in_turn({name: lambda patch=patch: bench.timed(lambda: [patch(*call) for call in calls])[0]
+                             for name, patch in patches.items()}, 3 * bench.rounds)
+    yield from rows_in_turn(seconds, OFFICIAL)
+
+
+def image(bench: Bench, arguments):
+    """Whole pictures, in turn: what both forms share, what CAT adds once, the sampling."""
+    parts = {name: {"shared": [], "once": [], "sampling": []} for name in (PLAIN, SHIPPED)}
+
+    def draw(name, steps):
+        picture = bench.picture(arguments.size)
+        bench.conditioned.cache_clear()
+        encode, conditioned = bench.timed(lambda: bench.conditioned(arguments.size))
+        once, model = bench.timed(lambda: bench.apply(bench.see(*picture))) if name == SHIPPED else (0.0, bench.model)
+        sampling, latent = bench.timed(lambda: nodes.common_ksampler(
+            model, 0, steps, CFG, "ddim", "ddim_uniform", *conditioned)[0]["samples"])
+        decode, _ = bench.timed(lambda: bench.vae.decode(latent))
+        return {"shared": encode + decode, "once": once, "sampling": sampling}
+
+    for name in parts:
+        draw(name, 1)  # warms up
+    for i in range(arguments.images):
+        for name in (PLAIN, SHIPPED) if i % 2 == 0 else (SHIPPED, PLAIN):
+            for part, seconds in draw(name, arguments.steps).items():
+                parts[name][part].append(seconds)
+
+    def total(name, factor=1.0):
+        return [a + b + factor * c for a, b, c in zip(*parts[name].values())]
+
+    yield from rows_in_turn({f"{arguments.steps} steps, {name}": total(name) for name in parts}, f"{arguments.steps} steps, {PLAIN}")
+    yield Row("of that once: CLIP, SemInpainter, folding", "s", parts[SHIPPED]["once"])
+    yield Row("of that shared: CLIP text, VAE", "s", parts[PLAIN]["shared"] + parts[SHIPPED]["shared"])
+    if arguments.steps != PAPER_STEPS:
+        factor = PAPER_STEPS / arguments.steps
+        rows = rows_in_turn({f"{PAPER_STEPS} steps, {name}": total(name, factor) for name in parts}, f"{PAPER_STEPS} steps, {PLAIN}")
+        for row in rows:
+            row.note = f"composed: sampling of {arguments.steps} steps times {factor:g}"
+            yield row
+
+
+def sem_inpainter(bench: Bench, arguments):
+    """The parts of a visual prompt, with the models loaded."""
+    picture = bench.picture(arguments.size)
+    config = bench.cat_model.architecture.sem_inpainter
+    width, count = config.hidden_size, config.grid_size**2
+    inputs = (torch.randn(1, count, width), torch.randn(1, width), torch.randn(1, config.text_size),
+              torch.ones(1, 1, config.grid_size, config.grid_size))
+    for what, function in {
+            "CLIP vision, with preprocessing": lambda: CATEncodeVisualPrompt.execute(bench.vision, *picture),
+            "CLIP text": lambda: host.encode_text(bench.clip, TEXT),
+            "SemInpainter": lambda: host.run_sem_inpainter(bench.cat_model, *inputs),
+            "folding": bench.apply,
+            "all of it": lambda: bench.apply(bench.see(*picture))}.items():
+        yield Row(what, "s", bench.in_turn({what: lambda function=function: bench.timed(function)[0]})[what])
+
+
+def growth(bench: Bench, arguments):
+    """The shipped form over the plain one where one thing grows; beside it the multiplications."""
+    size = arguments.size
+    cases = [(f"{side} x {side}", bench.apply, side, 1) for side in arguments.sizes]
+    cases += [(f"batch of {batch}, one prompt", bench.apply, size, batch) for batch in arguments.batches]
+    cases += [(f"batch of {batch}, a prompt each", lambda batch=batch: bench.apply(bench.see(*bench.picture(size, batch))), size, batch)
+              for batch in arguments.batches if batch > 1]
+    cases += [(f"{stack} adapters on each other", lambda stack=stack: functools.reduce(
+        lambda model, _: bench.apply(model=model), range(stack), bench.model), size, 1) for stack in arguments.stacks]
+    for what, build, side, batch in cases:
+        model = build()
+        counts = [step_multiplications(bench, form, side, batch) for form in (bench.model, model)]
+        seconds = bench.in_turn({name: functools.partial(bench.call, form, side, batch)
+                                 for name, form in ((PLAIN, bench.model), (SHIPPED, model))}, max(bench.rounds // 2, 1))
+        row = rows_in_turn(seconds, PLAIN)[1]
+        row.what, row.note = what, f"multiplications x {counts[1] / counts[0]:.4f}"
+        yield row
+
+
+def compiled(bench: Bench, arguments):
+    """A step with and without torch.compile, plain and as shipped."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    for name, model in ((PLAIN, bench.model.clone()), (SHIPPED, bench.apply())):
+        fast = model.clone()
+        set_torch_compile_wrapper(fast, backend="inductor")
+        try:
+            first, _ = bench.timed(lambda: bench.call(fast, arguments.size))
+        except Exception as error:  # whatever a compiler throws
+            yield Row(f"{name}: torch.compile does not work here", "s", [0.0], note=f"{type(error).__name__}: {str(error)[:200]}")
+            continue
+        yield Row(f"{name}: first step, compiling", "s", [first])
+        yield from rows_in_turn(bench.in_turn({f"{name}: eager": lambda: bench.call(model, arguments.size),
+                                               f"{name}: compiled": lambda: bench.call(fast, arguments.size)}), f"{name}: eager")
+
+
+def kernels(bench: Bench, arguments):
+    """Kernel time and launches of a step, as torch.profiler sees them; on a CPU the operators of PyTorch."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    kind, activity, what = ((DeviceType.CUDA, ProfilerActivity.CUDA, "kernels") if bench.cuda else
+                            (DeviceType.CPU, ProfilerActivity.CPU, "operators"))
+    found = {}
+
+    def profiled(step):
+        step()
+        bench.wait()
+        with profile(activities=[activity]) as profiler:
+            step()
+            bench.wait()
+        events = [event for event in profiler.events() if event.device_type == kind]
+        time_ = sum(event.self_device_time_total if bench.cuda else event.self_cpu_time_total for event in events)
+        found[name] = (len(events), time_ / 1e6)
+
+    for name, model in bench.forms().items():
+        bench.call(model, arguments.size, inner=profiled)
+        count, seconds = found[name]
+        yield Row(f"{what}, {name}", "launches", [float(count)], [count / found[PLAIN][0]] if name != PLAIN else [])
+        yield Row(f"time in {what}, {name}", "s", [seconds], [seconds / found[PLAIN][1]] if name != PLAIN else [])
