@@ -128,7 +128,7 @@ function draw(target, photo, mask, cells) {
         const [x, y] = [i % SIDE, Math.floor(i / SIDE)].map((at, axis) => (at * [width, height][axis]) / SIDE);
         context.fillStyle = "rgb(255 140 0 / 0.55)";
         if (cells?.[i] === "1") context.fillRect(x, y, width / SIDE, height / SIDE);
-        context.strokeStyle = "rgb(255 255 255 / 0.5)";
+        context.strokeStyle = "rgb(255 255 255 / 0.3)";
         context.strokeRect(x, y, width / SIDE, height / SIDE);
     }
 }
@@ -140,7 +140,7 @@ class Grid {
         this.element.className = "cat-cells";
         this.element.style.cssText = "display: flex; flex-direction: column; gap: 4px; pointer-events: none; overflow: hidden";
         this.canvas = document.createElement("canvas");
-        this.canvas.style.cssText = "flex: 1; min-height: 0; width: 100%; object-fit: contain";
+        this.canvas.style.cssText = "flex: 1 1 170px; min-height: 0; width: 100%; object-fit: contain";
         this.sentence = document.createElement("div");
         this.sentence.style.cssText = "font: 12px/1.35 sans-serif; color: var(--input-text); text-align: center";
         this.element.append(this.canvas, this.sentence);
