@@ -16,6 +16,7 @@ const SENTENCES = {
     en: {
         unconnected: () => "Connect a mask: its cells are shown here.",
         unreadable: () => "This mask comes from another node: its cells are shown after a run.",
+        unloaded: () => "The picture of the mask cannot be read. Choose another one.",
         none: () => "No cell is covered. Paint a mask, or paint it larger.",
         few: (count) => `Too small: about ${count} of 256 cells. CLIP will hardly see the hole; paint it larger.`,
         some: (count) => `The mask covers about ${count} of 256 cells.`,
@@ -25,6 +26,7 @@ const SENTENCES = {
     zh: {
         unconnected: () => "请连接遮罩：这里会显示它覆盖的格子。",
         unreadable: () => "这个遮罩由其他节点生成：运行后才能显示它覆盖的格子。",
+        unloaded: () => "无法读取遮罩的图像，请另选一张。",
         none: () => "没有覆盖任何格子。请绘制遮罩，或画得更大。",
         few: (count) => `遮罩太小：256 格中约 ${count} 格。CLIP 几乎看不到它，请画得更大。`,
         some: (count) => `遮罩约覆盖 256 格中的 ${count} 格。`,
@@ -157,15 +159,20 @@ class Grid {
         const images = await Promise.all([mask, photo].map((found, i) => found && load(i || opaque ? found.opaque : found.url)));
         if (state !== this.state) return;
         const values = images[0] && maskOf(images[0], mask.channel);
-        const cells = values ? cellsOf(values) : mask === null ? undefined : this.ran?.[0];
+        const cells = values ? cellsOf(values) : mask === undefined ? this.ran?.[0] : undefined;
         const count = cells?.replaceAll("0", "").length;
-        const say = SENTENCES[chinese ? "zh" : "en"];
-        const live = count === 0 ? say.none() : count < FEW ? say.few(count) : say.some(count);
-        const after = () => say.ran(count) + (this.ran.length > 1 ? say.batch(this.ran.length) : "");
-        this.sentence.textContent = values ? live : cells ? after() : mask === null ? say.unconnected() : say.unreadable();
+        this.sentence.textContent = this.say(SENTENCES[chinese ? "zh" : "en"], mask, count);
         this.sentence.style.fontWeight = count < FEW ? "bold" : "normal";
         this.element.dataset.cells = cells ?? "";
         draw(this.canvas, images[1], values, cells);
+    }
+
+    say(sentences, mask, count) {
+        if (mask === null) return sentences.unconnected();
+        if (mask === undefined && !this.ran) return sentences.unreadable();
+        if (mask === undefined) return sentences.ran(count) + (this.ran.length > 1 ? sentences.batch(this.ran.length) : "");
+        if (count === undefined) return sentences.unloaded();
+        return count === 0 ? sentences.none() : count < FEW ? sentences.few(count) : sentences.some(count);
     }
 }
 
