@@ -12,14 +12,15 @@ from PIL import Image
 from paths import COMFYUI, ROOT
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
+         "--disable-component-update", "--disable-sync",
+         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 PACK = "custom_nodes.cat-diffusion"
 HOST_NOISE = [  # (message, address) of console errors that ComfyUI itself makes without any pack
     (r"ComfyApp graph accessed before initialization", r""),  # its own start-up order
     (r"404", r"/user\.css$"),  # a style sheet that users may add
     (r"404", r"/docs/\w+/\w+\.md$"),  # looks for a help page in the user's language before the English one
-    (r"net::ERR_FAILED", r"^https://"),  # news and model sizes from the internet, which these tests cut off
+    (r"net::ERR_NAME_NOT_RESOLVED", r"^https://"),  # news and model sizes from the internet, which these tests cut off
 ]
 DROP = """([name, text]) => {
     const dataTransfer = new DataTransfer();
@@ -92,60 +93,44 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"Screenshots: {config.screenshots}")
 
 
-@pytest.fixture(scope="module")  # no longer: other tests cannot run an event loop of their own beside Playwright's
-def open_canvas(server, chromium, screenshots):
-    """open_canvas(locale="en", block=None): a page of its own with ComfyUI ready; `block` is a glob of addresses to cut off."""
+@pytest.fixture(scope="package")  # no longer: no test can run an event loop of its own beside Playwright's
+def page(server, chromium, screenshots):
+    """The one page of all tests; to open it takes longer than most tests."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)  # with a fresh user folder
-
-        def open_canvas(locale="en", block=None):
-            page = browser.new_page(viewport={"width": 1600, "height": 1000})
-            page.request.post(f"{server.url}/api/settings", data={"Comfy.Locale": locale})
-            return Canvas(page, server, screenshots, block)
-
-        yield open_canvas
+        yield Canvas(browser.new_page(viewport={"width": 1600, "height": 1000}), server, screenshots)
         browser.close()
 
 
-@pytest.fixture(scope="module")
-def pages(open_canvas):
-    """The English and the Chinese page, opened when first asked for."""
-    opened = {}
-
-    def page(locale):
-        if locale not in opened:
-            opened[locale] = open_canvas(locale)
-        return opened[locale]
-
-    return page
-
-
 @pytest.fixture
-def canvas(pages, request):
-    """The page in English, or in the locale that the test is given; the test fails if the page writes an error to its console."""
-    canvas = pages(request.node.callspec.params.get("locale", "en") if hasattr(request.node, "callspec") else "en")
-    canvas.errors.clear()
-    yield canvas
-    canvas.set("Comfy.ColorPalette", "dark")
-    assert canvas.errors == []
+def canvas(page, request):
+    """The page, in English or in the locale that the test is given; the test fails if the page writes errors to its console."""
+    page.speak(getattr(request.node, "callspec", None) and request.node.callspec.params.get("locale") or "en")
+    page.errors.clear()
+    yield page
+    page.set("Comfy.ColorPalette", "dark")
+    assert page.errors == []
 
 
 class Canvas:
     """A page with ComfyUI's canvas. `errors` are those of the page's console, less the host's own noise."""
 
-    def __init__(self, page, server, screenshots, block):
+    def __init__(self, page, server, screenshots):
         self.page, self.server, self.screenshots = page, server, screenshots
-        self.errors = []
+        self.errors, self.locale = [], None
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("console", self._console)
-        page.route(re.compile("^https?://(?!127.0.0.1)"), lambda route: route.abort())
-        if block:
-            page.route(block, lambda route: route.abort())
-        page.goto(server.url)
-        page.wait_for_function("!!(window.app?.extensionManager && LiteGraph.registered_node_types.CATSemanticInpaint)",
-                               timeout=120_000)
+
+    def speak(self, locale):
+        """Open ComfyUI in this language, unless it is open in it."""
+        if self.locale != locale:
+            self.page.request.post(f"{self.server.url}/api/settings", data={"Comfy.Locale": locale})
+            self.page.goto(self.server.url)
+            self.until("() => Boolean(window.app?.extensionManager && window.LiteGraph?.registered_node_types.CATSemanticInpaint)",
+                       seconds=120)
+            self.locale = locale
 
     def _console(self, message):
         address = message.location.get("url", "")

@@ -5,9 +5,10 @@ import json
 
 import numpy as np
 import pytest
-from conftest import WORKFLOWS
 from paths import ROOT
 from PIL import Image
+
+from .conftest import WORKFLOWS
 
 DEMO = ROOT / "workflows/cat_demo.json"
 

@@ -148,8 +148,16 @@ class Grid {
         this.element.append(this.canvas, this.sentence);
     }
 
+    /** Take the place of the grid that an undo has left on the page: Nodes 2.0 keeps what it shows for a node's id. */
+    mount() {
+        this.element.dataset.node = this.node.id;
+        const shown = document.querySelector(`.cat-cells[data-node="${this.node.id}"]`);
+        if (shown && ![...grids].some(({ element }) => element === shown)) shown.replaceWith(this.element);
+    }
+
     /** Look at what is behind the inputs; draw again only if it is something else than before. */
     async refresh() {
+        this.mount();
         const [mask, photo] = [file(this.node, "mask"), file(this.node, "image")];
         const chinese = app.extensionManager.setting.get("Comfy.Locale")?.startsWith("zh");
         const state = JSON.stringify([mask?.url, mask?.channel, mask === null, photo?.url, chinese, this.ran]);
