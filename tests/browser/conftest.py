@@ -119,7 +119,7 @@ class Canvas:
 
     def __init__(self, page, server, screenshots):
         self.page, self.server, self.screenshots = page, server, screenshots
-        self.errors, self.locale = [], None
+        self.errors, self.locale, self.drops = [], None, 0
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("console", self._console)
 
@@ -128,8 +128,8 @@ class Canvas:
         if self.locale != locale:
             self.page.request.post(f"{self.server.url}/api/settings", data={"Comfy.Locale": locale})
             self.page.goto(self.server.url)
-            self.until("() => Boolean(window.app?.extensionManager && window.LiteGraph?.registered_node_types.CATSemanticInpaint)",
-                       seconds=120)
+            self.until("() => Boolean(window.LiteGraph?.registered_node_types.CATSemanticInpaint "
+                       "&& window.app?.extensionManager?.workflow.activeWorkflow)", seconds=120)
             self.locale = locale
 
     def _console(self, message):
@@ -161,9 +161,11 @@ class Canvas:
 
     def drop(self, name, workflow):
         """Drop a workflow file onto the canvas."""
-        self.run(DROP, [name, json.dumps(workflow)])
-        self.until("([tab, count]) => app.extensionManager.workflow.activeWorkflow?.filename === tab "
-                   "&& app.graph.nodes.length === count", [Path(name).stem, len(workflow["nodes"])])
+        self.drops += 1  # a name of its own, to tell the new tab from older ones
+        name = f"{Path(name).stem}-{self.drops}"
+        self.run(DROP, [f"{name}.json", json.dumps(workflow)])
+        self.until("([name, count]) => app.extensionManager.workflow.activeWorkflow?.filename === name "
+                   "&& app.graph.nodes.length === count", [name, len(workflow["nodes"])])
 
     def build(self, nodes, links):
         """A graph from {name: (class, {widget: value})} and [(from, output, to, input)]; it is {name: node} in window.nodes."""

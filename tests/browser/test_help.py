@@ -9,17 +9,17 @@ DOCS = ROOT / "web/docs"
 NODES = sorted({path.stem for path in DOCS.glob("*.md")} | {path.parent.name for path in DOCS.glob("*/zh.md")})
 
 
-@pytest.mark.parametrize("locale, page", [("en", "{}.md"), ("zh", "{}/zh.md")])
-def test_every_node_has_a_page(canvas, locale, page):
+@pytest.mark.parametrize("locale, file", [("en", "{}.md"), ("zh", "{}/zh.md")])
+def test_every_node_has_a_page(canvas, locale, file):
     nodes = canvas.nodes()
-    assert [node for node in nodes if not (DOCS / page.format(node)).exists()] == []
+    assert [node for node in nodes if not (DOCS / file.format(node)).exists()] == []
     assert set(NODES) <= set(nodes)
 
 
-@pytest.mark.parametrize("locale, page", [("en", "{}.md"), ("zh", "{}/zh.md")])
 @pytest.mark.parametrize("node", NODES)
-def test_page_opens(canvas, node, locale, page):
-    text = (DOCS / page.format(node)).read_text("utf-8")
+@pytest.mark.parametrize("locale, file", [("en", "{}.md"), ("zh", "{}/zh.md")])
+def test_page_opens(canvas, node, locale, file):
+    text = (DOCS / file.format(node)).read_text("utf-8")
     heading = re.search(r"^# (.+)$", text, re.MULTILINE)[1].strip()
     pictures = len(re.findall(r"!\[.*?\]\(|<img ", text))
     canvas.build({"node": [node, {}]}, [])
