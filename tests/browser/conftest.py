@@ -75,8 +75,10 @@ def server(base, chromium):
 
     if f'"{host.NEWEST}"' not in (COMFYUI / "comfyui_version.py").read_text():
         pytest.skip(f"the browser tests know the pages of ComfyUI {host.NEWEST} only")
-    with Server(base, "--cpu", "--use-pytorch-cross-attention") as server:
-        yield server
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # the demo model is tiny, and threads that wait for each other starve beside Chromium
+        with Server(base, "--cpu", "--use-pytorch-cross-attention") as server:
+            yield server
 
 
 @pytest.fixture(scope="session")
