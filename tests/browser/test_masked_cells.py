@@ -71,16 +71,18 @@ def test_shows_the_cells_of_the_mask_in_both_renderers_and_palettes(canvas, pict
     assert box["height"] > 100 and label["height"] > 10
 
 
-@pytest.mark.parametrize("locale, small, none", [("en", "Too small", "No cell"), ("zh", "遮罩太小", "没有覆盖")])
-def test_says_that_a_mask_is_too_small(canvas, pictures, locale, small, none):
+@pytest.mark.parametrize("language, small, none", [("en", "Too small", "No cell"), ("zh", "遮罩太小", "没有覆盖")])
+def test_says_that_a_mask_is_too_small(canvas, pictures, language, small, none):
     photo_and_hole(canvas, "small")
     canvas.render("nodes2")
+    canvas.set("Comfy.Locale", language)
     cells = expected(pictures["small"])
     assert 0 < cells.count("1") < 4
     shows(canvas, cells, small)
-    canvas.screenshot(f"cells_small_{locale}")
+    canvas.screenshot(f"cells_small_{language}")
     canvas.run("nodes.photo.widgets[0].value = 'none_hole.png'")
     shows(canvas, "0" * 256, none)
+    canvas.set("Comfy.Locale", "en")
 
 
 def test_follows_widgets_and_links(canvas, pictures):

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from paths import ROOT
 from PIL import Image
 
@@ -40,8 +41,10 @@ def test_a_workflow_with_something_missing_is_noticed(canvas, demo):
     assert {"missing-node", "missing-model"} <= canvas.problems()
 
 
-@pytest.mark.parametrize("renderer", ["classic", "nodes2"])
-def test_demo_runs(canvas, demo, renderer, server):
+@pytest.mark.parametrize("renderer, text", [("classic", "red star"), ("nodes2", "red heart")])  # nothing new, nothing shown
+def test_demo_runs(canvas, demo, renderer, text, server):
+    demo = copy.deepcopy(demo)
+    next(node for node in demo["nodes"] if node["type"] == "PrimitiveString")["widgets_values"] = [text]
     canvas.drop(DEMO.name, demo)
     canvas.render(renderer)
     canvas.queue()
@@ -61,8 +64,29 @@ def test_demo_runs(canvas, demo, renderer, server):
     assert (picture[~hole] == scene[~hole]).all()
     inside = picture[hole]
     red = (inside[:, 0] > 150) & (inside[:, 1] < 110) & (inside[:, 2] < 110)
-    assert red.mean() > 0.1  # the red star that the demo asks for
+    assert red.mean() > 0.1  # what the text asks for is red
     assert (inside != scene[hole]).any(axis=1).mean() > 0.9
+
+
+def test_grid_shows_the_cells_of_a_run_where_the_mask_is_no_file(canvas, demo):
+    from cat_core import preprocess
+
+    canvas.drop(DEMO.name, demo)
+    canvas.run("""() => {
+        const first = (type) => app.graph.nodes.find((node) => node.type === type);
+        const [scene, inpaint, sampler] = ["CATDemoScene", "CATSemanticInpaint", "KSampler"].map(first);
+        sampler.widgets.find(({name}) => name === "steps").value = 1;
+        const invert = LiteGraph.createNode("InvertMask");
+        app.graph.add(invert);
+        scene.connect(1, invert, 0);
+        invert.connect(0, inpaint, inpaint.findInputSlot("mask"));
+    }""")
+    canvas.until("() => document.querySelector('.cat-cells').innerText.includes('after a run')")
+    canvas.queue()
+    outside = torch.from_numpy(~scene_of(demo)[1]).float()[None, None]
+    cells = "".join(map(str, preprocess.clip_input(torch.zeros(1, 3, 8, 8), outside).patch_mask.flatten().tolist()))
+    canvas.until("(cells) => document.querySelector('.cat-cells').dataset.cells === cells", cells)
+    assert f"In the last run the mask covered {cells.count('1')} of 256" in canvas.run("document.querySelector('.cat-cells').innerText")
 
 
 def scene_of(workflow):
