@@ -171,8 +171,11 @@ class Canvas:
 
     def build(self, nodes, links):
         """A graph from {name: (class, {widget: value})} and [(from, output, to, input)]; it is {name: node} in window.nodes."""
-        self.run("""([nodes, links]) => {
+        self.run("""async ([nodes, links]) => {
             app.graph.clear();
+            window.built = (window.built ?? 0) + 100;
+            app.graph.state.lastNodeId = window.built; // Nodes 2.0 takes a node that comes back at once under its id as gone
+            await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
             window.nodes = {};
             Object.entries(nodes).forEach(([name, [type, values]], i) => {
                 const node = (window.nodes[name] = LiteGraph.createNode(type));
