@@ -1,0 +1,105 @@
+"""The example workflows, dropped onto the canvas; the demo also runs."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from paths import ROOT
+from PIL import Image
+
+from .conftest import WORKFLOWS
+
+DEMO = ROOT / "workflows/cat_demo.json"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return json.loads(DEMO.read_text())
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_opens(canvas, path):
+    workflow = json.loads(path.read_text())
+    canvas.drop(path.name, workflow)
+    canvas.render("nodes2")
+    problems = canvas.problems()
+    canvas.screenshot(f"workflow_{path.stem}")
+    assert problems <= (set() if path == DEMO else {"missing-model"})
+    assert overlapping(canvas) == []
+
+
+def test_a_workflow_with_something_missing_is_noticed(canvas, demo):
+    broken = copy.deepcopy(demo)
+    first, second = (node for node in broken["nodes"] if node["type"] in ("CATLoadCheckpoint", "KSampler"))
+    first["widgets_values"][0] = "not_there.safetensors"
+    first["properties"]["models"] = [{"name": "not_there.safetensors", "directory": "cat_diffusion",
+                                      "url": "https://huggingface.co/a/b/resolve/main/not_there.safetensors"}]
+    second["type"] = "CATNotThere"
+    canvas.drop("broken.json", broken)
+    assert {"missing-node", "missing-model"} <= canvas.problems()
+
+
+@pytest.mark.parametrize("renderer, text", [("classic", "red star"), ("nodes2", "red heart")])  # nothing new, nothing shown
+def test_demo_runs(canvas, demo, renderer, text, server):
+    demo = copy.deepcopy(demo)
+    next(node for node in demo["nodes"] if node["type"] == "PrimitiveString")["widgets_values"] = [text]
+    canvas.drop(DEMO.name, demo)
+    canvas.render(renderer)
+    canvas.queue()
+    shown = {node["type"]: node["id"] for node in demo["nodes"]}
+    for kind in ("CATSemanticInpaint", "SaveImage"):
+        image = canvas.run("(id) => app.nodeOutputs[id].images[0]", shown[kind])
+        if renderer == "classic":
+            canvas.until("(id) => app.graph.getNodeById(id).imgs?.[0]?.naturalWidth > 0", shown[kind])
+        else:
+            canvas.until("(name) => [...document.images].some(({src, naturalWidth}) => src.includes(name) && naturalWidth > 0)",
+                         image["filename"])
+    canvas.screenshot(f"demo_{renderer}")
+    assert overlapping(canvas) == []
+
+    scene, hole = scene_of(demo)
+    picture = np.asarray(Image.open(server.image_path(image)).convert("RGB")).astype(int)
+    assert (picture[~hole] == scene[~hole]).all()
+    inside = picture[hole]
+    red = (inside[:, 0] > 150) & (inside[:, 1] < 110) & (inside[:, 2] < 110)
+    assert red.mean() > 0.1  # what the text asks for is red
+    assert (inside != scene[hole]).any(axis=1).mean() > 0.9
+
+
+def test_grid_shows_the_cells_of_a_run_where_the_mask_is_no_file(canvas, demo):
+    from cat_core import preprocess
+
+    canvas.drop(DEMO.name, demo)
+    canvas.run("""() => {
+        const first = (type) => app.graph.nodes.find((node) => node.type === type);
+        const [scene, inpaint, sampler] = ["CATDemoScene", "CATSemanticInpaint", "KSampler"].map(first);
+        sampler.widgets.find(({name}) => name === "steps").value = 1;
+        const invert = LiteGraph.createNode("InvertMask");
+        app.graph.add(invert);
+        scene.connect(1, invert, 0);
+        invert.connect(0, inpaint, inpaint.findInputSlot("mask"));
+    }""")
+    canvas.until("() => document.querySelector('.cat-cells').innerText.includes('after a run')")
+    canvas.queue()
+    outside = torch.from_numpy(~scene_of(demo)[1]).float()[None, None]
+    cells = "".join(map(str, preprocess.clip_input(torch.zeros(1, 3, 8, 8), outside).patch_mask.flatten().tolist()))
+    canvas.until("(cells) => document.querySelector('.cat-cells').dataset.cells === cells", cells)
+    assert f"In the last run the mask covered {cells.count('1')} of 256" in canvas.run("document.querySelector('.cat-cells').innerText")
+
+
+def scene_of(workflow):
+    """The demo's picture (H, W, 3) and its hole (H, W)."""
+    name = next(node for node in workflow["nodes"] if node["type"] == "CATDemoScene")["widgets_values"][0]
+    scene = np.asarray(Image.open(ROOT / "web/scenes" / f"{name}.png").convert("RGBA")).astype(int)
+    return scene[..., :3], scene[..., 3] < 255
+
+
+def overlapping(canvas):
+    """Pairs of nodes that lie over each other."""
+    return canvas.run("""() => {
+        const boxes = app.graph.nodes.map((node) => [node.title, ...node.getBounding()]);
+        const over = ([, x, y, w, h], [, a, b, c, d]) => x < a + c && a < x + w && y < b + d && b < y + h;
+        return boxes.flatMap((one, i) => boxes.slice(i + 1).filter((two) => over(one, two)).map((two) => [one[0], two[0]]));
+    }""")
