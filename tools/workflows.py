@@ -261,10 +261,11 @@ This runs on the **demo model**, which knows coloured shapes only. With your own
 
 def crop(graph: Graph) -> None:
     base, vision, cat, photo, label = _stock(graph)
-    x, y, side = (graph.add("PrimitiveInt", (X[0], 850 + 120 * i), (330, 82), title, value=value)
+    x, y, side = (graph.add("PrimitiveInt", (X[0], 960 + 125 * i), (330, 82), title, value=value)
                   for i, (title, value) in enumerate((("Left edge of the crop", 64), ("Upper edge of the crop", 64),
                                                       ("Side of the crop", 256))))
-    part = graph.add("ImageCrop", (X[1], -240), (300, 154), image=photo[0], width=side[0], height=side[0], x=x[0], y=y[0])
+    box = graph.add("PrimitiveBoundingBox", (X[0], 1340), (330, 154), x=x[0], y=y[0], width=side[0], height=side[0])
+    part = graph.add("ImageCropV2", (X[1], -440), (300, 380), image=photo[0], crop_region=box[0])
     hole = graph.add("CropMask", (X[2], -240), (290, 154), mask=photo[1], x=x[0], y=y[0], width=side[0], height=side[0])
     scaled, soft, back = _photo(graph, base[0], base[1], base[2], vision[0], cat[0], (part[0], hole[0]), label, None)
     whole = graph.add("ImageCompositeMasked", (X[4], 600), (330, 158), "Put the crop back into the photo", destination=photo[0],
@@ -308,10 +309,10 @@ SAMPLING = {"seed": 0, "steps": 50, "cfg": 7.5, "sampler_name": "ddim", "schedul
 def _stock(graph: Graph):
     """ComfyUI's own loaders and the CAT weights."""
     base = graph.add("CheckpointLoaderSimple", (X[0], 0), (330, 100), ckpt_name="sd-v1-5-inpainting.ckpt")
-    vision = graph.add("CLIPVisionLoader", (X[0], 160), (330, 60), clip_name="clip_vit_large_patch14.safetensors")
-    cat = graph.add("CATLoadWeights", (X[0], 280), (330, 60), weights="cat_diffusion.safetensors")
-    photo = graph.add("LoadImage", (X[0], 400), (330, 330), "Photo and mask", image="example.png")
-    label = graph.add("PrimitiveString", (X[0], 750), (330, 70), "Object to paint (type its name)", value="spoon")
+    vision = graph.add("CLIPVisionLoader", (X[0], 180), (330, 60), clip_name="clip_vit_large_patch14.safetensors")
+    cat = graph.add("CATLoadWeights", (X[0], 330), (330, 60), weights="cat_diffusion.safetensors")
+    photo = graph.add("LoadImage", (X[0], 480), (330, 330), "Photo and mask", image="example.png")
+    label = graph.add("PrimitiveString", (X[0], 850), (330, 70), "Object to paint (type its name)", value="spoon")
     return base, vision, cat, photo, label
 
 
@@ -320,7 +321,7 @@ def _cat(graph: Graph, model, clip, vae, vision, cat, image, mask, label, scaled
     positive = graph.add("CLIPTextEncode", (X[1], 0), (300, 102), "Positive prompt", clip=clip, text=label)
     negative = graph.add("CLIPTextEncode", (X[1], 170), (300, 102), "Negative prompt", clip=clip, text="")
     if prompt is None:
-        prompt = graph.add("CATSemanticInpaint", (X[1], 480), (330, 560), cat_model=cat, clip_vision=vision, clip=clip, image=image,
+        prompt = graph.add("CATSemanticInpaint", (X[1], 500), (330, 560), cat_model=cat, clip_vision=vision, clip=clip, image=image,
                            mask=mask, text=label)
     adapted = graph.add("CATApplyRefAdapter", (X[2], 0), (310, 182), model=model, cat_model=cat, visual_prompt=prompt[0],
                         strength=1.0, start_percent=0.0, end_percent=1.0)
@@ -345,9 +346,9 @@ def _photo(graph: Graph, model, clip, vae, vision, cat, photo, label, name: str 
     scale = graph.add("ImageScaleToTotalPixels", (X[1], 320), (300, 114), "Scale to the size of SD 1.5", image=image,
                       upscale_method="lanczos", megapixels=0.25, resolution_steps=8)
     made, _ = _cat(graph, model, clip, vae, vision, cat, image, mask, label[0], scale[0], 50, 7.5, prompt, control)
-    shrunk = graph.add("GrowMask", (X[3], 470), (330, 86), "Soft edge: inwards, so that the photo stays untouched", mask=mask, expand=-4,
+    shrunk = graph.add("GrowMask", (X[3], 450), (330, 86), "Soft edge, inwards", mask=mask, expand=-4,
                        tapered_corners=False)  # the blur is a square, too
-    picture = graph.add("MaskToImage", (X[3], 620), (330, 30), mask=shrunk[0])
+    picture = graph.add("MaskToImage", (X[3], 610), (330, 30), mask=shrunk[0])
     blurred = graph.add("ImageBlur", (X[3], 710), (330, 86), image=picture[0], blur_radius=4, sigma=2.0)
     soft = graph.add("ImageToMask", (X[3], 860), (330, 60), image=blurred[0], channel="red")
     back = graph.add("ImageCompositeMasked", (X[4], 600 if name else 850), (330, 158), "Put it back into the photo", destination=image,
