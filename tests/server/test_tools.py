@@ -75,7 +75,8 @@ def test_an_existing_comfyui_is_checked(tmp_path):
 
 
 @pytest.mark.parametrize("tool", ["demo.py", "parity.py", "convert.py", "test.py", "random_checkpoint.py", "train.py",
-                                  "train_demo.py", "evaluate_demo.py", "generate.py", "evaluate.py"])
+                                  "train_demo.py", "evaluate_demo.py", "generate.py", "evaluate.py", "ablation.py",
+                                  "workflows.py", "node_pictures.py", "bench.py"])
 def test_every_tool_explains_itself(tool):
     run = subprocess.run([sys.executable, ROOT / "tools" / tool, "--help"], capture_output=True, text=True)
     assert run.returncode == 0 and "usage:" in run.stdout
