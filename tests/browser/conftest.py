@@ -149,7 +149,7 @@ class Canvas:
         """JavaScript in the page."""
         return self.page.evaluate(script, argument)
 
-    def until(self, script, argument=None, seconds=20):
+    def until(self, script, argument=None, seconds=40):
         """Wait until a condition in JavaScript is true."""
         self.page.wait_for_function(script, arg=argument, timeout=1000 * seconds)
 
@@ -158,7 +158,8 @@ class Canvas:
 
     def render(self, renderer):
         """Choose "classic" or "nodes2"; a graph must be there."""
-        self.set("Comfy.VueNodes.Enabled", renderer == "nodes2")
+        if self.run("app.extensionManager.setting.get('Comfy.VueNodes.Enabled')") != (renderer == "nodes2"):
+            self.set("Comfy.VueNodes.Enabled", renderer == "nodes2")
         self.until("(shown) => (document.querySelector('[data-testid=node-title]') !== null) === shown", renderer == "nodes2")
 
     def drop(self, name, workflow):
@@ -172,19 +173,22 @@ class Canvas:
     def build(self, nodes, links):
         """A graph from {name: (class, {widget: value})} and [(from, output, to, input)]; it is {name: node} in window.nodes."""
         self.run("""async ([nodes, links]) => {
-            app.graph.clear();
-            window.built = (window.built ?? 0) + 100;
-            app.graph.state.lastNodeId = window.built; // Nodes 2.0 takes a node that comes back at once under its id as gone
-            await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
-            window.nodes = {};
+            const graph = new app.graph.constructor();
+            graph.state.lastNodeId = window.built = (window.built ?? 0) + 100;  // no id twice: Nodes 2.0 keeps things by id
+            const made = {};
             Object.entries(nodes).forEach(([name, [type, values]], i) => {
-                const node = (window.nodes[name] = LiteGraph.createNode(type));
+                const node = (made[name] = LiteGraph.createNode(type));
                 node.pos = [420 * (i % 3), 60 + 480 * Math.floor(i / 3)];
-                app.graph.add(node);
+                graph.add(node);
                 Object.entries(values).forEach(([widget, value]) => (node.widgets.find(({name}) => name === widget).value = value));
             });
             links.forEach(([from, output, to, input]) =>
-                window.nodes[from].connect(output, window.nodes[to], window.nodes[to].findInputSlot(input)));
+                made[from].connect(output, made[to], made[to].findInputSlot(input)));
+            const ids = Object.entries(made).map(([name, {id}]) => [name, id]);
+            const workflow = graph.serialize();
+            graph.clear();
+            await app.loadGraphData(workflow, true, false, app.extensionManager.workflow.activeWorkflow);
+            window.nodes = Object.fromEntries(ids.map(([name, id]) => [name, app.graph.getNodeById(id)]));
             Object.assign(app.canvas.ds, {scale: 1, offset: [130, 120]});
             app.canvas.setDirty(true, true);
         }""", [nodes, links])

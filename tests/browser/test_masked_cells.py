@@ -50,6 +50,18 @@ def photo_and_hole(canvas, name):
                  [["photo", 0, "cat", "image"], ["photo", 1, "cat", "mask"]])
 
 
+@pytest.mark.parametrize("locale, small, none", [("zh", "遮罩太小", "没有覆盖"), ("en", "Too small", "No cell")])
+def test_says_that_a_mask_is_too_small(canvas, pictures, locale, small, none):
+    photo_and_hole(canvas, "small")
+    canvas.render("nodes2")
+    cells = expected(pictures["small"])
+    assert 0 < cells.count("1") < 4
+    shows(canvas, cells, small)
+    canvas.screenshot(f"cells_small_{locale}")
+    canvas.run("nodes.photo.widgets[0].value = 'none_hole.png'")
+    shows(canvas, "0" * 256, none)
+
+
 @pytest.mark.parametrize("palette", ["dark", "light"])
 @pytest.mark.parametrize("renderer", RENDERERS)
 def test_shows_the_cells_of_the_mask_in_both_renderers_and_palettes(canvas, pictures, renderer, palette):
@@ -69,20 +81,6 @@ def test_shows_the_cells_of_the_mask_in_both_renderers_and_palettes(canvas, pict
     assert orange == pytest.approx(cells.count("1") / 256, abs=0.06)
     box, label = (canvas.page.locator(place).bounding_box() for place in (".cat-cells canvas", ".cat-cells div"))
     assert box["height"] > 100 and label["height"] > 10
-
-
-@pytest.mark.parametrize("language, small, none", [("en", "Too small", "No cell"), ("zh", "遮罩太小", "没有覆盖")])
-def test_says_that_a_mask_is_too_small(canvas, pictures, language, small, none):
-    photo_and_hole(canvas, "small")
-    canvas.render("nodes2")
-    canvas.set("Comfy.Locale", language)
-    cells = expected(pictures["small"])
-    assert 0 < cells.count("1") < 4
-    shows(canvas, cells, small)
-    canvas.screenshot(f"cells_small_{language}")
-    canvas.run("nodes.photo.widgets[0].value = 'none_hole.png'")
-    shows(canvas, "0" * 256, none)
-    canvas.set("Comfy.Locale", "en")
 
 
 def test_follows_widgets_and_links(canvas, pictures):
