@@ -194,7 +194,7 @@ Plain inpainting gets the masked photo with a grey hole as it was trained, CAT o
 
 def reference(graph: Graph) -> None:
     base, vision, cat, photo, label = _stock(graph)
-    picture = graph.add("LoadImage", (X[1], 1030), (300, 400), "Reference picture of the object", image="example.png")
+    picture = graph.add("LoadImage", (X[1], 520), (300, 400), "Reference picture of the object", image="example.png")
     prompt = graph.add("CATEncodeVisualPrompt", (X[2], 700), (290, 80), clip_vision=vision[0], image=picture[0])
     graph.add("CATVisualPromptPreview", (X[2], 850), (330, 240), visual_prompt=prompt[0])
     _photo(graph, base[0], base[1], base[2], vision[0], cat[0], photo, label, "cat_reference", prompt)
@@ -207,9 +207,9 @@ The visual prompt comes from a **reference picture** of the object instead of Se
 
 def lora_controlnet(graph: Graph) -> None:
     base, vision, cat, photo, label = _stock(graph)
-    lora = graph.add("LoraLoader", (X[0], -210), (330, 130), model=base[0], clip=base[1], lora_name="your_style_lora.safetensors",
+    lora = graph.add("LoraLoader", (X[0], -270), (330, 130), model=base[0], clip=base[1], lora_name="your_style_lora.safetensors",
                      strength_model=0.8, strength_clip=0.8)
-    sketch = graph.add("LoadImage", (X[1], 1030), (300, 400), "Picture whose edges to follow", image="example.png")
+    sketch = graph.add("LoadImage", (X[1], 1130), (300, 400), "Picture whose edges to follow", image="example.png")
     edges = graph.add("Canny", (X[2], 1030), (290, 90), image=sketch[0], low_threshold=0.4, high_threshold=0.8)
     control = graph.add("ControlNetLoader", (X[2], 1180), (290, 60), control_net_name="control_v11p_sd15_canny_fp16.safetensors")
     _photo(graph, lora[0], lora[1], base[2], vision[0], cat[0], photo, label, "cat_lora_controlnet", control=(control, edges))
@@ -261,10 +261,10 @@ This runs on the **demo model**, which knows coloured shapes only. With your own
 
 def crop(graph: Graph) -> None:
     base, vision, cat, photo, label = _stock(graph)
-    x, y, side = (graph.add("PrimitiveInt", (X[0], 960 + 125 * i), (330, 82), title, value=value)
+    x, y, side = (graph.add("PrimitiveInt", (X[0], 1080 + 130 * i), (330, 82), title, value=value)
                   for i, (title, value) in enumerate((("Left edge of the crop", 64), ("Upper edge of the crop", 64),
                                                       ("Side of the crop", 256))))
-    box = graph.add("PrimitiveBoundingBox", (X[0], 1340), (330, 154), x=x[0], y=y[0], width=side[0], height=side[0])
+    box = graph.add("PrimitiveBoundingBox", (X[0], 1480), (330, 154), x=x[0], y=y[0], width=side[0], height=side[0])
     part = graph.add("ImageCropV2", (X[1], -440), (300, 380), image=photo[0], crop_region=box[0])
     hole = graph.add("CropMask", (X[2], -240), (290, 154), mask=photo[1], x=x[0], y=y[0], width=side[0], height=side[0])
     scaled, soft, back = _photo(graph, base[0], base[1], base[2], vision[0], cat[0], (part[0], hole[0]), label, None)
@@ -298,7 +298,7 @@ def training(graph: Graph) -> None:
 3. Press **Run**: the loss is drawn while it trains. Cancel keeps the weights so far. The result is a file in **models/cat_diffusion** and goes on in the graph.
 4. **CAT Compare Features** hides the object of a photo that was *not* in the folder. *predicted* above *observed* means that SemInpainter has learned something.
 
-Needs `accelerate` in ComfyUI's Python. A folder of a few dozen pictures teaches the handling, not a general model: the paper trained on millions of objects for 40,000 steps of 128.""")
+Needs **accelerate** in ComfyUI's Python. A folder of a few dozen pictures teaches the handling, not a general model: the paper trained on millions of objects for 40,000 steps of 128.""")
 
 
 WORKFLOWS = {"cat_demo": demo, "cat_weights": weights, "cat_inpaint": inpaint, "cat_compare": compare, "cat_reference": reference,
@@ -309,10 +309,10 @@ SAMPLING = {"seed": 0, "steps": 50, "cfg": 7.5, "sampler_name": "ddim", "schedul
 def _stock(graph: Graph):
     """ComfyUI's own loaders and the CAT weights."""
     base = graph.add("CheckpointLoaderSimple", (X[0], 0), (330, 100), ckpt_name="sd-v1-5-inpainting.ckpt")
-    vision = graph.add("CLIPVisionLoader", (X[0], 180), (330, 60), clip_name="clip_vit_large_patch14.safetensors")
-    cat = graph.add("CATLoadWeights", (X[0], 330), (330, 60), weights="cat_diffusion.safetensors")
-    photo = graph.add("LoadImage", (X[0], 480), (330, 330), "Photo and mask", image="example.png")
-    label = graph.add("PrimitiveString", (X[0], 850), (330, 70), "Object to paint (type its name)", value="spoon")
+    vision = graph.add("CLIPVisionLoader", (X[0], 220), (330, 60), clip_name="clip_vit_large_patch14.safetensors")
+    cat = graph.add("CATLoadWeights", (X[0], 380), (330, 60), weights="cat_diffusion.safetensors")
+    photo = graph.add("LoadImage", (X[0], 540), (330, 330), "Photo and mask", image="example.png")
+    label = graph.add("PrimitiveString", (X[0], 940), (330, 70), "Object to paint (type its name)", value="spoon")
     return base, vision, cat, photo, label
 
 

@@ -102,7 +102,9 @@ def page(server, chromium, screenshots):
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)  # with a fresh user folder
-        yield Canvas(browser.new_page(viewport={"width": 1600, "height": 1000}), server, screenshots)
+        tab = browser.new_page(viewport={"width": 1600, "height": 1000})
+        tab.set_default_timeout(90_000)  # a machine may be busy; what does not come at all is found out all the same
+        yield Canvas(tab, server, screenshots)
         browser.close()
 
 
@@ -204,7 +206,7 @@ class Canvas:
         groups.first.wait_for()
         return {name.removeprefix("error-group-") for name in groups.evaluate_all("all => all.map((one) => one.dataset.testid)")}
 
-    def queue(self, seconds=120):
+    def queue(self, seconds=300):
         """Press Run and wait for the end; the outputs are in app.nodeOutputs then."""
         self.run("""() => {
             window.ended = null;
