@@ -15,7 +15,6 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import evaluate
 import evaluate_demo
 import host as hosts
 import inside
@@ -27,11 +26,7 @@ SCENES, BATCH = 6_000, 32
 SHARED_STEPS, STEPS = 500, (800, 500)
 RATES, FINAL_RATES = (1e-3, 3e-4), (0.3, 0.05)
 SEM_INPAINTER_STEPS, SEM_INPAINTER_RATE, CASCADE_RATE = 1200, 1e-3, 5e-5  # beside the rows' budget, as in the paper
-TEST_HOLES, HOLES, SEEDS, AT_ONCE, SHOWN = 500, ("box", "segment"), (0, 1, 2), 16, 8
-RESAMPLES, FID_RESAMPLES = 1000, 100
-METRICS = {"fid": ("FID (demo CLIP)", 1, 3), "local_fid": ("Local FID (demo CLIP)", 1, 3), "clip_score": ("CLIP score (demo CLIP)", 1, 1),
-           "object_similarity": ("Similarity to the original object", 1, 3), "named": ("Colour and shape named right, %", 100, 1),
-           "colour": ("Colour, %", 100, 1), "shape": ("Shape, %", 100, 1), "background_mean": ("Background error, levels", 1, 2)}
+TEST_HOLES, HOLES, SEEDS, AT_ONCE = 500, ("box", "segment"), (0, 1, 2), 16
 
 
 @dataclass(frozen=True)
@@ -72,8 +67,13 @@ def main() -> int:
     inside.load_pack(arguments.cpu)
     from cat_diffusion.cat_core.training.loop import TrainingError
     try:
-        for step in arguments.only:
-            globals()[step](arguments)
+        if "train" in arguments.only:
+            train(arguments)
+        if "sample" in arguments.only:
+            sample(arguments)
+        if "measure" in arguments.only:
+            import ablation_table
+            ablation_table.measure(arguments)
     except KeyboardInterrupt:
         print("\nStopped. The same command continues.")
         return 130
@@ -215,138 +215,6 @@ def patched(models, number: int, image, mask, label: str):
     prompt = (CATEncodeVisualPrompt.execute(clip_vision, image, mask).args[0] if number == 2
               else predict(cat_model, clip_vision, clip, image, mask, label))
     return CATApplyRefAdapter.execute(model, cat_model, prompt, 1.0, 0.0, 1.0).args[0]
-
-
-# Measuring ----------------------------------------------------------------------------------------------------------
-
-
-def measure(arguments) -> None:
-    """The table, SemInpainter's histogram, the seeds side by side and a report of pictures."""
-    import torch
-    from cat_diffusion.cat_core.evaluation import measure as measuring
-    from cat_diffusion.cat_core.evaluation import metrics, report
-    from cat_diffusion.cat_core.evaluation.results import Results
-    from cat_diffusion.cat_core.training import plots
-    import numpy as np
-
-    work, manifest = arguments.work, test_manifest(arguments)
-    tables, found, clip = [], {}, demo_clip(DEMO_MODEL)
-    for hole in HOLES:
-        samples = test_set(manifest, hole)
-        folders = [Results.open(results_folder(work, number, hole, seed)) for number in (1, 2, 3) for seed in SEEDS]
-        samples, notes = samples.of_all(folders, False)
-        with torch.inference_mode():
-            measured = measuring.measure(samples, folders, clip, clip, evaluate.progress())
-            cosines = evaluate.feature_cosines(checkpoint(3, work), samples, RESAMPLES, 0)
-        for folder in measured.folders:
-            folder.values.update(judged(samples, folder.results))
-        rows = compare(measured)
-        rows |= {"diversity_pixels": [spread(values["diversity_pixels"]) for values in measured.diversity.values()]}
-        found[hole] = {"rows": rows, "feature_cosines": {line.name: line.estimate.value for line in cosines["lines"]},
-                       "histogram": cosines["histogram"]}
-        tables.append(markdown(hole, len(samples.records), rows, cosines["lines"]))
-        first = measuring.Measured(samples, measured.folders[::len(SEEDS)], measured.real)
-        lines, more = measuring.summary(first, RESAMPLES, None, 0)
-        facts = {"pictures": len(samples.records), "holes": hole, "networks": "the demo model's CLIP"}
-        evaluate.write(work / "report" / hole / "index.html",
-                       report.page(first, lines + cosines["lines"], notes + more, facts, cosines["histogram"], 0))
-        edges = np.array(cosines["histogram"]["edges"])
-        plots.histogram({kind: np.repeat((edges[1:] + edges[:-1]) / 2, counts).tolist()
-                         for kind, counts in cosines["histogram"]["counts"].items()}).save(work / f"histogram-{hole}.png")
-        seeds_sheet(samples, folders).save(work / f"seeds-{hole}.png")
-    evaluate.write(work / "measured.json", json.dumps(found, indent=1) + "\n")
-    evaluate.write(work / "table.md", "\n".join(tables))
-    print("\n".join(tables))
-
-
-def demo_clip(path: Path):
-    """The demo model's CLIP as extractor of features (B, D) and, with .image and .text, as network of the CLIP score."""
-    from cat_diffusion.nodes import builders, host
-    clip = builders.build_clip(host.read_path(path))
-
-    class DemoClip(evaluate.HostClip):
-        def image(self, pictures):
-            pixels = self.pixels(pictures).movedim(1, -1).float() / 255
-            return self.vision.encode_image(pixels, crop=False)["image_embeds"].float()
-
-        def text(self, texts):
-            import torch
-            return torch.cat([clip.encode_from_tokens(host.plain_tokens(clip, text), return_pooled=True)[1] for text in texts]).float()
-
-    return DemoClip(path)
-
-
-def judged(samples, results) -> dict[str, list[float]]:
-    """Whether the independent classifier names what was asked for, by picture."""
-    import numpy as np
-    import scene_classifier
-    import scenes
-    pictures = np.stack([np.asarray(results.picture(record.id, samples.size)) for record in samples.records])
-    verdict = scene_classifier.judge(evaluate_demo.the_judge(), pictures, np.array([record.box for record in samples.records]))
-    right = {"colour": [], "shape": []}
-    for record, colour, shape in zip(samples.records, verdict.colour, verdict.shape):
-        wanted_colour, wanted_shape = record.label.split()
-        right["colour"].append(float(scenes.COLOUR_NAMES[colour] == wanted_colour))
-        right["shape"].append(float(scenes.SHAPES[shape] == wanted_shape))
-    return right | {"named": [min(pair) for pair in zip(*right.values())]}
-
-
-def compare(measured) -> dict[str, list[dict]]:
-    """By metric and row: the mean over seeds, its extremes, and the difference to the row before with its 95 % interval.
-
-    The interval comes from pictures drawn again, the same ones for both rows; training runs are not drawn again.
-    """
-    import numpy as np
-    from cat_diffusion.cat_core.evaluation import measure as measuring
-    from cat_diffusion.cat_core.evaluation import metrics
-    count, everything = len(measured.samples.records), {}
-    for metric in METRICS:
-        before = None
-        for number in range(3):
-            some = measured.folders[number * len(SEEDS):(number + 1) * len(SEEDS)]
-            statistics = [measuring.statistic_of(metric, folder, measured.real) for folder in some]
-            values = [float(statistic(np.arange(count))) for statistic in statistics]
-            drawn = metrics.resampled(lambda rows: np.mean([statistic(rows) for statistic in statistics]), count,
-                                      FID_RESAMPLES if "fid" in metric else RESAMPLES, 0)
-            row = spread(values)
-            if before:
-                gap = row["mean"] - before[0]
-                low, high = metrics.interval(gap, drawn - before[1])
-                row |= {"difference": gap, "low": float(low), "high": float(high)}
-            everything.setdefault(metric, []).append(row)
-            before = (row["mean"], drawn)
-    return everything
-
-
-def spread(values) -> dict:
-    return {"mean": float(sum(values) / len(values)), "least": float(min(values)), "most": float(max(values))}
-
-
-def markdown(hole: str, count: int, rows, cosines) -> str:
-    """The table as README shows it."""
-    lines = [f"| {count} holes, {'boxes' if hole == 'box' else 'exact outlines'} | " + " | ".join(
-        f"{number}. {row.name}" for number, row in enumerate(ROWS, 1)) + " | 2 - 1 [95 %] | 3 - 2 [95 %] |", "|---|---|---|---|---|---|"]
-    for metric, cells in rows.items():
-        title, scale, digits = METRICS.get(metric, ("Diversity across seeds in the hole, levels", 1, 1))
-        texts = [f"{scale * cell['mean']:.{digits}f}" for cell in cells]
-        texts += [f"{scale * cell['difference']:+.{digits}f} [{scale * cell['low']:+.{digits}f}, {scale * cell['high']:+.{digits}f}]"
-                  if "difference" in cell else "" for cell in cells[1:]]
-        lines.append(f"| {title} | " + " | ".join(texts) + " |")
-    means = ", ".join(f"{line.name.split(',')[0]} {line.estimate.value:.3f}" for line in cosines)
-    return "\n".join(lines) + f"\n\nCosine of the features in the hole to the true ones, row 3: {means}.\n"
-
-
-def seeds_sheet(samples, folders):
-    """A few samples of every row with every seed, the paper's Fig. 4b."""
-    from cat_diffusion.cat_core.training import plots
-    from PIL import Image
-    shown = []
-    for record in samples.records[:SHOWN]:
-        sample_ = samples.sample(record)
-        hidden = Image.composite(Image.new("RGB", sample_.picture.size, "white"), sample_.picture, sample_.hole)
-        shown.append((record.label, [sample_.picture, hidden, *(folder.picture(record.id, samples.size) for folder in folders)]))
-    titles = ["original", "hole", *(f"row {number}, seed {seed}" for number in (1, 2, 3) for seed in SEEDS)]
-    return plots.sheet(shown, titles, samples.size)
 
 
 if __name__ == "__main__":
