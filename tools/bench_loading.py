@@ -90,7 +90,7 @@ def main() -> None:
     start, cpu_start = time.perf_counter(), time.process_time()
     with torch.inference_mode():
         if which == "pack":
-            read, host.read = host.read, host.read_path
+            host.read = host.read_path  # the node takes names of files in models/cat_diffusion
             kept = CATLoadCheckpoint.execute(files[0])
         else:
             kept = [comfy.sd.load_checkpoint_guess_config(files[0], output_vae=True, output_clip=True), comfy.clip_vision.load(files[1])]
