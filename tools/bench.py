@@ -29,7 +29,7 @@ SECTIONS = {
     "compile": "a step with torch.compile",
     "kernels": "GPU kernels of a step",
     "loading": "a full checkpoint, in fresh processes",
-    "training": "steps of the first two training stages, with and without a cache",
+    "training": "a step of one picture in the first two training stages, fp32, recomputing activations, with and without a cache",
 }
 
 
@@ -92,13 +92,13 @@ def main() -> int:
 
 def section(name: str, arguments):
     """The rows of a section, one after the other as they are measured."""
-    if name == "loading":
-        import bench_loading
-        return bench_loading.loading(arguments)
-    if name == "training":
-        import bench_training
-        return bench_training.training(arguments)
+    import bench_loading
     import bench_sampling
+    import bench_training
+
+    if name in ("loading", "training"):
+        bench_sampling.release()
+        return bench_loading.loading(arguments) if name == "loading" else bench_training.training(arguments)
     return bench_sampling.section(name, arguments)
 
 

@@ -1,6 +1,7 @@
 """The sections of tools/bench.py that sample: plain SD inpainting and CAT-Diffusion through the pack's nodes and the host."""
 
 import functools
+import gc
 import time
 
 import comfy.model_management
@@ -47,12 +48,12 @@ class OfficialPatch:
 class Bench:
     """The models of one checkpoint, and timed calls of them."""
 
-    def __init__(self, arguments):
-        self.rounds, self.cuda = arguments.rounds, not arguments.cpu
-        file = host.read_path(arguments.checkpoint)
+    def __init__(self, checkpoint, size: int, rounds: int, cpu: bool):
+        self.rounds, self.cuda = rounds, not cpu
+        file = host.read_path(checkpoint)
         self.model, self.clip, self.vae = (build(file) for build in (builders.build_unet, builders.build_clip, builders.build_vae))
         self.vision, self.cat_model = builders.build_clip_vision(file), builders.build_cat_model(file)
-        self.prompt = self.see(*self.picture(arguments.size))
+        self.prompt = self.see(*self.picture(size))
 
     def picture(self, size: int, batch: int = 1):
         """IMAGE and MASK of the demo's photograph."""
@@ -136,10 +137,16 @@ class Bench:
 
 
 @functools.lru_cache(maxsize=1)
-def _bench(checkpoint, size, rounds, cpu):
-    from types import SimpleNamespace
+def _bench(checkpoint, size: int, rounds: int, cpu: bool) -> Bench:
+    return Bench(checkpoint, size, rounds, cpu)
 
-    return Bench(SimpleNamespace(checkpoint=checkpoint, size=size, rounds=rounds, cpu=cpu))
+
+def release() -> None:
+    """Let go of the models: training wants their memory."""
+    _bench.cache_clear()
+    Bench.conditioned.cache_clear()
+    host.clear_memory()
+    gc.collect()
 
 
 def section(name: str, arguments):
