@@ -66,6 +66,11 @@ def main() -> int:
         return inside.rerun(host, __file__, sys.argv[1:])
     if arguments.checkpoint and not arguments.checkpoint.is_file():
         parser.error(f"{arguments.checkpoint} does not exist")
+    if arguments.page:
+        try:
+            page(arguments.page.read_text("utf-8"), {}, {})  # now, not after hours
+        except (OSError, ValueError) as error:
+            parser.error(f"{arguments.page} cannot take the tables: {error}")
     arguments.checkpoint = arguments.checkpoint or random_weights()
     import torch
     arguments.cpu = arguments.cpu or not torch.cuda.is_available()

@@ -57,8 +57,8 @@ class Bench:
 
     def picture(self, size: int, batch: int = 1):
         """IMAGE and MASK of the demo's photograph."""
-        photo, mask = (np.asarray(Image.open(inside.ROOT / "tools/demo" / name).convert(mode).resize((size, size)), np.float32) / 255
-                       for name, mode in (("photo.jpg", "RGB"), ("mask.png", "L")))
+        files = ((inside.ROOT / "tools/demo/photo.jpg", "RGB"), (inside.ROOT / "tools/demo/mask.png", "L"))
+        photo, mask = (np.asarray(Image.open(path).convert(mode).resize((size, size)), np.float32) / 255 for path, mode in files)
         return torch.from_numpy(photo)[None].repeat(batch, 1, 1, 1), torch.from_numpy(mask)[None].repeat(batch, 1, 1)
 
     def see(self, image, mask):
@@ -248,14 +248,14 @@ def image(bench: Bench, arguments):
     def total(name, factor=1.0):
         return [a + b + factor * c for a, b, c in zip(*parts[name].values())]
 
-    yield from rows_in_turn({f"{arguments.steps} steps, {name}": total(name) for name in parts}, f"{arguments.steps} steps, {PLAIN}")
+    steps = f"{arguments.steps} steps"
+    yield from rows_in_turn({f"{steps}, {name}": total(name) for name in parts}, f"{steps}, {PLAIN}")
     yield Row("of that once: CLIP, SemInpainter, folding", "s", parts[SHIPPED]["once"])
     yield Row("of that shared: CLIP text, VAE", "s", parts[PLAIN]["shared"] + parts[SHIPPED]["shared"])
     if arguments.steps != PAPER_STEPS:
-        factor = PAPER_STEPS / arguments.steps
-        rows = rows_in_turn({f"{PAPER_STEPS} steps, {name}": total(name, factor) for name in parts}, f"{PAPER_STEPS} steps, {PLAIN}")
-        for row in rows:
-            row.note = f"composed: sampling of {arguments.steps} steps times {factor:g}"
+        factor, more = PAPER_STEPS / arguments.steps, f"{PAPER_STEPS} steps"
+        for row in rows_in_turn({f"{more}, {name}": total(name, factor) for name in parts}, f"{more}, {PLAIN}"):
+            row.note = f"composed: sampling of {steps} times {factor:g}"
             yield row
 
 

@@ -80,6 +80,13 @@ def test_stages_are_timed_with_and_without_the_cache(measured):
             "ref-adapter, from the cache"} <= set(rows(measured, "training"))
 
 
+def test_a_page_without_marks_is_refused_before_anything_is_measured(tiny_file, tmp_path):
+    (tmp_path / "page.md").write_text("no marks")
+    run = subprocess.run([sys.executable, ROOT / "tools/bench.py", "--checkpoint", tiny_file, "--page", tmp_path / "page.md"],
+                         capture_output=True, text=True, env=os.environ)
+    assert run.returncode == 2 and "expected the lines <!-- tools/bench.py writes from here -->" in run.stderr
+
+
 def test_a_missing_checkpoint_is_said(tmp_path):
     run = subprocess.run([sys.executable, ROOT / "tools/bench.py", "--checkpoint", tmp_path / "none.safetensors"], capture_output=True,
                          text=True, env=os.environ)
