@@ -17,6 +17,7 @@ from pathlib import Path
 
 import host as hosts
 import inside
+from bench_rows import page
 
 SECTIONS = {
     "operations": "multiplications of a step and of SemInpainter, counted",
@@ -28,7 +29,7 @@ SECTIONS = {
     "compile": "a step with torch.compile",
     "kernels": "GPU kernels of a step",
     "loading": "a full checkpoint, in fresh processes",
-    "training": "steps of the first two training stages, with and without a cache",
+    "training": "a step of one picture in the first two training stages, fp32, recomputing activations, with and without a cache",
 }
 
 
@@ -47,6 +48,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--stacks", type=int, nargs="*", default=[1, 2, 4], help="growth: adapters on one model, at --size")
     parser.add_argument("--training-steps", type=int, default=4, help="timed steps of each training run, after one that is not")
     parser.add_argument("--json", type=Path, help="also write every single value to this file")
+    parser.add_argument("--page", type=Path, help="also write the tables into this Markdown file, between its marks")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--comfyui", help="an existing ComfyUI folder; installed into the cache if not given")
     parser.add_argument("--python", help="the Python that runs that ComfyUI")
@@ -64,6 +66,11 @@ def main() -> int:
         return inside.rerun(host, __file__, sys.argv[1:])
     if arguments.checkpoint and not arguments.checkpoint.is_file():
         parser.error(f"{arguments.checkpoint} does not exist")
+    if arguments.page:
+        try:
+            page(arguments.page.read_text("utf-8"), {}, {})  # now, not after hours
+        except (OSError, ValueError) as error:
+            parser.error(f"{arguments.page} cannot take the tables: {error}")
     arguments.checkpoint = arguments.checkpoint or random_weights()
     import torch
     arguments.cpu = arguments.cpu or not torch.cuda.is_available()
@@ -76,23 +83,27 @@ def main() -> int:
         results[name] = []
         for row in section(name, arguments):
             print(row, flush=True)
-            results[name].append(dataclasses.asdict(row))
-    print(f"\nload average at the end: {load()}")
+            results[name].append(row)
+    where["load average at the end"] = load()
+    print(f"\nload average at the end: {where['load average at the end']}")
+    if arguments.page:
+        arguments.page.write_text(page(arguments.page.read_text("utf-8"), where, results), "utf-8")
     if arguments.json:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-        arguments.json.write_text(json.dumps({"machine": where, "settings": settings, "sections": results}, indent=1))
+        sections = {name: [dataclasses.asdict(row) for row in rows] for name, rows in results.items()}
+        arguments.json.write_text(json.dumps({"machine": where, "settings": settings, "sections": sections}, indent=1))
     return 0
 
 
 def section(name: str, arguments):
     """The rows of a section, one after the other as they are measured."""
-    if name == "loading":
-        import bench_loading
-        return bench_loading.loading(arguments)
-    if name == "training":
-        import bench_training
-        return bench_training.training(arguments)
+    import bench_loading
     import bench_sampling
+    import bench_training
+
+    if name in ("loading", "training"):
+        bench_sampling.release()
+        return bench_loading.loading(arguments) if name == "loading" else bench_training.training(arguments)
     return bench_sampling.section(name, arguments)
 
 

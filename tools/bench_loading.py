@@ -25,17 +25,18 @@ def loading(arguments):
     """Rows: seconds in turn; then memory at its peak and what stays, over what the process held before."""
     with tempfile.TemporaryDirectory(dir=arguments.checkpoint.parent) as folder:
         base, vision = Path(folder, "base.safetensors"), Path(folder, "vision.safetensors")
-        subprocess.run([sys.executable, inside.ROOT / "tools/convert.py", arguments.checkpoint, "--base", base, "--clip-vision", vision],
-                       check=True, stdout=subprocess.DEVNULL)
-        # The host's own loaders recognise full-size models only.
-        size = os.path.getsize(base)
-        forms = {HOST: ["host", base, vision], PACK: ["pack", arguments.checkpoint]} if size > 1e9 else {PACK: ["pack", arguments.checkpoint]}
+        subprocess.run([sys.executable, inside.ROOT / "tools/convert.py", arguments.checkpoint, "--base", base,
+                        "--clip-vision", vision], check=True, stdout=subprocess.DEVNULL)
+        forms = {HOST: ["host", base, vision], PACK: ["pack", arguments.checkpoint]}
+        if os.path.getsize(base) < 1e9:  # the host's own loaders recognise full-size models only
+            del forms[HOST]
         measured = {name: [] for name in forms}
         for i in range(max(arguments.rounds // 2, 1)):
             for name in list(forms)[::1 if i % 2 == 0 else -1]:
                 measured[name].append(_in_a_process(forms[name], arguments.cpu))
     for unit, key in (("s", "seconds"), ("s of CPU", "cpu_seconds")):
-        for row in rows_in_turn({name: [run[key] for run in runs] for name, runs in measured.items()}, HOST if HOST in forms else None):
+        seconds = {name: [run[key] for run in runs] for name, runs in measured.items()}
+        for row in rows_in_turn(seconds, HOST if HOST in forms else None):
             row.unit = unit
             yield row
     for name, runs in measured.items():
@@ -90,10 +91,10 @@ def main() -> None:
     start, cpu_start = time.perf_counter(), time.process_time()
     with torch.inference_mode():
         if which == "pack":
-            read, host.read = host.read, host.read_path
+            host.read = host.read_path  # the node takes names of files in models/cat_diffusion
             kept = CATLoadCheckpoint.execute(files[0])
         else:
-            kept = [comfy.sd.load_checkpoint_guess_config(files[0], output_vae=True, output_clip=True), comfy.clip_vision.load(files[1])]
+            kept = [comfy.sd.load_checkpoint_guess_config(files[0]), comfy.clip_vision.load(files[1])]
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     over.set()
     watcher.join()

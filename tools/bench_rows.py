@@ -4,6 +4,8 @@ import dataclasses
 import statistics
 from dataclasses import dataclass
 
+MARKS = "<!-- tools/bench.py writes from here -->", "<!-- to here -->"
+
 
 @dataclass
 class Row:
@@ -15,13 +17,15 @@ class Row:
     ratios: list[float] = dataclasses.field(default_factory=list)
     note: str = ""
 
-    def __str__(self):
+    def cells(self) -> list[str]:
+        """What it is, median and unit, middle half, ratio and its middle half, note."""
         digits = 1 if statistics.median(self.values) >= 100 else 3
-        text = f"  {self.what:<64}{statistics.median(self.values):>10.{digits}f} {self.unit:<9}"
-        text += _spread(self.values, f".{digits}f") if len(self.values) > 1 else ""
-        if self.ratios:
-            text += f"   x {statistics.median(self.ratios):.3f} {_spread(self.ratios, '.3f')}"
-        return f"{text}{'   ' + self.note if self.note else ''}".rstrip()
+        ratio = f"x {statistics.median(self.ratios):.3f} {_spread(self.ratios, 3)}".rstrip() if self.ratios else ""
+        return [self.what, f"{statistics.median(self.values):.{digits}f} {self.unit}", _spread(self.values, digits), ratio, self.note]
+
+    def __str__(self):
+        what, value, spread, ratio, note = self.cells()
+        return f"  {what:<64} {value:>18} {spread:<19} {ratio:<25} {note}".rstrip()
 
 
 def rows_in_turn(seconds: dict[str, list[float]], reference: str | None = None) -> list[Row]:
@@ -30,9 +34,21 @@ def rows_in_turn(seconds: dict[str, list[float]], reference: str | None = None) 
             for what, values in seconds.items()]
 
 
-def _spread(values, form: str) -> str:
+def page(text: str, machine: dict[str, str], sections: dict[str, list[Row]]) -> str:
+    """A Markdown page with the tables of a run in place of those between its marks; ValueError if it has no marks."""
+    begin, end = MARKS
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"expected the lines {begin} and {end}, once each")
+    lines = [begin, "", *(f"- {key}: {value}" for key, value in machine.items())]
+    for name, rows in sections.items():
+        lines += ["", f"**{name}**", "", "| | median | middle half | over its reference | |", "|---|---|---|---|---|"]
+        lines += ["| " + " | ".join(row.cells()) + " |" for row in rows]
+    return text[:text.index(begin)] + "\n".join(lines) + "\n\n" + text[text.index(end):]
+
+
+def _spread(values: list[float], digits: int) -> str:
     """The middle half of the values."""
     if len(values) < 2:
         return ""
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return f"[{low:{form}} {high:{form}}]"
+    return f"[{low:.{digits}f} {high:.{digits}f}]"

@@ -1,6 +1,7 @@
 """The sections of tools/bench.py that sample: plain SD inpainting and CAT-Diffusion through the pack's nodes and the host."""
 
 import functools
+import gc
 import time
 
 import comfy.model_management
@@ -47,17 +48,17 @@ class OfficialPatch:
 class Bench:
     """The models of one checkpoint, and timed calls of them."""
 
-    def __init__(self, arguments):
-        self.rounds, self.cuda = arguments.rounds, not arguments.cpu
-        file = host.read_path(arguments.checkpoint)
+    def __init__(self, checkpoint, size: int, rounds: int, cpu: bool):
+        self.rounds, self.cuda = rounds, not cpu
+        file = host.read_path(checkpoint)
         self.model, self.clip, self.vae = (build(file) for build in (builders.build_unet, builders.build_clip, builders.build_vae))
         self.vision, self.cat_model = builders.build_clip_vision(file), builders.build_cat_model(file)
-        self.prompt = self.see(*self.picture(arguments.size))
+        self.prompt = self.see(*self.picture(size))
 
     def picture(self, size: int, batch: int = 1):
         """IMAGE and MASK of the demo's photograph."""
-        photo, mask = (np.asarray(Image.open(inside.ROOT / "tools/demo" / name).convert(mode).resize((size, size)), np.float32) / 255
-                       for name, mode in (("photo.jpg", "RGB"), ("mask.png", "L")))
+        files = ((inside.ROOT / "tools/demo/photo.jpg", "RGB"), (inside.ROOT / "tools/demo/mask.png", "L"))
+        photo, mask = (np.asarray(Image.open(path).convert(mode).resize((size, size)), np.float32) / 255 for path, mode in files)
         return torch.from_numpy(photo)[None].repeat(batch, 1, 1, 1), torch.from_numpy(mask)[None].repeat(batch, 1, 1)
 
     def see(self, image, mask):
@@ -136,10 +137,16 @@ class Bench:
 
 
 @functools.lru_cache(maxsize=1)
-def _bench(checkpoint, size, rounds, cpu):
-    from types import SimpleNamespace
+def _bench(checkpoint, size: int, rounds: int, cpu: bool) -> Bench:
+    return Bench(checkpoint, size, rounds, cpu)
 
-    return Bench(SimpleNamespace(checkpoint=checkpoint, size=size, rounds=rounds, cpu=cpu))
+
+def release() -> None:
+    """Let go of the models: training wants their memory."""
+    _bench.cache_clear()
+    Bench.conditioned.cache_clear()
+    host.clear_memory()
+    gc.collect()
 
 
 def section(name: str, arguments):
@@ -241,14 +248,14 @@ def image(bench: Bench, arguments):
     def total(name, factor=1.0):
         return [a + b + factor * c for a, b, c in zip(*parts[name].values())]
 
-    yield from rows_in_turn({f"{arguments.steps} steps, {name}": total(name) for name in parts}, f"{arguments.steps} steps, {PLAIN}")
+    steps = f"{arguments.steps} steps"
+    yield from rows_in_turn({f"{steps}, {name}": total(name) for name in parts}, f"{steps}, {PLAIN}")
     yield Row("of that once: CLIP, SemInpainter, folding", "s", parts[SHIPPED]["once"])
     yield Row("of that shared: CLIP text, VAE", "s", parts[PLAIN]["shared"] + parts[SHIPPED]["shared"])
     if arguments.steps != PAPER_STEPS:
-        factor = PAPER_STEPS / arguments.steps
-        rows = rows_in_turn({f"{PAPER_STEPS} steps, {name}": total(name, factor) for name in parts}, f"{PAPER_STEPS} steps, {PLAIN}")
-        for row in rows:
-            row.note = f"composed: sampling of {arguments.steps} steps times {factor:g}"
+        factor, more = PAPER_STEPS / arguments.steps, f"{PAPER_STEPS} steps"
+        for row in rows_in_turn({f"{more}, {name}": total(name, factor) for name in parts}, f"{more}, {PLAIN}"):
+            row.note = f"composed: sampling of {steps} times {factor:g}"
             yield row
 
 

@@ -14,12 +14,14 @@ pytest.importorskip("accelerate")
 @pytest.fixture(scope="module")
 def measured(tiny_file, tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "measured.json"
+    (path.parent / "page.md").write_text("before\n<!-- tools/bench.py writes from here -->\nold\n<!-- to here -->\nafter\n")
     command = [sys.executable, ROOT / "tools/bench.py", "--cpu", "--checkpoint", tiny_file, "--size", "64", "--rounds", "2", "--steps", "2",
-               "--sizes", "72", "--batches", "2", "--stacks", "2", "--training-steps", "1", "--json", path, "--sections", "operations",
+               "--sizes", "72", "--batches", "2", "--stacks", "2", "--training-steps", "1", "--json", path,
+               "--page", path.parent / "page.md", "--sections", "operations",
                "step", "adapter", "image", "sem-inpainter", "growth", "kernels", "loading", "training"]
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-3000:]
-    return run.stdout, json.loads(path.read_text())
+    return run.stdout, json.loads(path.read_text()), (path.parent / "page.md").read_text()
 
 
 def rows(measured, section):
@@ -27,7 +29,7 @@ def rows(measured, section):
 
 
 def test_the_table_says_what_the_numbers_were_measured_on(measured):
-    printed, found = measured
+    printed, found, _ = measured
     for text in ("device: CPU only", "processor: ", "software: ComfyUI ", "attention: attention_", "load average at the end"):
         assert text in printed
     assert found["machine"]["processor"].endswith("threads used") and found["settings"]["size"] == 64
@@ -67,9 +69,22 @@ def test_a_composed_picture_says_so(measured):
     assert not any("composed" in row["note"] for name, row in image.items() if name.startswith("2 steps"))
 
 
+def test_the_tables_go_between_the_marks_of_a_page(measured):
+    page = measured[2]
+    assert page.startswith("before\n<!-- tools/bench.py writes from here -->\n") and page.endswith("\n<!-- to here -->\nafter\n")
+    assert "old" not in page and "- device: CPU only" in page and page.count("|---|---|---|---|---|") == len(measured[1]["sections"])
+
+
 def test_stages_are_timed_with_and_without_the_cache(measured):
     assert {"sem-inpainter, with encoding", "sem-inpainter, from the cache", "ref-adapter, with encoding",
             "ref-adapter, from the cache"} <= set(rows(measured, "training"))
+
+
+def test_a_page_without_marks_is_refused_before_anything_is_measured(tiny_file, tmp_path):
+    (tmp_path / "page.md").write_text("no marks")
+    run = subprocess.run([sys.executable, ROOT / "tools/bench.py", "--checkpoint", tiny_file, "--page", tmp_path / "page.md"],
+                         capture_output=True, text=True, env=os.environ)
+    assert run.returncode == 2 and "expected the lines <!-- tools/bench.py writes from here -->" in run.stderr
 
 
 def test_a_missing_checkpoint_is_said(tmp_path):

@@ -101,7 +101,7 @@ def test_queueing_again_reproduces_and_a_new_strength_reloads_nothing(prompt, ru
 
 
 def test_another_seed_or_strength_runs_neither_clip_vision_nor_sem_inpainter_again(prompt, run):
-    """By the server's own events: both run in CAT Semantic Inpaint (7), folding in CAT Apply RefAdapter (8)."""
+    """By the server's own events: both run in CAT Semantic Inpaint, folding in CAT Apply RefAdapter."""
     def queue(node, **changes):
         cached, executed = set(), set()
 
@@ -115,14 +115,18 @@ def test_another_seed_or_strength_runs_neither_clip_vision_nor_sem_inpainter_aga
         return run(prompt, on_event=note)[1], cached, executed
 
     before, *_ = queue("KSampler", seed=4)
-    once, each_time = set("123456789"), {"10", "11", "12", "13", "latent"}
+    number = {node["class_type"]: number for number, node in prompt.items()}
+    each_time = {number[name] for name in ("KSampler", "VAEDecode", "ImageCompositeMasked", "SaveImage", "SaveLatent")}
+    once = set(prompt) - each_time
+    assert {number["CATLoadCheckpoint"], number["CATSemanticInpaint"], number["CATApplyRefAdapter"]} <= once
     for changes in ({"seed": 5}, {"steps": 3}, {"cfg": 2.0}):
         latent, cached, executed = queue("KSampler", **changes)
         assert not torch.equal(latent, before)
         assert once <= cached and executed == each_time
         before = latent
     _, cached, executed = queue("CATApplyRefAdapter", strength=0.5)
-    assert once - {"8"} <= cached and executed == each_time | {"8"}
+    again = {number["CATApplyRefAdapter"]}
+    assert once - again <= cached and executed == each_time | again
 
 
 def test_strength_0_equals_the_workflow_without_the_adapter(prompt, run):
