@@ -271,10 +271,8 @@ def text_similarity(clip, clip_vision, prompt) -> torch.Tensor | None:
     if any(weight is None or not 0.25 < weight.float().std().item() * weight.shape[1] ** 0.5 < 4 for weight in weights_):
         return None
     _, text = clip.encode_from_tokens(plain_tokens(clip, prompt.text), return_pooled=True)
-    device, dtype = clip_vision.load_device, clip_vision.dtype
     comfy.model_management.load_model_gpu(clip_vision.patcher)
-    with torch.inference_mode():
-        cells = projections[1](clip_vision.model.vision_model.post_layernorm(prompt.after.to(device, dtype))).float().cpu()
+    cells = projections[1](clip_vision.model.vision_model.post_layernorm(prompt.after.to(clip_vision.load_device))).float().cpu()
     if cells.shape[2] != text.shape[1]:
         return None
     return torch.nn.functional.cosine_similarity(cells, text.float().cpu().view(1, 1, -1), dim=2)
