@@ -14,7 +14,7 @@ pytest.importorskip("accelerate")
 @pytest.fixture(scope="module")
 def measured(tiny_file, tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "measured.json"
-    (path.parent / "page.md").write_text("before\n<!-- tools/bench.py writes from here -->\nold\n<!-- to here -->\nafter\n")
+    (path.parent / "page.md").write_text("before\n<!-- tools/bench.py writes from here -->\na former run\n<!-- to here -->\nafter\n")
     command = [sys.executable, ROOT / "tools/bench.py", "--cpu", "--checkpoint", tiny_file, "--size", "64", "--rounds", "2", "--steps", "2",
                "--sizes", "72", "--batches", "2", "--stacks", "2", "--training-steps", "1", "--json", path,
                "--page", path.parent / "page.md", "--sections", "operations",
@@ -72,7 +72,7 @@ def test_a_composed_picture_says_so(measured):
 def test_the_tables_go_between_the_marks_of_a_page(measured):
     page = measured[2]
     assert page.startswith("before\n<!-- tools/bench.py writes from here -->\n") and page.endswith("\n<!-- to here -->\nafter\n")
-    assert "old" not in page and "- device: CPU only" in page and page.count("|---|---|---|---|---|") == len(measured[1]["sections"])
+    assert "a former run" not in page and "- device: CPU only" in page and page.count("|---|---|---|---|---|") == len(measured[1]["sections"])
 
 
 def test_stages_are_timed_with_and_without_the_cache(measured):
