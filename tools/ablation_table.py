@@ -17,12 +17,10 @@ SHOWN, PROBED = 8, 16  # samples on the sheet of seeds, batches of the probe
 
 def measure(arguments) -> None:
     """The table, SemInpainter's histogram, the seeds side by side and a report of pictures."""
-    import numpy as np
     import torch
     from cat_diffusion.cat_core.evaluation import measure as measuring
     from cat_diffusion.cat_core.evaluation import report
     from cat_diffusion.cat_core.evaluation.results import Results
-    from cat_diffusion.cat_core.training import plots
 
     work, manifest = arguments.work, test_manifest(arguments)
     tables, found, clip = [], {}, demo_clip(DEMO_MODEL)
@@ -45,9 +43,7 @@ def measure(arguments) -> None:
         facts = {"pictures": len(samples.records), "holes": hole, "networks": "the demo model's CLIP"}
         evaluate.write(work / "report" / hole / "index.html",
                        report.page(first, lines + cosines["lines"], notes + more, facts, cosines["histogram"], 0))
-        edges = np.array(cosines["histogram"]["edges"])
-        plots.histogram({kind: np.repeat((edges[1:] + edges[:-1]) / 2, counts).tolist()
-                         for kind, counts in cosines["histogram"]["counts"].items()}).save(work / f"histogram-{hole}.png")
+        fig_4a(cosines["histogram"]).save(work / f"histogram-{hole}.png")
         seeds_sheet(samples, folders).save(work / f"seeds-{hole}.png")
     found["prompts"] = probe(arguments)
     tables.append("Mean squared error of the noise that row 3 predicts for test scenes, by its visual prompt: " + ", ".join(
@@ -55,6 +51,16 @@ def measure(arguments) -> None:
     evaluate.write(work / "measured.json", json.dumps(found, indent=1) + "\n")
     evaluate.write(work / "table.md", "\n".join(tables))
     print("\n".join(tables))
+
+
+def fig_4a(histogram):
+    """The streamed counts as the picture that the graph's histogram is, bin for bin."""
+    import numpy as np
+    from cat_diffusion.cat_core.training import plots
+    edges = np.array(histogram["edges"])
+    values = {kind: np.repeat((edges[1:] + edges[:-1]) / 2, counts) for kind, counts in histogram["counts"].items()}
+    low = np.floor(10 * min(v.min() for v in values.values())) / 10  # where the plot begins
+    return plots.histogram({kind: v.tolist() for kind, v in values.items()}, round((1 - low) / (edges[1] - edges[0])))
 
 
 def demo_clip(path: Path):
