@@ -115,7 +115,8 @@ def demo(arguments, out: Path) -> int:
         if run.error:
             print(f"Failed in {run.error['node_type']}: {run.error['exception_message']}")
             return 1
-        made = Image.open(server.image_path(next(o for o in run.outputs.values() if "images" in o)["images"][0]))
+        saved = next(id for id, node in prompt.items() if node["class_type"] == "SaveImage")
+        made = Image.open(server.image_path(run.outputs[saved]["images"][0]))
         side_by_side(photo, mask, made).save(out)
     print()
     seconds |= {NODE_WORK.get(prompt[node]["class_type"], "other"): 0.0 for node in run.seconds}
