@@ -91,7 +91,8 @@ class Graph:
                 value = node.inputs.get(name)
                 values.append(options.get("default", "") if isinstance(value, tuple) else value)
                 values += ["fixed"] * bool(options.get("control_after_generate")) + ["image"] * bool(options.get("image_upload"))
-        outputs = [{"name": name, "type": type_, "links": []} for name, type_ in zip(info["output_name"], info["output"])]
+        given = [] if info["output_node"] and not node.kind.startswith("CAT") else info["output"]  # older hosts' savers have none
+        outputs = [{"name": name, "type": type_, "links": []} for name, type_ in zip(info["output_name"], given)]
         properties = {"Node name for S&R": node.kind, **(PACK if node.kind.startswith("CAT") else CORE)}
         models = [{"name": value, "url": HUGGING_FACE + MODELS[value][1], "directory": MODELS[value][0]}
                   for value in node.inputs.values() if isinstance(value, str) and value in MODELS]

@@ -134,6 +134,8 @@ class Canvas:
             self.page.goto(self.server.url)
             self.until("() => Boolean(window.LiteGraph?.registered_node_types.CATSemanticInpaint "
                        "&& window.app?.extensionManager?.workflow.activeWorkflow)", seconds=120)
+            self.page.wait_for_timeout(1000)
+            self.until("() => !document.querySelector('.p-blockui-mask')")  # what opens under it at start-up leaves it there for good
             self.locale = locale
 
     def _console(self, message):
