@@ -3,7 +3,6 @@
 import torch
 from comfy_api.latest import io
 
-from ..cat_core.features import VisualPrompt
 from . import builders, host
 from .wires import CATEGORY, CatModelWire, VisualPromptWire
 

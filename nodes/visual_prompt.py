@@ -1,5 +1,7 @@
 """From a picture with a hole, or a reference picture, to the visual prompt."""
 
+from dataclasses import replace
+
 import torch
 from comfy_api.latest import io, ui
 
@@ -41,7 +43,8 @@ class CATSemanticInpaint(io.ComfyNode):
     def execute(cls, cat_model, clip_vision, clip, image, mask, text, previous=None) -> io.NodeOutput:
         prompt = predict(cat_model, clip_vision, clip, image, mask, text, previous)
         cells = [row.to(torch.uint8).numpy().astype(str) for row in prompt.patch_mask.flatten(1)]
-        picture = draw(prompt, clip, clip_vision)
+        some = {name: getattr(prompt, name)[:host.BATCH] for name in ("tokens", "before", "after", "patch_mask", "picture")}
+        picture = draw(replace(prompt, **some), clip, clip_vision)  # of a long batch the first: here the picture is a by-product
         return io.NodeOutput(prompt, ui=ui.PreviewImage(picture).as_dict() | {"cat_cells": ["".join(row) for row in cells]})
 
 
@@ -105,7 +108,8 @@ class CATVisualPromptPreview(io.ComfyNode):
         return io.NodeOutput(picture, ui=ui.PreviewImage(picture))
 
 
-def predict(cat_model, clip_vision, clip, image, mask, text: str, previous: features.VisualPrompt | None = None) -> features.VisualPrompt:
+def predict(cat_model, clip_vision, clip, image, mask, text: str,
+            previous: features.VisualPrompt | None = None) -> features.VisualPrompt:
     """SemInpainter on the host's IMAGE and MASK.
 
     With `previous`, CLIP sees neither hole, and in the earlier one the features are those that were predicted there.

@@ -128,6 +128,15 @@ def test_similarity_to_the_text(demo, predict, picture, host, models):
     assert host.text_similarity(models.clip, models.clip_vision, predict(*picture)) is None
 
 
+def test_of_a_long_batch_the_first_pictures_are_drawn(models, picture, host, monkeypatch):
+    from cat_diffusion.nodes.visual_prompt import CATSemanticInpaint
+
+    monkeypatch.setattr(host, "BATCH", 2)
+    masks = picture[1].repeat(3, 1, 1)
+    output = CATSemanticInpaint.execute(models.cat_model, models.clip_vision, models.clip, picture[0], masks, "spoon")
+    assert len(output.args[0].tokens) == len(output.ui["cat_cells"]) == 3 and len(output.ui["images"]) == 2
+
+
 def test_the_node_sends_its_cells_and_a_picture(models, picture):
     from cat_diffusion.nodes.visual_prompt import CATSemanticInpaint
 
