@@ -29,6 +29,14 @@ DROP = """([name, text]) => {
 }"""
 
 
+READY = "() => !app.extensionManager.spinner && !document.querySelector('.p-blockui-mask')"  # nothing loads
+CALM = """document.addEventListener("DOMContentLoaded", () => {
+    const style = document.createElement("style");  // the overlay of a loading page would stay if it came again while it fades out
+    style.textContent = ".p-blockui-mask {animation: none !important}";
+    document.head.append(style);
+})"""
+
+
 @pytest.fixture(scope="session")
 def chromium():
     """Path of Chromium, installed first where apt can. In CI a failed installation is an error, elsewhere the tests are skipped."""
@@ -103,6 +111,7 @@ def page(server, chromium, screenshots):
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)  # with a fresh user folder
         tab = browser.new_page(viewport={"width": 1600, "height": 1000})
+        tab.add_init_script(CALM)
         tab.set_default_timeout(90_000)  # a machine may be busy; what does not come at all is found out all the same
         yield Canvas(tab, server, screenshots)
         browser.close()
@@ -135,7 +144,7 @@ class Canvas:
             self.until("() => Boolean(window.LiteGraph?.registered_node_types.CATSemanticInpaint "
                        "&& window.app?.extensionManager?.workflow.activeWorkflow)", seconds=120)
             self.page.wait_for_timeout(1000)
-            self.until("() => !document.querySelector('.p-blockui-mask')")  # what opens under it at start-up leaves it there for good
+            self.until(READY)
             self.locale = locale
 
     def _console(self, message):
@@ -170,9 +179,11 @@ class Canvas:
         """Drop a workflow file onto the canvas."""
         self.drops += 1  # a name of its own, to tell the new tab from older ones
         name = f"{Path(name).stem}-{self.drops}"
+        self.until(READY)
         self.run(DROP, [f"{name}.json", json.dumps(workflow)])
         self.until("([name, count]) => app.extensionManager.workflow.activeWorkflow?.filename === name "
                    "&& app.graph.nodes.length === count", [name, len(workflow["nodes"])])
+        self.until(READY)
 
     def build(self, nodes, links):
         """A graph from {name: (class, {widget: value})} and [(from, output, to, input)]; it is {name: node} in window.nodes."""
