@@ -10,6 +10,7 @@ from cat_core.config import Architecture, ArchitectureError, RefAdapterConfig, S
 from cat_core.models.ref_adapter import FoldedBlock, RefAdapter, RefAdapterBlock
 from cat_core.models.sem_inpainter import SemInpainter
 from paths import GOLDENS
+from safetensors.torch import load_file
 
 TINY = SemInpainterConfig(32, 64, 2, 4, 16, 24, 48, 64, 64)
 BLOCKS = RefAdapterConfig(32, 4, (("input_blocks.1.1.transformer_blocks.0", 40), ("middle_block.1.transformer_blocks.0", 80)))
@@ -36,6 +37,24 @@ def test_full_size_has_every_official_key_shape_and_parameter():
         assert found == {key: list(value.shape) for key, value in parts[part].items()}
     assert {part: sum(p.numel() for p in module.parameters()) for part, module in modules.items()} == \
         {"sem_inpainter": 324_872_192, "ref_adapter": 50_377_280}
+
+
+@pytest.mark.parametrize("dtype, stored, computed", [(torch.float16, 1e-3, 4e-3), (torch.bfloat16, 1e-2, 4e-2)])
+def test_half_precision_stays_near_the_goldens(dtype, stored, computed):
+    """Of the largest value: weights in half precision computed in fp32, as the nodes do, and all of it in half precision."""
+    heads = json.loads((GOLDENS / "index.json").read_text())["tiny_fusion"]["num_attention_heads"]
+    tensors = weights.sort_keys(load_file(GOLDENS / "fusion_tiny.safetensors"))[0]["sem_inpainter"]
+    model = SemInpainter(SemInpainterConfig.from_tensors(tensors, heads)).requires_grad_(False).eval()
+    cases = load_file(GOLDENS / "fusion_cases.safetensors")
+    for case in {key.split(".")[0] for key in cases}:
+        inputs = [cases[f"{case}.{key}"] for key in ("clip_x", "global_clip_x", "prompt_pool", "mask16")]
+        inputs = inputs[0][:, 1:], inputs[1][:, 0], inputs[2][:, 0], inputs[3]
+        golden = cases[f"{case}.out.spatial_raw"]
+        for compute, bound in ((torch.float32, stored), (dtype, computed)):
+            model.float().load_state_dict({key: value.to(dtype).float() for key, value in tensors.items()})
+            error = (model.to(compute)(*(t.to(compute) for t in inputs)).patches.float() - golden).abs().max() / golden.abs().max()
+            print(f"{case}, weights {dtype}, computed in {compute}: {error:.1e}")
+            assert 0 < error <= bound
 
 
 def test_a_zero_visual_prompt_adds_exactly_the_bias():
