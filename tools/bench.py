@@ -22,15 +22,19 @@ from bench_rows import page
 SECTIONS = {
     "operations": "multiplications of a step and of SemInpainter, counted",
     "step": "a step of the sampler: plain, RefAdapter as in the official code, RefAdapter as shipped",
-    "adapter": "the RefAdapters of a step alone",
+    "adapter": "the RefAdapters of a step alone, and the memory bandwidth they need",
     "image": "a whole picture, from photo and mask to pixels",
     "sem-inpainter": "what happens once a picture: CLIP, SemInpainter, folding",
     "growth": "a step at other sizes, batches, adapters and prompts",
     "compile": "a step with torch.compile",
     "kernels": "GPU kernels of a step",
+    "profile": "the RefAdapters of a step by operator, from the official form to the shipped one",
     "loading": "a full checkpoint, in fresh processes",
     "training": "a step of one picture in the first two training stages, fp32, recomputing activations, with and without a cache",
 }
+
+# glibc: keep what is freed. Else it goes back to the system or not by luck, and a step on a CPU took 8 % longer.
+STEADY_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -44,8 +48,9 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=50, help="steps of the whole picture; with fewer, 50 are composed from the parts")
     parser.add_argument("--images", type=int, default=1, help="whole pictures of each form")
     parser.add_argument("--sizes", type=int, nargs="*", default=[512, 768, 1024, 1536], help="growth: sides in pixels")
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 4, 16], help="growth: pictures at once, at --size")
-    parser.add_argument("--stacks", type=int, nargs="*", default=[1, 2, 4], help="growth: adapters on one model, at --size")
+    parser.add_argument("--growth-size", type=int, default=256, help="growth: side of the picture where something else grows")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 4, 16], help="growth: pictures at once")
+    parser.add_argument("--stacks", type=int, nargs="*", default=[1, 2, 4], help="growth: adapters on one model")
     parser.add_argument("--training-steps", type=int, default=4, help="timed steps of each training run, after one that is not")
     parser.add_argument("--json", type=Path, help="also write every single value to this file")
     parser.add_argument("--page", type=Path, help="also write the tables into this Markdown file, between its marks")
@@ -59,6 +64,7 @@ def main() -> int:
     parser = command_line()
     arguments = parser.parse_args()
     if inside.COMFYUI not in os.environ:
+        os.environ.update(STEADY_MEMORY)
         try:
             host = hosts.chosen_host(arguments.comfyui, arguments.python, inside.ROOT / "requirements-train.txt")
         except hosts.SetupError as error:
@@ -129,7 +135,9 @@ def machine(cpu: bool) -> dict[str, str]:
     device = "CPU only" if cpu else torch.cuda.get_device_name()
     return {"device": device, "processor": f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
             "software": f"ComfyUI {__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}",
-            "attention": comfy.ldm.modules.attention.optimized_attention.__name__, "load average at the start": load()}
+            "attention": comfy.ldm.modules.attention.optimized_attention.__name__,
+            "memory": "glibc keeps what is freed" if STEADY_MEMORY.items() <= os.environ.items() else "the system's allocator, unchanged",
+            "load average at the start": load()}
 
 
 def load() -> str:

@@ -48,7 +48,9 @@ def loading(arguments):
 
 
 def _in_a_process(command: list, cpu: bool) -> dict:
-    run = subprocess.run([sys.executable, __file__, *map(str, command), *(["--cpu"] if cpu else [])], capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}  # as users have it
+    run = subprocess.run([sys.executable, __file__, *map(str, command), *(["--cpu"] if cpu else [])], capture_output=True, text=True,
+                         env=environment)
     if run.returncode:
         sys.exit(run.stderr)
     return json.loads(run.stdout.splitlines()[-1])

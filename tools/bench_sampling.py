@@ -10,7 +10,6 @@ import comfy.sample
 import comfy.samplers
 import comfy.utils
 import inside
-import nodes  # the host's
 import numpy as np
 import torch
 from bench_rows import Row, rows_in_turn
@@ -18,25 +17,42 @@ from cat_diffusion.nodes import builders, host
 from cat_diffusion.nodes.conditioning import CATInpaintConditioning
 from cat_diffusion.nodes.ref_adapter import CATApplyRefAdapter
 from cat_diffusion.nodes.visual_prompt import CATEncodeVisualPrompt, CATSemanticInpaint
+from comfy.k_diffusion import sampling as k_diffusion
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 PLAIN, OFFICIAL, SHIPPED = "plain SD inpainting", "CAT, RefAdapter as in the official code", "CAT as shipped"
+ONCE, SKIPPED = "the same, keys and values computed once", "and no attention for unconditional rows"
 CFG, TEXT, PAPER_STEPS = 7.5, "spoon", 50
 
 
 class OfficialPatch:
-    """RefAdapter without shortcuts: keys and values in every call, attention for both kinds of rows."""
+    """RefAdapter without shortcuts: keys and values in every call, attention for both kinds of rows.
 
-    def __init__(self, adapter, tokens: torch.Tensor):
-        self.adapter, self.tokens = adapter, tokens
+    `once` keeps keys and values, `skip` keeps unconditional rows out of the attention: what shipped code did before it folded.
+    """
+
+    def __init__(self, adapter, tokens: torch.Tensor, once: bool = False, skip: bool = False):
+        self.adapter, self.tokens, self.once, self.skip, self.kept = adapter, tokens, once, skip, {}
 
     def __call__(self, x, extra_options):
-        conds = extra_options["cond_or_uncond"]
-        tokens = self.tokens.to(x).expand(len(x) // len(conds), -1, -1)
-        prompts = torch.cat([tokens if cond == 0 else torch.zeros_like(tokens) for cond in conds])
-        return x + self.adapter.model.block(host.block_name(extra_options))(x, prompts)
+        conds, name = extra_options["cond_or_uncond"], host.block_name(extra_options)
+        block, rows = self.adapter.model.block(name), x.unflatten(0, (len(conds), -1))
+        looking = [i for i, cond in enumerate(conds) if cond == 0 or not self.skip]
+        if not self.once or name not in self.kept:
+            tokens = self.tokens.to(x).expand(rows.shape[1], -1, -1)
+            prompts = torch.cat([tokens if conds[i] == 0 else torch.zeros_like(tokens) for i in looking])
+            if not self.once:
+                return x + block(x, prompts)
+            self.kept[name] = block.attn3.to_k(prompts), block.attn3.to_v(prompts)
+        attn = block.attn3
+        q = attn.to_q(block.norm4(rows[looking].flatten(0, 1)))
+        added = attn.to_out[0](attn.attention(q, *self.kept[name], attn.heads))
+        if not self.skip:
+            return x + added
+        added, bias = iter(added.unflatten(0, (-1, rows.shape[1]))), attn.to_out[0].bias.to(x)
+        return torch.cat([row + (next(added) if i in looking else bias) for i, row in enumerate(rows)])
 
     def models(self):
         return [self.adapter]
@@ -69,10 +85,10 @@ class Bench:
         """The model with RefAdapter as shipped."""
         return CATApplyRefAdapter.execute(model or self.model, self.cat_model, prompt or self.prompt, 1.0, 0.0, 1.0).args[0]
 
-    def official(self):
+    def official(self, **shortcuts):
         """The model with RefAdapter as in the official code."""
         model = self.model.clone()
-        model.set_model_patch(OfficialPatch(self.cat_model.ref_adapter, self.prompt.tokens), "middle_patch")
+        model.set_model_patch(OfficialPatch(self.cat_model.ref_adapter, self.prompt.tokens, **shortcuts), "middle_patch")
         return model
 
     def forms(self) -> dict:
@@ -87,7 +103,6 @@ class Bench:
 
     def call(self, model, size: int, batch: int = 1, inner=None) -> float:
         """Seconds of one step's work, both rows of CFG, inside the host's sampling; `inner` stands in for the timing."""
-        positive, negative, latent = self.conditioned(size, batch)
         seconds = []
 
         def sampler(model, x, sigmas, extra_args=None, callback=None, disable=None):
@@ -105,11 +120,41 @@ class Bench:
                 seconds.append(time.perf_counter() - start)
             return x
 
-        noise = comfy.sample.prepare_noise(latent["samples"], 0)
-        sigmas = host.trained_sigmas(self.model)[[500, 0]]
-        comfy.sample.sample_custom(model, noise, CFG, comfy.samplers.KSAMPLER(sampler), sigmas, positive, negative,
-                                   latent["samples"], disable_pbar=True)
+        self.sample(model, sampler, host.trained_sigmas(self.model)[[500, 0]], size, batch)
         return min(seconds[1:] or seconds) if seconds else 0.0
+
+    def sample(self, model, sampler, sigmas, size: int, batch: int = 1) -> torch.Tensor:
+        """The host's sampling with a k-diffusion sampler function."""
+        positive, negative, latent = self.conditioned(size, batch)
+        noise = comfy.sample.prepare_noise(latent["samples"], 0)
+        return comfy.sample.sample_custom(model, noise, CFG, comfy.samplers.KSAMPLER(sampler), sigmas, positive, negative,
+                                          latent["samples"], disable_pbar=True, seed=0)
+
+    def draw(self, models: dict, size: int, steps: int) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
+        """Seconds of each step, and the latent, of a picture by each model. They take turns, step by step: each sampling starts
+        the next one inside it, and the innermost makes one Euler step (the host's ddim) of each."""
+        sigmas = comfy.samplers.calculate_sigmas(self.model.get_model_object("model_sampling"), "ddim_uniform", steps)
+        running, seconds, latents = {}, {name: [] for name in models}, {}
+
+        def start(names):
+            if not names:
+                for i in range(steps):
+                    for name in list(models)[::1 if i % 2 == 0 else -1]:
+                        model, x, extra_args = running[name]
+                        took, running[name][1] = self.timed(lambda: k_diffusion.sample_euler(
+                            model, x, sigmas[i:i + 2].to(x.device), extra_args=extra_args, disable=True))
+                        seconds[name].append(took)
+                return
+
+            def sampler(model, x, sigmas, extra_args=None, callback=None, disable=None):
+                running[names[0]] = [model, x, extra_args]
+                start(names[1:])
+                return running[names[0]][1]
+
+            latents[names[0]] = self.sample(models[names[0]], sampler, sigmas, size)
+
+        start(list(models))
+        return seconds, latents
 
     def wait(self):
         """Until the GPU has done everything."""
@@ -152,7 +197,7 @@ def release() -> None:
 def section(name: str, arguments):
     """The rows of a section by name."""
     measure = {"operations": operations, "step": step, "adapter": adapter, "image": image, "sem-inpainter": sem_inpainter,
-               "growth": growth, "compile": compiled, "kernels": kernels}[name]
+               "growth": growth, "compile": compiled, "kernels": kernels, "profile": profile_}[name]
     comfy.utils.PROGRESS_BAR_ENABLED = False
     with torch.inference_mode():
         yield from measure(_bench(arguments.checkpoint, arguments.size, arguments.rounds, arguments.cpu), arguments)
@@ -205,7 +250,22 @@ def step(bench: Bench, arguments):
 
 
 def adapter(bench: Bench, arguments):
-    """The adapters of one step, called with the shapes that the U-Net calls them with."""
+    """The adapters of one step, called with the shapes that the U-Net calls them with; what they must read and write at least."""
+    calls, patches = adapter_calls(bench, arguments.size)
+    seconds = bench.in_turn({name: lambda patch=patch: bench.timed(lambda: [patch(*call) for call in calls])[0]
+                             for name, patch in patches.items()}, 3 * bench.rounds)
+    yield from rows_in_turn(seconds, OFFICIAL)
+    large = torch.empty(2**28, dtype=torch.uint8, device=calls[0][0].device)
+    copying = bench.in_turn({"copy": lambda: bench.timed(large.clone)[0]})["copy"]
+    least = patches[SHIPPED].folded.model_size() + sum(2 * x.nbytes for x, _ in calls)
+    ceiling = 2 * large.nbytes / min(copying)
+    yield Row("memory bandwidth, copying 268 MB", "GB/s", [2 * large.nbytes / s / 1e9 for s in copying])
+    yield Row("memory bandwidth, CAT as shipped at least", "GB/s", [least / s / 1e9 for s in seconds[SHIPPED]],
+              [least / s / ceiling for s in seconds[SHIPPED]], "of copying")
+
+
+def adapter_calls(bench: Bench, size: int):
+    """Arguments of a step's calls of the patches, and the patches by form."""
     calls = []
 
     def record(x, extra_options):
@@ -214,47 +274,43 @@ def adapter(bench: Bench, arguments):
 
     model = bench.model.clone()
     model.set_model_patch(record, "middle_patch")
-    bench.call(model, arguments.size)
-    forms = {OFFICIAL: bench.official(), SHIPPED: bench.apply()}
+    bench.call(model, size)
+    forms = {OFFICIAL: bench.official(), ONCE: bench.official(once=True), SKIPPED: bench.official(once=True, skip=True),
+             SHIPPED: bench.apply()}
     comfy.model_management.load_models_gpu([patcher for model in forms.values() for patcher in model.model_patches_models()])
     calls = calls[-len(bench.cat_model.architecture.ref_adapter.blocks):]
-    patches = {name: model.model_options["transformer_options"]["patches"]["middle_patch"][0] for name, model in forms.items()}
-    seconds = bench.in_turn({name: lambda patch=patch: bench.timed(lambda: [patch(*call) for call in calls])[0]
-                             for name, patch in patches.items()}, 3 * bench.rounds)
-    yield from rows_in_turn(seconds, OFFICIAL)
+    return calls, {name: model.model_options["transformer_options"]["patches"]["middle_patch"][0] for name, model in forms.items()}
 
 
 def image(bench: Bench, arguments):
-    """Whole pictures, in turn: what both forms share, what CAT adds once, the sampling."""
-    parts = {name: {"shared": [], "once": [], "sampling": []} for name in (PLAIN, SHIPPED)}
-
-    def draw(name, steps):
-        picture = bench.picture(arguments.size)
+    """Whole pictures: what both forms share, what CAT adds once, the sampling, whose steps the forms take in turn."""
+    parts = {name: [] for name in ("shared", "once", PLAIN, SHIPPED)}
+    ratios, picture = [], bench.picture(arguments.size)
+    bench.draw({PLAIN: bench.model, SHIPPED: bench.apply(bench.see(*picture))}, arguments.size, 1)  # warms up
+    for _ in range(arguments.images):
         bench.conditioned.cache_clear()
-        encode, conditioned = bench.timed(lambda: bench.conditioned(arguments.size))
-        once, model = bench.timed(lambda: bench.apply(bench.see(*picture))) if name == SHIPPED else (0.0, bench.model)
-        sampling, latent = bench.timed(lambda: nodes.common_ksampler(
-            model, 0, steps, CFG, "ddim", "ddim_uniform", *conditioned)[0]["samples"])
-        decode, _ = bench.timed(lambda: bench.vae.decode(latent))
-        return {"shared": encode + decode, "once": once, "sampling": sampling}
+        encode, _ = bench.timed(lambda: bench.conditioned(arguments.size))
+        once, model = bench.timed(lambda: bench.apply(bench.see(*picture)))
+        seconds, latents = bench.draw({PLAIN: bench.model, SHIPPED: model}, arguments.size, arguments.steps)
+        decode, _ = bench.timed(lambda: bench.vae.decode(latents[SHIPPED]))
+        ratios += [b / a for a, b in zip(seconds[PLAIN], seconds[SHIPPED])]
+        for name, value in {"shared": encode + decode, "once": once, **{form: sum(seconds[form]) for form in seconds}}.items():
+            parts[name].append(value)
 
-    for name in parts:
-        draw(name, 1)  # warms up
-    for i in range(arguments.images):
-        for name in (PLAIN, SHIPPED) if i % 2 == 0 else (SHIPPED, PLAIN):
-            for part, seconds in draw(name, arguments.steps).items():
-                parts[name][part].append(seconds)
-
-    def total(name, factor=1.0):
-        return [a + b + factor * c for a, b, c in zip(*parts[name].values())]
+    def totals(factor=1.0):
+        plain = [a + factor * b for a, b in zip(parts["shared"], parts[PLAIN])]
+        shipped = [a + b + factor * c for a, b, c in zip(parts["shared"], parts["once"], parts[SHIPPED])]
+        return {PLAIN: plain, SHIPPED: shipped}
 
     steps = f"{arguments.steps} steps"
-    yield from rows_in_turn({f"{steps}, {name}": total(name) for name in parts}, f"{steps}, {PLAIN}")
-    yield Row("of that once: CLIP, SemInpainter, folding", "s", parts[SHIPPED]["once"])
-    yield Row("of that shared: CLIP text, VAE", "s", parts[PLAIN]["shared"] + parts[SHIPPED]["shared"])
+    yield from rows_in_turn({f"{steps}, {name}": values for name, values in totals().items()}, f"{steps}, {PLAIN}")
+    yield Row("of that shared: CLIP text, VAE", "s", parts["shared"], note="measured once for both forms")
+    yield Row("of that once: CLIP, SemInpainter, folding", "s", parts["once"])
+    yield from rows_in_turn({f"of that the steps, {name}": parts[name] for name in (PLAIN, SHIPPED)}, f"of that the steps, {PLAIN}")
+    yield Row("each step over the plain one beside it", "x", ratios)
     if arguments.steps != PAPER_STEPS:
         factor, more = PAPER_STEPS / arguments.steps, f"{PAPER_STEPS} steps"
-        for row in rows_in_turn({f"{more}, {name}": total(name, factor) for name in parts}, f"{more}, {PLAIN}"):
+        for row in rows_in_turn({f"{more}, {name}": values for name, values in totals(factor).items()}, f"{more}, {PLAIN}"):
             row.note = f"composed: sampling of {steps} times {factor:g}"
             yield row
 
@@ -277,12 +333,12 @@ def sem_inpainter(bench: Bench, arguments):
 
 def growth(bench: Bench, arguments):
     """The shipped form over the plain one where one thing grows; beside it the multiplications."""
-    size = arguments.size
+    size = arguments.growth_size
     cases = [(f"{side} x {side}", bench.apply, side, 1) for side in arguments.sizes]
-    cases += [(f"batch of {batch}, one prompt", bench.apply, size, batch) for batch in arguments.batches]
-    cases += [(f"batch of {batch}, a prompt each", lambda batch=batch: bench.apply(bench.see(*bench.picture(size, batch))), size, batch)
+    cases += [(f"{size} x {size}, batch of {batch}, one prompt", bench.apply, size, batch) for batch in arguments.batches]
+    cases += [(f"{size} x {size}, batch of {batch}, a prompt each", lambda batch=batch: bench.apply(bench.see(*bench.picture(size, batch))), size, batch)
               for batch in arguments.batches if batch > 1]
-    cases += [(f"{stack} adapters on each other", lambda stack=stack: functools.reduce(
+    cases += [(f"{size} x {size}, {stack} adapters on each other", lambda stack=stack: functools.reduce(
         lambda model, _: bench.apply(model=model), range(stack), bench.model), size, 1) for stack in arguments.stacks]
     for what, build, side, batch in cases:
         model = build()
@@ -335,3 +391,25 @@ def kernels(bench: Bench, arguments):
         count, seconds = found[name]
         yield Row(f"{what}, {name}", "launches", [float(count)], [count / found[PLAIN][0]] if name != PLAIN else [])
         yield Row(f"time in {what}, {name}", "s", [seconds], [seconds / found[PLAIN][1]] if name != PLAIN else [])
+
+
+def profile_(bench: Bench, arguments):
+    """Where the time of the adapters of one step goes, by operator (on a GPU by kernel)."""
+    from torch.profiler import ProfilerActivity, profile
+
+    calls, patches = adapter_calls(bench, arguments.size)
+    for name, patch in patches.items():
+        for call in calls:
+            patch(*call)  # warms up
+        bench.wait()
+        with profile(activities=[ProfilerActivity.CUDA if bench.cuda else ProfilerActivity.CPU]) as profiler:
+            for call in calls:
+                patch(*call)
+            bench.wait()
+        found = {event.key: (event.self_device_time_total if bench.cuda else event.self_cpu_time_total, event.count)
+                 for event in profiler.key_averages()}
+        total = sum(time_ for time_, _ in found.values())
+        yield Row(name, "ms", [total / 1000])
+        for key, (time_, count) in sorted(found.items(), key=lambda item: -item[1][0]):
+            if time_ >= 0.03 * total:
+                yield Row(f"  {key[:60]}", "ms", [time_ / 1000], note=f"{count} calls, {time_ / total:.0%}")

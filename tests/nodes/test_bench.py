@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from paths import ROOT
 
 pytest.importorskip("accelerate")
@@ -18,7 +19,7 @@ def measured(tiny_file, tmp_path_factory):
     command = [sys.executable, ROOT / "tools/bench.py", "--cpu", "--checkpoint", tiny_file, "--size", "64", "--rounds", "2", "--steps", "2",
                "--sizes", "72", "--batches", "2", "--stacks", "2", "--training-steps", "1", "--json", path,
                "--page", path.parent / "page.md", "--sections", "operations",
-               "step", "adapter", "image", "sem-inpainter", "growth", "kernels", "loading", "training"]
+               "step", "adapter", "image", "sem-inpainter", "growth", "kernels", "profile", "loading", "training"]
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-3000:]
     return run.stdout, json.loads(path.read_text()), (path.parent / "page.md").read_text()
@@ -67,6 +68,22 @@ def test_a_composed_picture_says_so(measured):
     composed = [row for name, row in image.items() if name.startswith("50 steps")]
     assert len(composed) == 2 and all("composed: sampling of 2 steps times 25" in row["note"] for row in composed)
     assert not any("composed" in row["note"] for name, row in image.items() if name.startswith("2 steps"))
+
+
+def test_pictures_drawn_in_turn_are_those_of_the_host_s_sampler_and_all_forms_agree(tiny_file):
+    import bench_sampling
+    import nodes
+    with torch.inference_mode():
+        bench = bench_sampling.Bench(tiny_file, 64, 1, True)
+        forms = {"plain": bench.model, "shipped": bench.apply(), "official": bench.official(), "once": bench.official(once=True),
+                 "skipped": bench.official(once=True, skip=True)}
+        seconds, latents = bench.draw(forms, 64, 3)
+        for name, model in forms.items():
+            alone = nodes.common_ksampler(model, 0, 3, bench_sampling.CFG, "ddim", "ddim_uniform", *bench.conditioned(64))
+            assert torch.equal(latents[name], alone[0]["samples"]) and len(seconds[name]) == 3
+    difference = (latents["plain"] - latents["official"]).abs().max()
+    for name in ("shipped", "once", "skipped"):
+        assert (latents[name] - latents["official"]).abs().max() <= 1e-4 * difference
 
 
 def test_the_tables_go_between_the_marks_of_a_page(measured):
