@@ -9,14 +9,12 @@ nothing. Writes table.md, measured.json, report/, histogram.png and seeds.png in
 
 import argparse
 import json
-import os
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import evaluate_demo
-import host as hosts
 import inside
 import train_demo
 
@@ -52,20 +50,16 @@ def main() -> int:
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     arguments = parser.parse_args()
-    if inside.COMFYUI not in os.environ:
-        try:
-            host = hosts.prepare_host()
-            for extras in ("train", "evaluate"):
-                hosts.require(host, inside.ROOT / f"requirements-{extras}.txt")
-        except hosts.SetupError as error:
-            parser.error(str(error))
-        return inside.rerun(host, __file__, sys.argv[1:])
+    inside.ensure_host(parser, arguments, __file__, "train", "evaluate")
     import torch
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     arguments.cpu = arguments.cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     inside.load_pack(arguments.cpu)
+    from cat_diffusion.cat_core.evaluation.metrics import EvaluationError
     from cat_diffusion.cat_core.training.loop import TrainingError
+    from cat_diffusion.cat_core.training.manifest import ManifestError
+    from cat_diffusion.cat_core.weights import WeightsError
     try:
         if "train" in arguments.only:
             train(arguments)
@@ -77,7 +71,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nStopped. The same command continues.")
         return 130
-    except TrainingError as error:
+    except (TrainingError, EvaluationError, ManifestError, WeightsError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
     return 0

@@ -55,8 +55,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, help="also write every single value to this file")
     parser.add_argument("--page", type=Path, help="also write the tables into this Markdown file, between its marks")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
-    parser.add_argument("--comfyui", help="an existing ComfyUI folder; installed into the cache if not given")
-    parser.add_argument("--python", help="the Python that runs that ComfyUI")
+    inside.add_host_options(parser)
     return parser
 
 
@@ -65,11 +64,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if inside.COMFYUI not in os.environ:
         os.environ.update(STEADY_MEMORY)
-        try:
-            host = hosts.chosen_host(arguments.comfyui, arguments.python, inside.ROOT / "requirements-train.txt")
-        except hosts.SetupError as error:
-            parser.error(str(error))
-        return inside.rerun(host, __file__, sys.argv[1:])
+    inside.ensure_host(parser, arguments, __file__, "train")
     if arguments.checkpoint and not arguments.checkpoint.is_file():
         parser.error(f"{arguments.checkpoint} does not exist")
     if arguments.page:

@@ -29,8 +29,7 @@ NODE_WORK = {"CATLoadCheckpoint": "load checkpoint", "CATSemanticInpaint": "CLIP
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--comfyui", help="an existing ComfyUI folder; installed into the cache if not given")
-    parser.add_argument("--python", help="the Python that runs that ComfyUI")
+    inside.add_host_options(parser)
     parser.add_argument("--label", help='what to draw, such as "red star" (default: what the scene has there)')
     parser.add_argument("--scene", type=int, default=10, help="number of the test scene, 0 to 99999")
     parser.add_argument("--hole", choices=("box", "exact"), default="box", help="the object's box or its exact outline")

@@ -19,7 +19,6 @@ import sys
 import time
 from pathlib import Path
 
-import host as hosts
 import inside
 
 DEMO_MODEL = inside.ROOT / "models/cat_demo_model.safetensors"
@@ -54,20 +53,14 @@ def command_line() -> argparse.ArgumentParser:
                         help="write index.html: table, curves, best, worst and random pictures")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
-    parser.add_argument("--comfyui", help="an existing ComfyUI folder; installed into the cache if not given")
-    parser.add_argument("--python", help="the Python that runs that ComfyUI")
+    inside.add_host_options(parser)
     return parser
 
 
 def main() -> int:
     parser = command_line()
     arguments = parser.parse_args()
-    if inside.COMFYUI not in os.environ:
-        try:
-            host = hosts.chosen_host(arguments.comfyui, arguments.python, inside.ROOT / "requirements-evaluate.txt")
-        except hosts.SetupError as error:
-            parser.error(str(error))
-        return inside.rerun(host, __file__, sys.argv[1:])
+    inside.ensure_host(parser, arguments, __file__, "evaluate")
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when open_clip's and ComfyUI's libraries are imported
     import torch
     if arguments.threads:

@@ -8,8 +8,6 @@ The judge (scene_classifier.py) is trained on first use, on scenes of its own, a
 import argparse
 import json
 import math
-import os
-import sys
 import time
 from pathlib import Path
 
@@ -33,12 +31,7 @@ def main() -> int:
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="write a contact sheet of the first 32 holes")
     parser.add_argument("--json", type=Path, metavar="FILE.json", help="write the rates")
     arguments = parser.parse_args()
-    if inside.COMFYUI not in os.environ:
-        try:
-            host = hosts.prepare_host()
-        except hosts.SetupError as error:
-            parser.error(str(error))
-        return inside.rerun(host, __file__, sys.argv[1:])
+    inside.ensure_host(parser, arguments, __file__)
     import torch
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

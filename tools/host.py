@@ -85,13 +85,13 @@ def require(host: Host, requirements: Path) -> None:
             done.touch()
 
 
-def chosen_host(path: str | None, python: str | None, requirements: Path | None = None) -> Host:
+def chosen_host(path: str | None, python: str | None, *requirements: Path) -> Host:
     """The user's own ComfyUI at `path`, into which nothing is installed; without a path the cache's, with `requirements`."""
     if path:
         return existing_host(path, python)
     host = prepare_host()
-    if requirements:
-        require(host, requirements)
+    for file in requirements:
+        require(host, file)
     return host
 
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import host as hosts
+
 ROOT = Path(__file__).resolve().parents[1]
 COMFYUI = "CAT_DIFFUSION_COMFYUI"  # environment variable: the host's folder, set for the process inside
 
@@ -17,6 +19,27 @@ def rerun(host, script: str, arguments: list[str]) -> int:
     if os.name != "nt":
         os.execve(command[0], command, environment)  # signals then reach the one process there is
     return subprocess.run(command, env=environment).returncode
+
+
+def add_host_options(parser) -> None:
+    """--comfyui and --python, for tools that run in a user's own ComfyUI."""
+    parser.add_argument("--comfyui", help="an existing ComfyUI folder; installed into the cache if not given")
+    parser.add_argument("--python", help="the Python that runs that ComfyUI")
+
+
+def ensure_host(parser, arguments, script: str, *extras: str) -> None:
+    """Return only in a ComfyUI's Python; elsewhere run `script` again in there, then exit as it did.
+
+    That is the ComfyUI of --comfyui, else the cache's, installed first if need be with each `requirements-<extra>.txt`.
+    """
+    if COMFYUI in os.environ:
+        return
+    requirements = [ROOT / f"requirements-{extra}.txt" for extra in extras]
+    try:
+        host = hosts.chosen_host(getattr(arguments, "comfyui", None), getattr(arguments, "python", None), *requirements)
+    except hosts.SetupError as error:
+        parser.error(str(error))
+    sys.exit(rerun(host, script, sys.argv[1:]))
 
 
 def interruptible(main) -> None:

@@ -10,14 +10,12 @@ font with Chinese characters.
 import argparse
 import asyncio
 import json
-import os
 import shutil
 import sys
 import tempfile
 from io import BytesIO
 from pathlib import Path
 
-import host as hosts
 import inside
 
 DOCS = inside.ROOT / "web/docs"
@@ -166,14 +164,9 @@ def save(png: bytes, target: Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--node", nargs="+", metavar="NODE_ID", help="only these nodes")
-    parser.add_argument("--comfyui", help="use this ComfyUI instead of the cache's")
-    parser.add_argument("--python", help="that ComfyUI's Python, if it is not found beside it")
+    inside.add_host_options(parser)
     arguments = parser.parse_args()
-    if inside.COMFYUI not in os.environ:
-        try:
-            return inside.rerun(hosts.chosen_host(arguments.comfyui, arguments.python), __file__, sys.argv[1:])
-        except hosts.SetupError as error:
-            parser.error(str(error))
+    inside.ensure_host(parser, arguments, __file__)
     try:
         import playwright.async_api  # noqa: F401
     except ImportError:

@@ -8,11 +8,8 @@ Prints one line a case and exits with 1 if any error exceeds its bound.
 import argparse
 import hashlib
 import json
-import os
-import sys
 from pathlib import Path
 
-import host as hosts
 import inside
 
 BOUND = 1e-5  # of the largest value, fp32
@@ -21,17 +18,11 @@ BOUND = 1e-5  # of the largest value, fp32
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--goldens", required=True, type=Path, help="folder with index.json and its .safetensors files")
-    parser.add_argument("--comfyui", help="an existing ComfyUI folder; installed into the cache if not given")
-    parser.add_argument("--python", help="the Python that runs that ComfyUI")
+    inside.add_host_options(parser)
     arguments = parser.parse_args()
     if not (arguments.goldens / "index.json").is_file():
         parser.error(f"{arguments.goldens} has no index.json; expected a folder of golden tensors")
-    if inside.COMFYUI not in os.environ:
-        try:
-            host = hosts.chosen_host(arguments.comfyui, arguments.python)
-        except hosts.SetupError as error:
-            parser.error(str(error))
-        return inside.rerun(host, __file__, sys.argv[1:])
+    inside.ensure_host(parser, arguments, __file__)
     try:
         failures = sum(_report(*line) for line in Cases(arguments.goldens).run())
     except FileNotFoundError as error:

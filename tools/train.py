@@ -11,11 +11,9 @@ Needs requirements-train.txt. Prepare data with tools/prepare_data.py.
 import argparse
 import dataclasses
 import gc
-import os
 import sys
 from pathlib import Path
 
-import host as hosts
 import inside
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,8 +48,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--licence", default="unknown", help="licence of the result, for its header")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
-    parser.add_argument("--comfyui", help="an existing ComfyUI folder; installed into the cache if not given")
-    parser.add_argument("--python", help="the Python that runs that ComfyUI")
+    inside.add_host_options(parser)
     return parser
 
 
@@ -59,12 +56,7 @@ def main() -> int:
     sys.path.append(str(ROOT))
     parser = command_line()
     arguments = parser.parse_args()
-    if inside.COMFYUI not in os.environ:
-        try:
-            host = hosts.chosen_host(arguments.comfyui, arguments.python, ROOT / "requirements-train.txt")
-        except hosts.SetupError as error:
-            parser.error(str(error))
-        return inside.rerun(host, __file__, sys.argv[1:])
+    inside.ensure_host(parser, arguments, __file__, "train")
     from cat_core.training.stages import STAGES
     if arguments.stage not in STAGES:
         parser.error(f"unknown stage {arguments.stage}; choose from {', '.join(STAGES)}")

@@ -8,13 +8,11 @@ started side by side with --only.
 
 import argparse
 import csv
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence
 
-import host as hosts
 import inside
 
 LICENCE = "MIT"
@@ -56,13 +54,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     arguments = parser.parse_args()
-    if inside.COMFYUI not in os.environ:
-        try:
-            host = hosts.prepare_host()
-            hosts.require(host, inside.ROOT / "requirements-train.txt")
-        except hosts.SetupError as error:
-            parser.error(str(error))
-        return inside.rerun(host, __file__, sys.argv[1:])
+    inside.ensure_host(parser, arguments, __file__, "train")
     import torch
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

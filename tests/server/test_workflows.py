@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import workflow_runs
 import workflows
 from PIL import Image
 from paths import ROOT
@@ -60,12 +61,12 @@ def test_the_ui_workflow_is_the_same_graph_as_the_api_one(server, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_workflow_runs_on_the_demo_model(server, base, name):
-    prompt = workflows.on_demo(workflows.without_extras(api(name)))
+    prompt = workflow_runs.on_demo(workflow_runs.without_extras(api(name)))
     for node in prompt.values():
         if node["class_type"] == "CATTrainSemInpainter":
             node["inputs"] |= {"steps": 3, "batch_size": 2}
             if not (base / "input/my_examples").exists():
-                workflows.examples(base / "input/my_examples", 4)
+                workflow_runs.examples(base / "input/my_examples", 4)
     result = server.run(prompt)
     assert result.error is None, result.error["exception_message"]
     if name == "cat_train":
@@ -90,13 +91,13 @@ def test_lora_and_controlnet_change_the_picture(server, base):
     name = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q"
     save_file({f"{name}.lora_up.weight": torch.randn(128, 4), f"{name}.lora_down.weight": torch.randn(4, 128)},
               base / "models/loras/demo.safetensors")
-    whole = workflows.on_demo(api("cat_lora_controlnet"))
+    whole = workflow_runs.on_demo(api("cat_lora_controlnet"))
     for node in whole.values():
         if node["class_type"] == "LoraLoader":
             node["inputs"]["lora_name"] = "demo.safetensors"
         elif node["class_type"] == "ControlNetLoader":
             node |= {"class_type": "HelperControlNet", "inputs": {"demo": True}}
-    plain = workflows.on_demo(workflows.without_extras(api("cat_lora_controlnet")))
+    plain = workflow_runs.on_demo(workflow_runs.without_extras(api("cat_lora_controlnet")))
     pictures = []
     for prompt in (whole, plain):
         result = server.run(prompt)
