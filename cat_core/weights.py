@@ -67,6 +67,14 @@ class Checkpoint:
             raise WeightsError(f"{self.name} holds {describe(self.parts)}, but no {' and no '.join(missing)}. "
                                "Choose a file that has it.")
 
+    def checked(self, part: str) -> dict[str, torch.Tensor]:
+        """The tensors of a part; WeightsError if one of them contains NaN or Inf. Reads all of them once."""
+        for key, tensor in self.parts[part].items():
+            if not _finite(tensor):
+                raise WeightsError(f"{key} of the {TITLES[part]} in {self.name} contains NaN or Inf. "
+                                   "The file is damaged or its training diverged; use another.")
+        return dict(self.parts[part])
+
     def without(self, *parts: str) -> "Checkpoint":
         """The rest; the file's pages of `parts` leave the memory with the last that holds their tensors."""
         return replace(self, parts={part: tensors for part, tensors in self.parts.items() if part not in parts})
@@ -82,14 +90,19 @@ def describe(parts: Iterable[str]) -> str:
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
-def read(path: str | os.PathLike, reader: Callable | None = None, inert_objects: bool = False) -> Checkpoint:
+def read(path: str | os.PathLike, reader: Callable | None = None, mapped: bool = True, inert_objects: bool = False,
+         numbers: bool = True) -> Checkpoint:
     """Read any file this module knows, check it and sort it into parts.
+
+    A mapped file is mapped once a part, so that a part's pages can leave the memory when the part has been built.
 
     Args:
         path: `.safetensors`, or a PyTorch pickle (`.ckpt`, `.pt`, `.pth`, `.bin`), bare or Lightning's.
         reader: a host's own reader of safetensors, path -> (tensors, metadata).
+        mapped: whether the reader maps the file; False if it copies.
         inert_objects: read a pickle with foreign objects by putting empty placeholders in their place.
             Nothing named in the file is imported or called either way.
+        numbers: look for NaN and Inf now; False if each part's Checkpoint.checked will.
     Raises:
         WeightsError: missing, empty, truncated, mislabelled, with code in it, with unknown, missing or
             misshapen keys, with NaN or Inf, or of another kind altogether.
@@ -117,13 +130,19 @@ def read(path: str | os.PathLike, reader: Callable | None = None, inert_objects:
         architecture = _architecture(parts, metadata or {}, path.name)
     except ArchitectureError as error:
         raise WeightsError(f"{path.name}: {error}. The file is incomplete or of another model.") from error
-    for part, tensors in parts.items():
-        _check_numbers(tensors, path.name, part)
+    for part, found in parts.items():
+        _check_types(found, path.name, part)
     for part, module in cat_modules(architecture, device="meta").items():
         check_keys({key: value.shape for key, value in module.state_dict().items()}, parts[part], path.name, part)
-    if kind == "safetensors" or zipfile.is_zipfile(path):  # mapped into memory; one mapping a part, to let go of one by one
-        parts = {part: sort_keys(load()[0])[0][part] for part in parts}
-    return Checkpoint(path, parts, architecture, metadata or {})
+    if mapped and (kind == "safetensors" or zipfile.is_zipfile(path)):
+        names = sort_keys({key: key for key in tensors})[0]
+        for part in parts:
+            again = load_safetensors(str(path), names[part].values())[0] if kind == "safetensors" and not reader else load()[0]
+            parts[part] = {key: again[name] for key, name in names[part].items()}
+    file = Checkpoint(path, parts, architecture, metadata or {})
+    for part in parts if numbers else ():
+        file.checked(part)
+    return file
 
 
 def parts_inside(path: str | os.PathLike) -> set[str]:
@@ -226,10 +245,10 @@ def _kind(path: Path) -> str:
     return kind
 
 
-def load_safetensors(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
-    """Tensors, memory-mapped, and the header's metadata."""
+def load_safetensors(path: str, keys: Iterable[str] | None = None) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
+    """Tensors, all or those of `keys`, memory-mapped, and the header's metadata."""
     with safetensors.safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+        return {key: file.get_tensor(key) for key in (file.keys() if keys is None else keys)}, file.metadata()
 
 
 class _Inert:
@@ -290,14 +309,11 @@ def _architecture(parts: Mapping[str, Tensors], metadata: Mapping[str, str], nam
         RefAdapterConfig.from_tensors(parts["ref_adapter"]) if "ref_adapter" in parts else None)
 
 
-def _check_numbers(tensors: Tensors, name: str, part: str) -> None:
+def _check_types(tensors: Tensors, name: str, part: str) -> None:
     for key, tensor in tensors.items():
         if tensor.dtype not in DTYPES.values():
             raise WeightsError(f"{key} of the {TITLES[part]} in {name} is {str(tensor.dtype).removeprefix('torch.')}, "
                                "expected fp32, fp16 or bf16.")
-        if not _finite(tensor):
-            raise WeightsError(f"{key} of the {TITLES[part]} in {name} contains NaN or Inf. "
-                               "The file is damaged or its training diverged; use another.")
 
 
 def _finite(tensor: torch.Tensor) -> bool:

@@ -40,7 +40,7 @@ def build_cat_model(file: Checkpoint) -> CatModel:
 
 
 def _cat_patcher(file: Checkpoint, part: str, patcher_class=None):
-    tensors = file.parts[part]
+    tensors = file.checked(part)
     device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     module = weights.cat_module(file.architecture, part, ops=comfy.ops.manual_cast, attention=_attention, device=offload,
                                 dtype=_dtype(tensors)).eval().requires_grad_(False)
@@ -68,7 +68,7 @@ def _attention(q, k, v, heads):
 
 def build_unet(file: Checkpoint, patcher_class=None):
     """The fine-tuned U-Net as an ordinary MODEL."""
-    tensors = dict(file.parts["unet"])
+    tensors = file.checked("unet")
     management = comfy.model_management
     with _complete(file, "unet"):
         config = comfy.supported_models.SD15(comfy.model_detection.detect_unet_config(tensors, ""))
@@ -95,7 +95,7 @@ def build_unet(file: Checkpoint, patcher_class=None):
 
 def build_clip(file: Checkpoint) -> comfy.sd.CLIP:
     """The text encoder as an ordinary CLIP, in the precision of the file."""
-    tensors = dict(file.parts["clip_text"])
+    tensors = file.checked("clip_text")
     with _complete(file, "clip_text"):
         width = tensors["text_model.final_layer_norm.weight"].shape[0]
         with open(os.path.join(os.path.dirname(comfy.sd1_clip.__file__), "sd1_clip_config.json")) as stock:
@@ -105,7 +105,8 @@ def build_clip(file: Checkpoint) -> comfy.sd.CLIP:
                    "num_attention_heads": file.architecture.clip_text_num_heads or max(width // HEAD_WIDTH, 1)}
         # SD 1.5 has no text projection and needs none; zeros keep the host from reading uninitialised memory.
         tensors.setdefault("text_projection.weight", torch.zeros(width, width, dtype=_dtype(tensors)))
-        _expect(file, "clip_text", lambda: comfy.clip_model.CLIPTextModel(config, None, None, torch.nn), tensors)
+        _expect(file, "clip_text", lambda: comfy.clip_model.CLIPTextModel(config, None, None, comfy.ops.disable_weight_init),
+                tensors)
     target = comfy.supported_models_base.ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel)
     return comfy.sd.CLIP(target, embedding_directory=folder_paths.get_folder_paths("embeddings"),
                          parameters=comfy.utils.calculate_parameters(tensors),
@@ -115,7 +116,7 @@ def build_clip(file: Checkpoint) -> comfy.sd.CLIP:
 
 def build_vae(file: Checkpoint) -> comfy.sd.VAE:
     """The VAE as an ordinary VAE."""
-    tensors = dict(file.parts["vae"])
+    tensors = file.checked("vae")
     with _complete(file, "vae"):
         levels, channels = _count(tensors, "encoder.down."), tensors["encoder.conv_in.weight"].shape[0]
         mult = [tensors[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // channels for i in range(levels)]
@@ -133,7 +134,7 @@ def build_vae(file: Checkpoint) -> comfy.sd.VAE:
 
 def build_clip_vision(file: Checkpoint) -> comfy.clip_vision.ClipVisionModel:
     """The image encoder as an ordinary CLIP_VISION, in the precision of the file."""
-    tensors = dict(file.parts["clip_vision"])
+    tensors = file.checked("clip_vision")
     with _complete(file, "clip_vision"):
         width, _, patch, _ = tensors["vision_model.embeddings.patch_embedding.weight"].shape
         side = math.isqrt(len(tensors["vision_model.embeddings.position_embedding.weight"]) - 1)
@@ -144,8 +145,8 @@ def build_clip_vision(file: Checkpoint) -> comfy.clip_vision.ClipVisionModel:
                   "num_attention_heads": file.architecture.clip_vision_num_heads or max(width // HEAD_WIDTH, 1)}
         if "visual_projection.weight" in tensors:
             config["projection_dim"] = tensors["visual_projection.weight"].shape[0]
-        _expect(file, "clip_vision", lambda: comfy.clip_model.CLIPVisionModelProjection(config, None, None, torch.nn),
-                tensors)
+        _expect(file, "clip_vision", lambda: comfy.clip_model.CLIPVisionModelProjection(
+            config, None, None, comfy.ops.disable_weight_init), tensors)
     with tempfile.TemporaryDirectory() as folder:  # older hosts take a path, not a dict
         path = os.path.join(folder, "config.json")
         with open(path, "w") as out:

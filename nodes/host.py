@@ -128,8 +128,12 @@ def input_folder(name: str) -> tuple[Path, tuple]:
 
 
 def read_path(path) -> Checkpoint:
-    """As `read`, by path, with the host's own reader of safetensors."""
-    return weights.read(path, lambda path: comfy.utils.load_torch_file(path, return_metadata=True))
+    """As `read`, by path; NaN and Inf show when a part is built. The host's own reader where it streams weights to the GPU
+    itself, or was told not to map files."""
+    copies = comfy.utils.DISABLE_MMAP
+    own = copies or comfy.memory_management.aimdo_enabled
+    return weights.read(path, (lambda path: comfy.utils.load_torch_file(path, return_metadata=True)) if own else None,
+                        mapped=not copies, numbers=False)
 
 
 # Talking to the user ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import statistics
 import time
 
 import comfy.model_management
@@ -251,7 +252,7 @@ def step(bench: Bench, arguments):
 
 def adapter(bench: Bench, arguments):
     """The adapters of one step, called with the shapes that the U-Net calls them with; what they must read and write at least."""
-    calls, patches = adapter_calls(bench, arguments.size)
+    calls, patches = adapter_calls(bench, arguments.size), adapter_patches(bench)
     seconds = bench.in_turn({name: lambda patch=patch: bench.timed(lambda: [patch(*call) for call in calls])[0]
                              for name, patch in patches.items()}, 3 * bench.rounds)
     yield from rows_in_turn(seconds, OFFICIAL)
@@ -264,8 +265,8 @@ def adapter(bench: Bench, arguments):
               [least / s / ceiling for s in seconds[SHIPPED]], "of copying")
 
 
-def adapter_calls(bench: Bench, size: int):
-    """Arguments of a step's calls of the patches, and the patches by form."""
+def adapter_calls(bench: Bench, size: int, batch: int = 1) -> list[tuple]:
+    """The arguments that a step calls a patch with."""
     calls = []
 
     def record(x, extra_options):
@@ -274,12 +275,16 @@ def adapter_calls(bench: Bench, size: int):
 
     model = bench.model.clone()
     model.set_model_patch(record, "middle_patch")
-    bench.call(model, size)
+    bench.call(model, size, batch)
+    return calls[-len(bench.cat_model.architecture.ref_adapter.blocks):]
+
+
+def adapter_patches(bench: Bench) -> dict:
+    """The forms of the adapters, from the official one to the shipped one, loaded."""
     forms = {OFFICIAL: bench.official(), ONCE: bench.official(once=True), SKIPPED: bench.official(once=True, skip=True),
              SHIPPED: bench.apply()}
     comfy.model_management.load_models_gpu([patcher for model in forms.values() for patcher in model.model_patches_models()])
-    calls = calls[-len(bench.cat_model.architecture.ref_adapter.blocks):]
-    return calls, {name: model.model_options["transformer_options"]["patches"]["middle_patch"][0] for name, model in forms.items()}
+    return {name: model.model_options["transformer_options"]["patches"]["middle_patch"][0] for name, model in forms.items()}
 
 
 def image(bench: Bench, arguments):
@@ -332,22 +337,25 @@ def sem_inpainter(bench: Bench, arguments):
 
 
 def growth(bench: Bench, arguments):
-    """The shipped form over the plain one where one thing grows; beside it the multiplications."""
+    """A plain step where one thing grows, and the shipped adapters' own time in it, which is too small to be told from two steps."""
     size = arguments.growth_size
     cases = [(f"{side} x {side}", bench.apply, side, 1) for side in arguments.sizes]
     cases += [(f"{size} x {size}, batch of {batch}, one prompt", bench.apply, size, batch) for batch in arguments.batches]
-    cases += [(f"{size} x {size}, batch of {batch}, a prompt each", lambda batch=batch: bench.apply(bench.see(*bench.picture(size, batch))), size, batch)
-              for batch in arguments.batches if batch > 1]
+    cases += [(f"{size} x {size}, batch of {batch}, a prompt each", lambda batch=batch: bench.apply(bench.see(*bench.picture(size, batch))),
+               size, batch) for batch in arguments.batches if batch > 1]
     cases += [(f"{size} x {size}, {stack} adapters on each other", lambda stack=stack: functools.reduce(
         lambda model, _: bench.apply(model=model), range(stack), bench.model), size, 1) for stack in arguments.stacks]
     for what, build, side, batch in cases:
         model = build()
+        patches = model.model_options["transformer_options"]["patches"]["middle_patch"]
+        comfy.model_management.load_models_gpu(model.model_patches_models())
+        calls = adapter_calls(bench, side, batch)
+        plain = [bench.call(bench.model, side, batch) for _ in range(max(bench.rounds // 3, 1))]  # the recording warmed it up
+        own = bench.in_turn({what: lambda: bench.timed(lambda: [patch(*call) for patch in patches for call in calls])[0]})[what]
         counts = [step_multiplications(bench, form, side, batch) for form in (bench.model, model)]
-        seconds = bench.in_turn({name: functools.partial(bench.call, form, side, batch)
-                                 for name, form in ((PLAIN, bench.model), (SHIPPED, model))}, max(bench.rounds // 2, 1))
-        row = rows_in_turn(seconds, PLAIN)[1]
-        row.what, row.note = what, f"multiplications x {counts[1] / counts[0]:.4f}"
-        yield row
+        yield Row(f"{what}: plain step", "s", plain)
+        yield Row(f"{what}: adapters", "s", own, [seconds / statistics.median(plain) for seconds in own],
+                  f"multiplications x {(counts[1] - counts[0]) / counts[0]:.4f}")
 
 
 def compiled(bench: Bench, arguments):
@@ -397,7 +405,7 @@ def profile_(bench: Bench, arguments):
     """Where the time of the adapters of one step goes, by operator (on a GPU by kernel)."""
     from torch.profiler import ProfilerActivity, profile
 
-    calls, patches = adapter_calls(bench, arguments.size)
+    calls, patches = adapter_calls(bench, arguments.size), adapter_patches(bench)
     for name, patch in patches.items():
         for call in calls:
             patch(*call)  # warms up

@@ -259,6 +259,28 @@ def convert(*arguments):
     return subprocess.run([sys.executable, ROOT / "tools/convert.py", *map(str, arguments)], capture_output=True, text=True)
 
 
+def test_a_reader_that_copies_is_asked_once(tiny, tiny_file):
+    asked = []
+
+    def reader(path):
+        asked.append(path)
+        return weights.load_safetensors(path)
+
+    assert_same_parts(weights.read(tiny_file, reader, mapped=False).parts, tiny[0])
+    assert asked == [str(tiny_file)]
+    assert_same_parts(weights.read(tiny_file, reader).parts, tiny[0])
+    assert len(asked) == 2 + len(tiny[0])
+
+
+def test_numbers_may_be_checked_when_a_part_is_wanted(tiny, tmp_path):
+    broken = {**tiny[0], "vae": {key: tensor * torch.inf for key, tensor in tiny[0]["vae"].items()}}
+    save_file(weights.flat(broken), tmp_path / "y.safetensors", weights.header(*tiny, licence="", provenance=""))
+    file = weights.read(tmp_path / "y.safetensors", numbers=False)
+    assert set(file.checked("unet")) == set(tiny[0]["unet"])
+    with pytest.raises(WeightsError, match="VAE in y.safetensors contains NaN or Inf"):
+        file.checked("vae")
+
+
 def test_convert_splits_and_refuses_to_overwrite(tiny, official, tmp_path):
     torch.save({"state_dict": official, "callbacks": Callback()}, tmp_path / "in.ckpt")
     outputs = ["--base", tmp_path / "base.safetensors", "--cat-weights", tmp_path / "cat.safetensors",
