@@ -69,11 +69,12 @@ class Checkpoint:
 
     def checked(self, part: str) -> dict[str, torch.Tensor]:
         """The tensors of a part; WeightsError if one of them contains NaN or Inf. Reads all of them once."""
-        for key, tensor in self.parts[part].items():
-            if not _finite(tensor):
-                raise WeightsError(f"{key} of the {TITLES[part]} in {self.name} contains NaN or Inf. "
-                                   "The file is damaged or its training diverged; use another.")
-        return dict(self.parts[part])
+        tensors = dict(self.parts[part])
+        if not _finite(*tensors.values()):
+            key = next(key for key, tensor in tensors.items() if not _finite(tensor))
+            raise WeightsError(f"{key} of the {TITLES[part]} in {self.name} contains NaN or Inf. "
+                               "The file is damaged or its training diverged; use another.")
+        return tensors
 
     def without(self, *parts: str) -> "Checkpoint":
         """The rest; the file's pages of `parts` leave the memory with the last that holds their tensors."""
@@ -316,9 +317,10 @@ def _check_types(tensors: Tensors, name: str, part: str) -> None:
                                "expected fp32, fp16 or bf16.")
 
 
-def _finite(tensor: torch.Tensor) -> bool:
+def _finite(*tensors: torch.Tensor) -> bool:
     """One pass, no copy: NaN and Inf show in the extremes."""
-    return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
+    extremes = [extreme for tensor in tensors if tensor.numel() for extreme in tensor.aminmax()]
+    return not extremes or bool(torch.stack(extremes).isfinite().all())
 
 
 def _few(names: Iterable[str], most: int = 5) -> str:
