@@ -47,7 +47,7 @@ class CATLoadCheckpoint(io.ComfyNode):
                  "clip_text": builders.build_clip, "vae": builders.build_vae}
         bar = host.progress_bar(1 + len(order))
         built = {}
-        with host.plain_errors():
+        with host.plain_errors(), host.collector_paused():
             file = host.read(checkpoint)
             file.require(*PREFIXES)
             for name, build in order.items():
