@@ -46,7 +46,7 @@ def loading(arguments):
         if runs[0]["peak"]:
             for kind in KINDS:
                 peak, stays = ([run[when][kind] for run in runs] for when in ("peak", "stays"))
-                yield Row(f"memory {kind}, peak over what stays: {name}", "MB", peak, [a / b for a, b in zip(peak, stays) if b > 0],
+                yield Row(f"memory {kind}, peak over what stays: {name}", "MB", peak, [a / b for a, b in zip(peak, stays)] if kind == "all" else [],
                           f"stays {max(stays):.0f} MB")
 
 
