@@ -46,8 +46,8 @@ def loading(arguments):
         if runs[0]["peak"]:
             for kind in KINDS:
                 peak, stays = ([run[when][kind] for run in runs] for when in ("peak", "stays"))
-                yield Row(f"memory {kind}, peak over what stays: {name}", "MB", peak, [a / b for a, b in zip(peak, stays)] if kind == "all" else [],
-                          f"stays {max(stays):.0f} MB")
+                ratios = [a / b for a, b in zip(peak, stays)] if kind == "all" else []
+                yield Row(f"memory {kind}, peak over what stays: {name}", "MB", peak, ratios, f"stays {max(stays):.0f} MB")
 
 
 def _in_a_process(command: list, cpu: bool) -> dict:
