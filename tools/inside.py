@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import host as hosts
-
 ROOT = Path(__file__).resolve().parents[1]
 COMFYUI = "CAT_DIFFUSION_COMFYUI"  # environment variable: the host's folder, set for the process inside
 
@@ -34,6 +32,7 @@ def ensure_host(parser, arguments, script: str, *extras: str) -> None:
     """
     if COMFYUI in os.environ:
         return
+    import host as hosts
     requirements = [ROOT / f"requirements-{extra}.txt" for extra in extras]
     try:
         host = hosts.chosen_host(getattr(arguments, "comfyui", None), getattr(arguments, "python", None), *requirements)
