@@ -210,6 +210,7 @@ def test_the_host_counts_them_to_the_byte_and_nothing_stays_after_unloading(appl
     """Whatever the patch holds is in the one model that it names; with that unloaded and dropped, nothing is left."""
     import comfy.model_management as management
 
+    management.unload_all_models()  # other tests' models
     model = apply()
     sample(model)
     patch = patches(model)[0]

@@ -108,7 +108,8 @@ from comfy_server import Server
 def main():
     with Server(pathlib.Path({str(base)!r}), "--cpu") as server:
         print(server.process.pid, flush=True)
-        time.sleep(300)
+        while True:
+            time.sleep(0.1)  # a signal that comes just before a sleep waits for its end
 inside.interruptible(main)
 """)
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
