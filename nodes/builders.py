@@ -31,6 +31,13 @@ from ..cat_core.weights import Checkpoint, WeightsError
 from .host import CatModel, read_path
 
 
+class _Layers(comfy.ops.disable_weight_init):
+    """The host's layers with all their weights; with dynamic VRAM its own have none until a file brings them."""
+
+    class Linear(comfy.ops.disable_weight_init.Linear):
+        _load_from_state_dict = torch.nn.Module._load_from_state_dict  # how the host tells who loads for himself
+
+
 def build_cat_model(file: Checkpoint) -> CatModel:
     """SemInpainter and RefAdapter, as far as the file has them, with the host's operations and attention."""
     parts = [part for part in ("sem_inpainter", "ref_adapter") if part in file.parts]
@@ -74,7 +81,7 @@ def build_unet(file: Checkpoint, patcher_class=None):
         config = comfy.supported_models.SD15(comfy.model_detection.detect_unet_config(tensors, ""))
         config.unet_config["num_heads"] = file.architecture.unet_num_heads
         _expect(file, "unet", lambda: comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel(
-            **config.unet_config, operations=comfy.ops.disable_weight_init), tensors)
+            **config.unet_config, operations=_Layers), tensors)
     if config.unet_config["in_channels"] != 9:
         raise WeightsError(f"The U-Net in {file.name} takes {config.unet_config['in_channels']} channels, expected 9. "
                            "It is not an inpainting checkpoint.")
@@ -105,8 +112,7 @@ def build_clip(file: Checkpoint) -> comfy.sd.CLIP:
                    "num_attention_heads": file.architecture.clip_text_num_heads or max(width // HEAD_WIDTH, 1)}
         # SD 1.5 has no text projection and needs none; zeros keep the host from reading uninitialised memory.
         tensors.setdefault("text_projection.weight", torch.zeros(width, width, dtype=_dtype(tensors)))
-        _expect(file, "clip_text", lambda: comfy.clip_model.CLIPTextModel(config, None, None, comfy.ops.disable_weight_init),
-                tensors)
+        _expect(file, "clip_text", lambda: comfy.clip_model.CLIPTextModel(config, None, None, _Layers), tensors)
     target = comfy.supported_models_base.ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel)
     return comfy.sd.CLIP(target, embedding_directory=folder_paths.get_folder_paths("embeddings"),
                          parameters=comfy.utils.calculate_parameters(tensors),
@@ -146,7 +152,7 @@ def build_clip_vision(file: Checkpoint) -> comfy.clip_vision.ClipVisionModel:
         if "visual_projection.weight" in tensors:
             config["projection_dim"] = tensors["visual_projection.weight"].shape[0]
         _expect(file, "clip_vision", lambda: comfy.clip_model.CLIPVisionModelProjection(
-            config, None, None, comfy.ops.disable_weight_init), tensors)
+            config, None, None, _Layers), tensors)
     with tempfile.TemporaryDirectory() as folder:  # older hosts take a path, not a dict
         path = os.path.join(folder, "config.json")
         with open(path, "w") as out:
