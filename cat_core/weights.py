@@ -111,13 +111,12 @@ def read(path: str | os.PathLike, reader: Callable | None = None, mapped: bool =
     path = Path(path)
 
     def load():
-        if kind == "safetensors":
-            return (reader or load_safetensors)(str(path))
-        return _load_pickle(path, inert_objects), {}
+        return reader(str(path)) if kind == "safetensors" else (_load_pickle(path, inert_objects), {})
 
     kind = _kind(path)
+    by_name = kind == "safetensors" and not reader  # tensors can be had one by one: the header is enough at first
     try:
-        tensors, metadata = load()
+        tensors, metadata = _header(str(path)) if by_name else load()
     except safetensors.SafetensorError as error:
         raise WeightsError(f"{path.name} is damaged or cut short ({error}). Download or copy it again.") from error
     parts, unknown = sort_keys(tensors)
@@ -135,10 +134,10 @@ def read(path: str | os.PathLike, reader: Callable | None = None, mapped: bool =
         _check_types(found, path.name, part)
     for part, module in cat_modules(architecture, device="meta").items():
         check_keys({key: value.shape for key, value in module.state_dict().items()}, parts[part], path.name, part)
-    if mapped and (kind == "safetensors" or zipfile.is_zipfile(path)):
+    if by_name or mapped and (kind == "safetensors" or zipfile.is_zipfile(path)):
         names = sort_keys({key: key for key in tensors})[0]
         for part in parts:
-            again = load_safetensors(str(path), names[part].values())[0] if kind == "safetensors" and not reader else load()[0]
+            again = load_safetensors(str(path), names[part].values())[0] if by_name else load()[0]
             parts[part] = {key: again[name] for key, name in names[part].items()}
     file = Checkpoint(path, parts, architecture, metadata or {})
     for part in parts if numbers else ():
@@ -250,6 +249,15 @@ def load_safetensors(path: str, keys: Iterable[str] | None = None) -> tuple[dict
     """Tensors, all or those of `keys`, memory-mapped, and the header's metadata."""
     with safetensors.safe_open(path, framework="pt") as file:
         return {key: file.get_tensor(key) for key in (file.keys() if keys is None else keys)}, file.metadata()
+
+
+def _header(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
+    """As `load_safetensors`, but the weights are on the meta device: their shapes and types alone."""
+    types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    with safetensors.safe_open(path, framework="pt") as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}
+        return {key: torch.empty(found.get_shape(), dtype=types[found.get_dtype()], device="meta")
+                if found.get_dtype() in types else file.get_tensor(key) for key, found in slices.items()}, file.metadata()
 
 
 class _Inert:
