@@ -3,11 +3,21 @@
 import os
 import sys
 
+import dynamic_vram
 import pytest
 from paths import COMFYUI, ROOT
 
 sys.path[:0] = [str(COMFYUI), str(ROOT / "tools")]
 sys.path.append(str(ROOT))  # for cat_core on its own; last, since ComfyUI has a module called nodes too
+
+
+def pytest_addoption(parser):
+    parser.addoption("--dynamic-vram", action="store_true", help="with the host's dynamic VRAM, as far as a CPU can have it")
+
+
+def pytest_configure(config):
+    if config.getoption("--dynamic-vram"):
+        dynamic_vram.turn_on()
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +33,8 @@ def tiny(pack):
     """(parts, architecture) of a tiny random checkpoint in the official layout."""
     from random_checkpoint import random_checkpoint
 
-    return random_checkpoint("tiny")
+    with dynamic_vram.ordinary_layers():
+        return random_checkpoint("tiny")
 
 
 @pytest.fixture(scope="session")
