@@ -8,6 +8,7 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Callable, Iterable, Mapping, Sequence
 
@@ -95,7 +96,7 @@ def read(path: str | os.PathLike, reader: Callable | None = None, mapped: bool =
          numbers: bool = True) -> Checkpoint:
     """Read any file this module knows, check it and sort it into parts.
 
-    A mapped file is mapped once a part, so that a part's pages can leave the memory when the part has been built.
+    A mapped file is mapped once a part, when the part is wanted, so that its pages are in memory only while it is built.
 
     Args:
         path: `.safetensors`, or a PyTorch pickle (`.ckpt`, `.pt`, `.pth`, `.bin`), bare or Lightning's.
@@ -136,9 +137,7 @@ def read(path: str | os.PathLike, reader: Callable | None = None, mapped: bool =
         check_keys({key: value.shape for key, value in module.state_dict().items()}, parts[part], path.name, part)
     if by_name or mapped and (kind == "safetensors" or zipfile.is_zipfile(path)):
         names = sort_keys({key: key for key in tensors})[0]
-        for part in parts:
-            again = load_safetensors(str(path), names[part].values())[0] if by_name else load()[0]
-            parts[part] = {key: again[name] for key, name in names[part].items()}
+        parts = {part: _Mapped(path, names[part], by_name, load) for part in parts}
     file = Checkpoint(path, parts, architecture, metadata or {})
     for part in parts if numbers else ():
         file.checked(part)
@@ -258,6 +257,30 @@ def _header(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
         slices = {key: file.get_slice(key) for key in file.keys()}
         return {key: torch.empty(found.get_shape(), dtype=types[found.get_dtype()], device="meta")
                 if found.get_dtype() in types else file.get_tensor(key) for key, found in slices.items()}, file.metadata()
+
+
+class _Mapped(Mapping):
+    """A part's tensors, in a mapping of the file of their own, made when the first of them is wanted."""
+
+    def __init__(self, path: Path, names: Mapping[str, str], by_name: bool, load: Callable):
+        self._path, self._names, self._by_name, self._load = path, names, by_name, load
+
+    @cached_property
+    def _tensors(self):
+        try:
+            found, _ = load_safetensors(str(self._path), self._names.values()) if self._by_name else self._load()
+        except (OSError, safetensors.SafetensorError) as error:
+            raise WeightsError(f"{self._path.name} was changed or removed while it was read ({error}). Load it again.") from error
+        return {key: found[name] for key, name in self._names.items()}
+
+    def __getitem__(self, key):
+        return self._tensors[key]
+
+    def __iter__(self):
+        return iter(self._names)
+
+    def __len__(self):
+        return len(self._names)
 
 
 class _Inert:

@@ -49,7 +49,8 @@ def build_cat_model(file: Checkpoint) -> CatModel:
 def _cat_patcher(file: Checkpoint, part: str, patcher_class=None):
     tensors = file.checked(part)
     device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
-    module = weights.cat_module(file.architecture, part, ops=comfy.ops.manual_cast, attention=_attention, device=offload,
+    attention = _clip_attention if part == "sem_inpainter" else _attention
+    module = weights.cat_module(file.architecture, part, ops=comfy.ops.manual_cast, attention=attention, device=offload,
                                 dtype=_dtype(tensors)).eval().requires_grad_(False)
     comfy.model_management.archive_model_dtypes(module)
     patcher = (patcher_class or comfy.model_patcher.CoreModelPatcher)(module, load_device=device, offload_device=offload)
@@ -71,6 +72,11 @@ def build_folded(cat_model: CatModel, visual_prompt: VisualPrompt, dtype: torch.
 
 def _attention(q, k, v, heads):
     return comfy.ldm.modules.attention.optimized_attention(q, k, v, heads)
+
+
+def _clip_attention(q, k, v, heads):
+    """What the host chooses for CLIP: SemInpainter is as large, and in fp32, which its faster kinds refuse layer by layer."""
+    return comfy.ldm.modules.attention.optimized_attention_for_device(q.device, small_input=True)(q, k, v, heads)
 
 
 def build_unet(file: Checkpoint, patcher_class=None):

@@ -114,8 +114,8 @@ def test_a_missing_checkpoint_is_said(tmp_path):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_loading_a_full_checkpoint_never_holds_it_twice(full_file):
     """At most 1.15 times what stays, the pages of the file included."""
-    run = subprocess.run([sys.executable, ROOT / "tools/bench_loading.py", "pack", full_file, "--cpu"], capture_output=True, text=True,
-                         env=os.environ)
+    run = subprocess.run([sys.executable, ROOT / "tools/bench_loading.py", "pack", full_file, "--cpu", "--watch"], capture_output=True,
+                         text=True, env=os.environ)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["stays"]["all"] > 3000
