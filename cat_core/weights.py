@@ -111,13 +111,14 @@ def read(path: str | os.PathLike, reader: Callable | None = None, mapped: bool =
     """
     path = Path(path)
 
-    def load():
-        return reader(str(path)) if kind == "safetensors" else (_load_pickle(path, inert_objects), {})
+    def load(keys=None):
+        if kind == "pickle":
+            return _load_pickle(path, inert_objects)
+        return (reader(str(path)) if reader else load_safetensors(str(path), keys))[0]
 
     kind = _kind(path)
-    by_name = kind == "safetensors" and not reader  # tensors can be had one by one: the header is enough at first
     try:
-        tensors, metadata = _header(str(path)) if by_name else load()
+        tensors, metadata = _header(str(path)) if kind == "safetensors" else (load(), {})
     except safetensors.SafetensorError as error:
         raise WeightsError(f"{path.name} is damaged or cut short ({error}). Download or copy it again.") from error
     parts, unknown = sort_keys(tensors)
@@ -135,9 +136,13 @@ def read(path: str | os.PathLike, reader: Callable | None = None, mapped: bool =
         _check_types(found, path.name, part)
     for part, module in cat_modules(architecture, device="meta").items():
         check_keys({key: value.shape for key, value in module.state_dict().items()}, parts[part], path.name, part)
-    if by_name or mapped and (kind == "safetensors" or zipfile.is_zipfile(path)):
+    if kind == "safetensors" or mapped and zipfile.is_zipfile(path):
         names = sort_keys({key: key for key in tensors})[0]
-        parts = {part: _Mapped(path, names[part], by_name, load) for part in parts}
+        if mapped:
+            parts = {part: _Mapped(path, names[part], load) for part in parts}
+        else:
+            found = load()
+            parts = {part: {key: found[name] for key, name in names[part].items()} for part in parts}
     file = Checkpoint(path, parts, architecture, metadata or {})
     for part in parts if numbers else ():
         file.checked(part)
@@ -262,13 +267,13 @@ def _header(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
 class _Mapped(Mapping):
     """A part's tensors, in a mapping of the file of their own, made when the first of them is wanted."""
 
-    def __init__(self, path: Path, names: Mapping[str, str], by_name: bool, load: Callable):
-        self._path, self._names, self._by_name, self._load = path, names, by_name, load
+    def __init__(self, path: Path, names: Mapping[str, str], load: Callable):
+        self._path, self._names, self._load = path, names, load  # names: key -> name in the file
 
     @cached_property
     def _tensors(self):
         try:
-            found, _ = load_safetensors(str(self._path), self._names.values()) if self._by_name else self._load()
+            found = self._load(self._names.values())
         except (OSError, safetensors.SafetensorError) as error:
             raise WeightsError(f"{self._path.name} was changed or removed while it was read ({error}). Load it again.") from error
         return {key: found[name] for key, name in self._names.items()}

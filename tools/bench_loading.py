@@ -55,10 +55,10 @@ def loading(arguments):
 
 def _cache_anew(file: Path) -> None:
     """Read a file into the system's cache, where Linux allows as if for the first time: how a file came into the cache, written
-    or read, decides how large its pages there are, and that is a fifth of the time of loading it."""
-    with open(file, "rb+") as content:
-        os.fsync(content)
+    or read, decides how large its pages there are, and these how long loading takes."""
+    with open(file, "rb") as content:
         if hasattr(os, "posix_fadvise"):
+            os.fsync(content)  # what is not on the disk yet stays in the cache
             os.posix_fadvise(content.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while content.read(1 << 24):
             pass

@@ -102,6 +102,17 @@ def test_the_host_can_rebuild_a_part_from_its_file(models, which):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+@pytest.mark.parametrize("left", [0.3, 0.999])
+def test_a_file_that_was_cut_short_is_said_whoever_reads_it(host, tiny_file, tmp_path, left):
+    """With dynamic VRAM the host's own reader reads it, which does not check."""
+    from cat_diffusion.cat_core.weights import WeightsError
+
+    whole = tiny_file.read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:int(left * len(whole))])
+    with pytest.raises(WeightsError, match="cut.safetensors is damaged or cut short"):
+        host.read_path(tmp_path / "cut.safetensors")
+
+
 def load(model, tensors, level):
     """Into a transformers model of either spelling."""
     keys = model.state_dict().keys()
