@@ -1,7 +1,7 @@
 """CAT-Diffusion for ComfyUI: text-guided object inpainting with semantic pre-inpainting."""
 
-from .nodes import comfy_entrypoint
+from .nodes.extension import comfy_entrypoint
 
 WEB_DIRECTORY = "./web"
 
-__all__ = ["comfy_entrypoint", "WEB_DIRECTORY"]
+__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

@@ -4,17 +4,19 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Mapping
 
 import torch
+
+from .errors import CatError
 
 Tensors = Mapping[str, torch.Tensor]
 
 HEAD_WIDTH = 64  # CLIP's attention heads, when nothing says otherwise
 
 
-class ArchitectureError(ValueError):
+class ArchitectureError(CatError):
     """Tensors or metadata that do not describe a CAT-Diffusion model."""
 
 
@@ -39,7 +41,9 @@ class SemInpainterConfig:
     layer_norm_eps: float = 1e-5
 
     @classmethod
-    def from_tensors(cls, tensors: Tensors, num_attention_heads: int | None = None) -> "SemInpainterConfig":
+    def from_tensors(
+        cls, tensors: Tensors, num_attention_heads: int | None = None
+    ) -> "SemInpainterConfig":
         """Read every size off the parameters; the head count cannot be seen in them."""
         try:
             positions, hidden = tensors["embeddings.position_embedding.weight"].shape
@@ -51,8 +55,17 @@ class SemInpainterConfig:
             raise ArchitectureError(f"the SemInpainter lacks {error.args[0]}") from None
         layers = {key.split(".")[2] for key in tensors if key.startswith("encoder.layers.")}
         _check_heads(hidden, num_attention_heads)
-        return cls(hidden, intermediate, len(layers), num_attention_heads or max(hidden // HEAD_WIDTH, 1),
-                   math.isqrt(positions), text, text_intermediate, spatial_intermediate, global_intermediate)
+        return cls(
+            hidden,
+            intermediate,
+            len(layers),
+            num_attention_heads or max(hidden // HEAD_WIDTH, 1),
+            math.isqrt(positions),
+            text,
+            text_intermediate,
+            spatial_intermediate,
+            global_intermediate,
+        )
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,9 @@ class RefAdapterConfig:
         for _, width in blocks:
             _check_heads(width, num_heads or 8)
         if len(visual) != 1:
-            raise ArchitectureError(f"the RefAdapter's blocks expect visual prompts of different widths {sorted(visual)}")
+            raise ArchitectureError(
+                f"the RefAdapter's blocks expect visual prompts of different widths {sorted(visual)}"
+            )
         return cls(visual.pop(), num_heads or 8, tuple(sorted(blocks, key=block_order)))
 
 
@@ -90,7 +105,9 @@ class Architecture:
 
     def to_json(self) -> str:
         """Text for a safetensors header."""
-        return json.dumps({key: value for key, value in dataclasses.asdict(self).items() if value is not None})
+        return json.dumps(
+            {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        )
 
     @classmethod
     def from_json(cls, text: str) -> "Architecture":
@@ -102,15 +119,21 @@ class Architecture:
             if "ref_adapter" in fields:
                 adapter = fields["ref_adapter"]
                 blocks = tuple((str(name), int(width)) for name, width in adapter["blocks"])
-                fields["ref_adapter"] = RefAdapterConfig(adapter["visual_size"], adapter["num_heads"], blocks)
+                fields["ref_adapter"] = RefAdapterConfig(
+                    adapter["visual_size"], adapter["num_heads"], blocks
+                )
             for name in ("unet_num_heads", "clip_text_num_heads", "clip_vision_num_heads"):
                 if not isinstance(fields.get(name, 1), int) or fields.get(name, 1) < 1:
-                    raise ArchitectureError(f"{name} is {fields[name]!r}, expected a positive number")
+                    raise ArchitectureError(
+                        f"{name} is {fields[name]!r}, expected a positive number"
+                    )
             return cls(**fields)
         except ArchitectureError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ArchitectureError(f"the architecture in the metadata cannot be read ({error})") from None
+            raise ArchitectureError(
+                f"the architecture in the metadata cannot be read ({error})"
+            ) from None
 
 
 def block_order(block: tuple[str, int]) -> list:

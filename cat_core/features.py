@@ -23,7 +23,9 @@ class VisualPrompt:
     text: str = ""  # of the last object
 
 
-def blend(predicted: torch.Tensor, observed: torch.Tensor, patch_mask: torch.Tensor) -> torch.Tensor:
+def blend(
+    predicted: torch.Tensor, observed: torch.Tensor, patch_mask: torch.Tensor
+) -> torch.Tensor:
     """Predicted features inside the hole, observed ones outside: (B, N, D) x 2, (B, 1, G, G) -> (B, N, D)."""
     m = patch_mask.flatten(1).unsqueeze(2).to(predicted)  # (B, N, 1)
     return m * predicted + (1 - m) * observed

@@ -27,7 +27,9 @@ class ClipInput:
     patch_mask: torch.Tensor  # (B, 1, G, G) int64, 1 = any pixel of the patch is masked
 
 
-def clip_input(image: torch.Tensor, mask: torch.Tensor | None = None, patch_size: int = 14) -> ClipInput:
+def clip_input(
+    image: torch.Tensor, mask: torch.Tensor | None = None, patch_size: int = 14
+) -> ClipInput:
     """Prepare pictures for CLIP.
 
     Args:
@@ -36,14 +38,20 @@ def clip_input(image: torch.Tensor, mask: torch.Tensor | None = None, patch_size
         patch_size: side of CLIP's patches in pixels.
     """
     mask = image.new_zeros(1, 1, 1, 1) if mask is None else mask
-    image_224, mask_224 = (_resize(_resize(_uint8(x), SIZE, SIZE), CLIP_SIZE, CLIP_SIZE) for x in (image, mask))
+    image_224, mask_224 = (
+        _resize(_resize(_uint8(x), SIZE, SIZE), CLIP_SIZE, CLIP_SIZE) for x in (image, mask)
+    )
     m = mask_224 / 255.0  # float64, as in the official code
     masked = (image_224 * (1 - m) + 1 * m * GREY).astype(np.uint8)  # truncated, not rounded
     side = CLIP_SIZE // patch_size
     cells = (mask_224[..., 0] >= 128).reshape(-1, side, patch_size, side, patch_size)
     patch_mask = torch.from_numpy(cells.any(axis=(2, 4)).astype(np.int64)).unsqueeze(1)
     batch = len(masked)
-    return ClipInput(_tensor(image_224).expand(batch, -1, -1, -1), _tensor(masked), patch_mask.expand(batch, -1, -1, -1))
+    return ClipInput(
+        _tensor(image_224).expand(batch, -1, -1, -1),
+        _tensor(masked),
+        patch_mask.expand(batch, -1, -1, -1),
+    )
 
 
 def clip_normalise(image: torch.Tensor) -> torch.Tensor:
@@ -59,10 +67,16 @@ def resize(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 def resize_mask(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """(B, 1, H, W) in [0, 1] -> (B, 1, height, width) in [0, 1]; untouched if the size fits already."""
-    return mask.float() if tuple(mask.shape[-2:]) == (height, width) else resize(mask, height, width).float() / 255
+    return (
+        mask.float()
+        if tuple(mask.shape[-2:]) == (height, width)
+        else resize(mask, height, width).float() / 255
+    )
 
 
-def latent_mask(mask: torch.Tensor, height: int, width: int, threshold: float = 0.5) -> torch.Tensor:
+def latent_mask(
+    mask: torch.Tensor, height: int, width: int, threshold: float = 0.5
+) -> torch.Tensor:
     """The mask that the U-Net sees: (B, 1, H, W) in [0, 1] -> (B, 1, height, width), exactly 0 or 1.
 
     A cell is masked above the threshold; the official training data uses 0.
@@ -82,7 +96,17 @@ def vae_input(image: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Te
 
 def _uint8(x: torch.Tensor) -> np.ndarray:
     """(B, C, H, W) in [0, 1] -> (B, H, W, C) uint8."""
-    return x.detach().float().cpu().mul(255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return (
+        x.detach()
+        .float()
+        .cpu()
+        .mul(255)
+        .round()
+        .clamp(0, 255)
+        .to(torch.uint8)
+        .permute(0, 2, 3, 1)
+        .numpy()
+    )
 
 
 def _tensor(arrays: np.ndarray) -> torch.Tensor:
@@ -92,6 +116,13 @@ def _tensor(arrays: np.ndarray) -> torch.Tensor:
 
 def _resize(arrays: np.ndarray, height: int, width: int) -> np.ndarray:
     """(B, H, W, 1 or 3) uint8 -> (B, height, width, 1 or 3) uint8 by Pillow's bicubic filter."""
-    pictures = [Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array) for array in arrays]
-    resized = np.stack([np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC)) for picture in pictures])
+    pictures = [
+        Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array) for array in arrays
+    ]
+    resized = np.stack(
+        [
+            np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
+            for picture in pictures
+        ]
+    )
     return resized.reshape(len(arrays), height, width, -1)

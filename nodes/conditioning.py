@@ -5,7 +5,7 @@ import torch
 from comfy_api.latest import io
 
 from ..cat_core import preprocess
-from . import host
+from .host.unet import trained_sigmas, vae_cell
 from .wires import CATEGORY, to_core
 
 
@@ -18,41 +18,70 @@ class CATInpaintConditioning(io.ComfyNode):
             node_id="CATInpaintConditioning",
             display_name="CAT Inpaint Conditioning",
             category=CATEGORY,
-            search_aliases=["inpaint model conditioning", "masked image", "black fill", "局部重绘", "内补"],
+            search_aliases=[
+                "inpaint model conditioning",
+                "masked image",
+                "black fill",
+                "局部重绘",
+                "内补",
+            ],
             description="Give the inpainting model the photo and the mask. Like Inpaint Model Conditioning, but with the "
-                        "hole filled black and the mask resized as CAT-Diffusion was trained.",
+            "hole filled black and the mask resized as CAT-Diffusion was trained.",
             inputs=[
-                io.Conditioning.Input("positive", tooltip="The prompt, usually just the object's name."),
-                io.Conditioning.Input("negative", tooltip="The negative prompt; empty as in the paper."),
+                io.Conditioning.Input(
+                    "positive", tooltip="The prompt, usually just the object's name."
+                ),
+                io.Conditioning.Input(
+                    "negative", tooltip="The negative prompt; empty as in the paper."
+                ),
                 io.Vae.Input("vae", tooltip="SD 1.5's VAE."),
-                io.Image.Input("image", tooltip="The photo. Sides are cropped to multiples of 8 as ComfyUI does."),
-                io.Mask.Input("mask", tooltip="White where the object goes. Any size; soft edges are fine."),
-                io.Combo.Input("fill", options=["black", "grey"], default="black",
-                               tooltip="Colour of the hole before encoding. Black: CAT-Diffusion. "
-                                       "Grey: stock SD 1.5 inpainting, by ComfyUI's own Inpaint Model Conditioning."),
-                io.Boolean.Input("noise_mask", default=False,
-                                 tooltip="Sample only inside the mask and keep the photo's latents outside at every step. "
-                                         "Off as in the paper; turn it on for a denoise below 1."),
+                io.Image.Input(
+                    "image",
+                    tooltip="The photo. Sides are cropped to multiples of 8 as ComfyUI does.",
+                ),
+                io.Mask.Input(
+                    "mask", tooltip="White where the object goes. Any size; soft edges are fine."
+                ),
+                io.Combo.Input(
+                    "fill",
+                    options=["black", "grey"],
+                    default="black",
+                    tooltip="Colour of the hole before encoding. Black: CAT-Diffusion. "
+                    "Grey: stock SD 1.5 inpainting, by ComfyUI's own Inpaint Model Conditioning.",
+                ),
+                io.Boolean.Input(
+                    "noise_mask",
+                    default=False,
+                    tooltip="Sample only inside the mask and keep the photo's latents outside at every step. "
+                    "Off as in the paper; turn it on for a denoise below 1.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive"),
                 io.Conditioning.Output(display_name="negative"),
-                io.Latent.Output(display_name="latent", tooltip="The encoded photo, in the size to sample."),
+                io.Latent.Output(
+                    display_name="latent", tooltip="The encoded photo, in the size to sample."
+                ),
             ],
         )
 
     @classmethod
     def execute(cls, positive, negative, vae, image, mask, fill, noise_mask) -> io.NodeOutput:
-        cell = host.vae_cell(vae)
+        cell = vae_cell(vae)
         image, mask = to_core(image, mask)
         height, width = image.shape[2:]
         if min(height, width) < cell:
-            raise ValueError(f"The image is {width}x{height} pixels; the VAE needs at least {cell}x{cell}. Scale it up.")
+            raise ValueError(
+                f"The image is {width}x{height} pixels; the VAE needs at least {cell}x{cell}. Scale it up."
+            )
         if fill == "grey":
             import nodes  # the host's own, which is loaded long before a prompt runs
 
-            return io.NodeOutput(*nodes.InpaintModelConditioning().encode(
-                positive, negative, image.movedim(1, -1), vae, mask.squeeze(1), noise_mask))
+            return io.NodeOutput(
+                *nodes.InpaintModelConditioning().encode(
+                    positive, negative, image.movedim(1, -1), vae, mask.squeeze(1), noise_mask
+                )
+            )
         mask = preprocess.resize_mask(mask, height, width)
         image, mask = (_crop(t, cell) for t in (image, mask))
         masked = preprocess.vae_input(image, mask)  # in [-1, 1]
@@ -60,9 +89,13 @@ class CATInpaintConditioning(io.ComfyNode):
         latent = {"samples": vae.encode(image.movedim(1, -1))}
         if noise_mask:
             latent["noise_mask"] = mask
-        values = {"concat_latent_image": masked_latent,
-                  "concat_mask": preprocess.latent_mask(mask, *masked_latent.shape[-2:])}
-        positive, negative = (node_helpers.conditioning_set_values(c, values) for c in (positive, negative))
+        values = {
+            "concat_latent_image": masked_latent,
+            "concat_mask": preprocess.latent_mask(mask, *masked_latent.shape[-2:]),
+        }
+        positive, negative = (
+            node_helpers.conditioning_set_values(c, values) for c in (positive, negative)
+        )
         return io.NodeOutput(positive, negative, latent)
 
 
@@ -85,25 +118,38 @@ class CATScheduler(io.ComfyNode):
             category=CATEGORY,
             search_aliases=["ddim sigmas", "official schedule", "sigmas", "调度器"],
             description="Sigmas of the official DDIM schedule for SamplerCustom (sampler: ddim). It ends at the "
-                        "smallest trained noise level, not at zero.",
+            "smallest trained noise level, not at zero.",
             inputs=[
                 io.Model.Input("model", tooltip="An SD 1.5 model."),
-                io.Int.Input("steps", default=50, min=1, max=1000,
-                             tooltip="The paper uses 50. Where 1000 is not a multiple, the official code makes more steps "
-                                     "(31 for 30, 999 above 500); so does this."),
-                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01,
-                               tooltip="1 starts from noise alone; less keeps that much of the latent."),
+                io.Int.Input(
+                    "steps",
+                    default=50,
+                    min=1,
+                    max=1000,
+                    tooltip="The paper uses 50. Where 1000 is not a multiple, the official code makes more steps "
+                    "(31 for 30, 999 above 500); so does this.",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="1 starts from noise alone; less keeps that much of the latent.",
+                ),
             ],
             outputs=[io.Sigmas.Output()],
         )
 
     @classmethod
     def execute(cls, model, steps, denoise) -> io.NodeOutput:
-        sigmas = host.trained_sigmas(model)
+        sigmas = trained_sigmas(model)
         if denoise <= 0:
             return io.NodeOutput(torch.FloatTensor([]))
         stride = max(len(sigmas) // (steps if denoise == 1 else int(steps / denoise)), 1)
-        timesteps = torch.arange(1, len(sigmas), stride)  # ascending, the official range(0, 1000, stride) + 1
+        timesteps = torch.arange(
+            1, len(sigmas), stride
+        )  # ascending, the official range(0, 1000, stride) + 1
         if denoise < 1:
-            timesteps = timesteps[:min(steps, round(len(timesteps) * denoise))]
+            timesteps = timesteps[: min(steps, round(len(timesteps) * denoise))]
         return io.NodeOutput(torch.cat((sigmas[timesteps.flip(0)], sigmas[:1])))

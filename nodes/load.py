@@ -3,7 +3,8 @@
 from comfy_api.latest import io
 
 from ..cat_core.weights import PREFIXES
-from . import builders, host
+from .host import memory, messages, model_files
+from .host.build import build_cat_model, build_clip, build_clip_vision, build_unet, build_vae
 from .wires import CATEGORY, CatModelWire
 
 CAT_PARTS = {"sem_inpainter", "ref_adapter"}
@@ -18,44 +19,73 @@ class CATLoadCheckpoint(io.ComfyNode):
             node_id="CATLoadCheckpoint",
             display_name="CAT Load Checkpoint",
             category=f"{CATEGORY}/loaders",
-            search_aliases=["cat-diffusion checkpoint", "load cat model", "demo model", "加载CAT模型"],
+            search_aliases=[
+                "cat-diffusion checkpoint",
+                "load cat model",
+                "demo model",
+                "加载CAT模型",
+            ],
             description="Load a full CAT-Diffusion checkpoint: U-Net, text encoder, VAE, CLIP vision and the CAT parts.",
-            inputs=[io.Combo.Input("checkpoint", options=host.list_files(lambda parts: parts >= set(PREFIXES), pickles=True),
-                                   tooltip="A full checkpoint in models/cat_diffusion (.safetensors or .ckpt), or the pack's "
-                                           "cat_demo_model, which knows coloured shapes only.")],
+            inputs=[
+                io.Combo.Input(
+                    "checkpoint",
+                    options=model_files.list_files(
+                        lambda parts: parts >= set(PREFIXES), pickles=True
+                    ),
+                    tooltip="A full checkpoint in models/cat_diffusion (.safetensors or .ckpt), or the pack's "
+                    "cat_demo_model, which knows coloured shapes only.",
+                )
+            ],
             outputs=[
-                io.Model.Output(tooltip="The fine-tuned inpainting U-Net, still without RefAdapter."),
-                io.Clip.Output(tooltip="The text encoder, for prompts and for CAT Semantic Inpaint."),
+                io.Model.Output(
+                    tooltip="The fine-tuned inpainting U-Net, still without RefAdapter."
+                ),
+                io.Clip.Output(
+                    tooltip="The text encoder, for prompts and for CAT Semantic Inpaint."
+                ),
                 io.Vae.Output(tooltip="The VAE."),
-                io.ClipVision.Output(tooltip="The image encoder that SemInpainter was trained with."),
-                CatModelWire.Output(display_name="CAT_MODEL", tooltip="SemInpainter and RefAdapter."),
+                io.ClipVision.Output(
+                    tooltip="The image encoder that SemInpainter was trained with."
+                ),
+                CatModelWire.Output(
+                    display_name="CAT_MODEL", tooltip="SemInpainter and RefAdapter."
+                ),
             ],
         )
 
     @classmethod
     def validate_inputs(cls, checkpoint):
-        return host.missing_file(checkpoint, "a full CAT-Diffusion checkpoint") or True
+        return model_files.missing_file(checkpoint, "a full CAT-Diffusion checkpoint") or True
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint):
-        return host.fingerprint(checkpoint)
+        return model_files.fingerprint(checkpoint)
 
     @classmethod
     def execute(cls, checkpoint) -> io.NodeOutput:
         # Large parts first: the file's pages of a part are in memory, too, while the part is built.
-        order = {"unet": builders.build_unet, "cat_model": builders.build_cat_model, "clip_vision": builders.build_clip_vision,
-                 "clip_text": builders.build_clip, "vae": builders.build_vae}
-        bar = host.progress_bar(1 + len(order))
+        order = {
+            "unet": build_unet,
+            "cat_model": build_cat_model,
+            "clip_vision": build_clip_vision,
+            "clip_text": build_clip,
+            "vae": build_vae,
+        }
+        bar = messages.progress_bar(1 + len(order))
         built = {}
-        with host.plain_errors(), host.collector_paused():
-            file = host.read(checkpoint)
+        with messages.plain_errors(), memory.collector_paused():
+            file = model_files.read(checkpoint)
             file.require(*PREFIXES)
             for name, build in order.items():
                 bar.update(1)
                 built[name] = build(file)
-                file = file.without(*(("sem_inpainter", "ref_adapter") if name == "cat_model" else (name,)))
+                file = file.without(
+                    *(("sem_inpainter", "ref_adapter") if name == "cat_model" else (name,))
+                )
         bar.update(1)
-        return io.NodeOutput(*(built[name] for name in ("unet", "clip_text", "vae", "clip_vision", "cat_model")))
+        return io.NodeOutput(
+            *(built[name] for name in ("unet", "clip_text", "vae", "clip_vision", "cat_model"))
+        )
 
 
 class CATLoadWeights(io.ComfyNode):
@@ -69,23 +99,32 @@ class CATLoadWeights(io.ComfyNode):
             category=f"{CATEGORY}/loaders",
             search_aliases=["load seminpainter", "load refadapter", "cat weights", "加载权重"],
             description="Load SemInpainter and/or RefAdapter from a CAT weights file. Model, CLIP, VAE and CLIP vision "
-                        "come from ComfyUI's own loaders.",
-            inputs=[io.Combo.Input("weights", options=host.list_files(lambda parts: bool(parts & CAT_PARTS)),
-                                   tooltip="A CAT weights file in models/cat_diffusion (.safetensors).")],
-            outputs=[CatModelWire.Output(display_name="CAT_MODEL", tooltip="The parts that the file holds.")],
+            "come from ComfyUI's own loaders.",
+            inputs=[
+                io.Combo.Input(
+                    "weights",
+                    options=model_files.list_files(lambda parts: bool(parts & CAT_PARTS)),
+                    tooltip="A CAT weights file in models/cat_diffusion (.safetensors).",
+                )
+            ],
+            outputs=[
+                CatModelWire.Output(
+                    display_name="CAT_MODEL", tooltip="The parts that the file holds."
+                )
+            ],
         )
 
     @classmethod
     def validate_inputs(cls, weights):
-        return host.missing_file(weights, "a CAT weights file") or True
+        return model_files.missing_file(weights, "a CAT weights file") or True
 
     @classmethod
     def fingerprint_inputs(cls, weights):
-        return host.fingerprint(weights)
+        return model_files.fingerprint(weights)
 
     @classmethod
     def execute(cls, weights) -> io.NodeOutput:
-        with host.plain_errors():
-            cat_model = builders.build_cat_model(host.read(weights))
-        host.say(str(cat_model))
+        with messages.plain_errors():
+            cat_model = build_cat_model(model_files.read(weights))
+        messages.say(str(cat_model))
         return io.NodeOutput(cat_model)

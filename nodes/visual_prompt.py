@@ -5,12 +5,17 @@ from dataclasses import replace
 import torch
 from comfy_api.latest import io, ui
 
-from ..cat_core import features, preprocess, preview
-from . import host
+from ..cat_core import features, preprocess
+from ..cat_core.pictures import preview
+from .host import memory, messages
+from .host.cat_model import require_part, run_sem_inpainter
+from .host.clip import check_clip_vision, encode_image, encode_text, text_similarity
 from .wires import CATEGORY, CatModelWire, VisualPromptWire, to_core
 
-CLIP_VISION_TOOLTIP = ("CLIP ViT-L/14 at 224 pixels (the image encoder of SD 1.5's text encoder), from CAT Load Checkpoint "
-                       "or Load CLIP Vision.")
+CLIP_VISION_TOOLTIP = (
+    "CLIP ViT-L/14 at 224 pixels (the image encoder of SD 1.5's text encoder), from CAT Load Checkpoint "
+    "or Load CLIP Vision."
+)
 
 
 class CATSemanticInpaint(io.ComfyNode):
@@ -22,30 +27,65 @@ class CATSemanticInpaint(io.ComfyNode):
             node_id="CATSemanticInpaint",
             display_name="CAT Semantic Inpaint",
             category=CATEGORY,
-            search_aliases=["pre-inpaint", "semantic pre-inpainting", "add object", "object inpainting", "seminpainter", "语义修复", "添加物体"],
+            search_aliases=[
+                "pre-inpaint",
+                "semantic pre-inpainting",
+                "add object",
+                "object inpainting",
+                "seminpainter",
+                "语义修复",
+                "添加物体",
+            ],
             description="Predict what CLIP would see if the named object were in the hole. The result, the visual prompt, "
-                        "guides the sampler through CAT Apply RefAdapter.",
+            "guides the sampler through CAT Apply RefAdapter.",
             inputs=[
                 CatModelWire.Input("cat_model", tooltip="A CAT model with a SemInpainter."),
                 io.ClipVision.Input("clip_vision", tooltip=CLIP_VISION_TOOLTIP),
-                io.Clip.Input("clip", tooltip="SD 1.5's text encoder. Clip skip and prompt weights do not matter here."),
-                io.Image.Input("image", tooltip="The photo, of any size. What is under the mask is not looked at."),
-                io.Mask.Input("mask", tooltip="White where the object goes. Any size; soft edges are fine."),
-                io.String.Input("text", default="", tooltip="The object's name, for example: fire hydrant"),
-                VisualPromptWire.Input("previous", optional=True,
-                                       tooltip="For a second object in the same photo: the visual prompt of the first, with a "
-                                               "mask of its own. This one then holds both."),
+                io.Clip.Input(
+                    "clip",
+                    tooltip="SD 1.5's text encoder. Clip skip and prompt weights do not matter here.",
+                ),
+                io.Image.Input(
+                    "image",
+                    tooltip="The photo, of any size. What is under the mask is not looked at.",
+                ),
+                io.Mask.Input(
+                    "mask", tooltip="White where the object goes. Any size; soft edges are fine."
+                ),
+                io.String.Input(
+                    "text", default="", tooltip="The object's name, for example: fire hydrant"
+                ),
+                VisualPromptWire.Input(
+                    "previous",
+                    optional=True,
+                    tooltip="For a second object in the same photo: the visual prompt of the first, with a "
+                    "mask of its own. This one then holds both.",
+                ),
             ],
-            outputs=[VisualPromptWire.Output(display_name="VISUAL_PROMPT", tooltip="For CAT Apply RefAdapter.")],
+            outputs=[
+                VisualPromptWire.Output(
+                    display_name="VISUAL_PROMPT", tooltip="For CAT Apply RefAdapter."
+                )
+            ],
         )
 
     @classmethod
-    def execute(cls, cat_model, clip_vision, clip, image, mask, text, previous=None) -> io.NodeOutput:
+    def execute(
+        cls, cat_model, clip_vision, clip, image, mask, text, previous=None
+    ) -> io.NodeOutput:
         prompt = predict(cat_model, clip_vision, clip, image, mask, text, previous)
         cells = [row.to(torch.uint8).numpy().astype(str) for row in prompt.patch_mask.flatten(1)]
-        some = {name: getattr(prompt, name)[:host.BATCH] for name in ("tokens", "before", "after", "patch_mask", "picture")}
-        picture = draw(replace(prompt, **some), clip, clip_vision)  # of a long batch the first: here the picture is a by-product
-        return io.NodeOutput(prompt, ui=ui.PreviewImage(picture).as_dict() | {"cat_cells": ["".join(row) for row in cells]})
+        some = {
+            name: getattr(prompt, name)[: memory.BATCH]
+            for name in ("tokens", "before", "after", "patch_mask", "picture")
+        }
+        picture = draw(
+            replace(prompt, **some), clip, clip_vision
+        )  # of a long batch the first: here the picture is a by-product
+        return io.NodeOutput(
+            prompt,
+            ui=ui.PreviewImage(picture).as_dict() | {"cat_cells": ["".join(row) for row in cells]},
+        )
 
 
 class CATEncodeVisualPrompt(io.ComfyNode):
@@ -57,24 +97,47 @@ class CATEncodeVisualPrompt(io.ComfyNode):
             node_id="CATEncodeVisualPrompt",
             display_name="CAT Encode Visual Prompt",
             category=CATEGORY,
-            search_aliases=["reference image", "image prompt", "ip-adapter", "clip vision encode", "参考图"],
+            search_aliases=[
+                "reference image",
+                "image prompt",
+                "ip-adapter",
+                "clip vision encode",
+                "参考图",
+            ],
             description="Make a visual prompt from a reference picture, or, with a mask, from the masked photo itself "
-                        "(the paper's ablation without SemInpainter).",
+            "(the paper's ablation without SemInpainter).",
             inputs=[
                 io.ClipVision.Input("clip_vision", tooltip=CLIP_VISION_TOOLTIP),
-                io.Image.Input("image", tooltip="The reference picture. It is squeezed to a square, nothing is cropped."),
-                io.Mask.Input("mask", optional=True, tooltip="White parts are hidden from CLIP behind grey."),
+                io.Image.Input(
+                    "image",
+                    tooltip="The reference picture. It is squeezed to a square, nothing is cropped.",
+                ),
+                io.Mask.Input(
+                    "mask", optional=True, tooltip="White parts are hidden from CLIP behind grey."
+                ),
             ],
-            outputs=[VisualPromptWire.Output(display_name="VISUAL_PROMPT", tooltip="For CAT Apply RefAdapter.")],
+            outputs=[
+                VisualPromptWire.Output(
+                    display_name="VISUAL_PROMPT", tooltip="For CAT Apply RefAdapter."
+                )
+            ],
         )
 
     @classmethod
     def execute(cls, clip_vision, image, mask=None) -> io.NodeOutput:
-        host.check_clip_vision(clip_vision)
+        check_clip_vision(clip_vision)
         image, mask = to_core(image, mask)
         seen, patches, _ = see(clip_vision, image, mask)
-        return io.NodeOutput(features.VisualPrompt(features.pool(patches), patches, patches, torch.zeros_like(seen.patch_mask),
-                                                   seen.masked_image, mask))
+        return io.NodeOutput(
+            features.VisualPrompt(
+                features.pool(patches),
+                patches,
+                patches,
+                torch.zeros_like(seen.patch_mask),
+                seen.masked_image,
+                mask,
+            )
+        )
 
 
 class CATVisualPromptPreview(io.ComfyNode):
@@ -88,38 +151,67 @@ class CATVisualPromptPreview(io.ComfyNode):
             category=f"{CATEGORY}/preview",
             search_aliases=["show visual prompt", "mask grid", "pca features", "heatmap", "预览"],
             description="Look at a visual prompt: the photo as CLIP saw it with its 16x16 grid and the hidden cells, the features "
-                        "before and after as colours, and how similar each cell is to the text.",
+            "before and after as colours, and how similar each cell is to the text.",
             is_output_node=True,
             inputs=[
-                VisualPromptWire.Input("visual_prompt", tooltip="From CAT Semantic Inpaint or CAT Encode Visual Prompt."),
-                io.Clip.Input("clip", optional=True,
-                              tooltip="With clip_vision: adds the similarity to the text. It needs a CLIP with a text projection: "
-                                      "the demo model has one, SD 1.5 checkpoints have none."),
-                io.ClipVision.Input("clip_vision", optional=True, tooltip="The image encoder that made the visual prompt."),
+                VisualPromptWire.Input(
+                    "visual_prompt",
+                    tooltip="From CAT Semantic Inpaint or CAT Encode Visual Prompt.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="With clip_vision: adds the similarity to the text. It needs a CLIP with a text projection: "
+                    "the demo model has one, SD 1.5 checkpoints have none.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="The image encoder that made the visual prompt.",
+                ),
             ],
-            outputs=[io.Image.Output(display_name="preview", tooltip="One row of panels for each picture of the batch.")],
+            outputs=[
+                io.Image.Output(
+                    display_name="preview",
+                    tooltip="One row of panels for each picture of the batch.",
+                )
+            ],
         )
 
     @classmethod
     def execute(cls, visual_prompt, clip=None, clip_vision=None) -> io.NodeOutput:
-        if visual_prompt.text and clip and clip_vision and host.text_similarity(clip, clip_vision, visual_prompt) is None:
-            host.say("The similarity to the text is left out: this CLIP, or CLIP vision, has no projection.")
+        if (
+            visual_prompt.text
+            and clip
+            and clip_vision
+            and text_similarity(clip, clip_vision, visual_prompt) is None
+        ):
+            messages.say(
+                "The similarity to the text is left out: this CLIP, or CLIP vision, has no projection."
+            )
         picture = draw(visual_prompt, clip, clip_vision)
         return io.NodeOutput(picture, ui=ui.PreviewImage(picture))
 
 
-def predict(cat_model, clip_vision, clip, image, mask, text: str,
-            previous: features.VisualPrompt | None = None) -> features.VisualPrompt:
+def predict(
+    cat_model,
+    clip_vision,
+    clip,
+    image,
+    mask,
+    text: str,
+    previous: features.VisualPrompt | None = None,
+) -> features.VisualPrompt:
     """SemInpainter on the host's IMAGE and MASK.
 
     With `previous`, CLIP sees neither hole, and in the earlier one the features are those that were predicted there.
     """
-    host.require_part(cat_model, "sem_inpainter")
+    require_part(cat_model, "sem_inpainter")
     text = text.strip()
     if not text:
         raise ValueError("The text is empty. Type the name of the object that belongs in the hole.")
     config = cat_model.architecture.sem_inpainter
-    host.check_clip_vision(clip_vision, config.hidden_size, config.grid_size)
+    check_clip_vision(clip_vision, config.hidden_size, config.grid_size)
     image, mask = to_core(image, mask)
     hidden = mask
     if previous is not None:
@@ -129,40 +221,61 @@ def predict(cat_model, clip_vision, clip, image, mask, text: str,
     patch_mask = seen.patch_mask
     if previous is not None:
         patch_mask = preprocess.clip_input(image, mask).patch_mask
-        patches = features.blend(previous.after.expand_as(patches).to(patches), patches, seen.patch_mask * previous.patch_mask)
+        patches = features.blend(
+            previous.after.expand_as(patches).to(patches),
+            patches,
+            seen.patch_mask * previous.patch_mask,
+        )
     if not patch_mask.any():
-        host.say("The mask is empty: the visual prompt is just the photo's own features. Paint a mask to change it.")
+        messages.say(
+            "The mask is empty: the visual prompt is just the photo's own features. Paint a mask to change it."
+        )
     elif patch_mask.all():
-        host.say("The mask covers everything: the visual prompt rests on the text alone.")
-    text_feature = host.encode_text(clip, text, config.text_size)
-    predicted = host.run_sem_inpainter(cat_model, patches, image_feature, text_feature, patch_mask)
+        messages.say("The mask covers everything: the visual prompt rests on the text alone.")
+    text_feature = encode_text(clip, text, config.text_size)
+    predicted = run_sem_inpainter(cat_model, patches, image_feature, text_feature, patch_mask)
     after = features.blend(predicted, patches, patch_mask)
-    return features.VisualPrompt(features.pool(after), patches, after, seen.patch_mask, seen.masked_image, hidden, text)
+    return features.VisualPrompt(
+        features.pool(after), patches, after, seen.patch_mask, seen.masked_image, hidden, text
+    )
 
 
 def union(mask: torch.Tensor, previous: features.VisualPrompt, width: int) -> torch.Tensor:
     """(B, 1, H, W): this hole and the one before it."""
     if previous.before.shape[2] != width:
-        raise ValueError(f"previous is {previous.before.shape[2]} wide, this SemInpainter makes {width}. Take both visual prompts "
-                         "from the same CAT model.")
+        raise ValueError(
+            f"previous is {previous.before.shape[2]} wide, this SemInpainter makes {width}. Take both visual prompts "
+            "from the same CAT model."
+        )
     if previous.mask is None:
         return mask
     if not {len(mask), len(previous.mask)} <= {1, max(len(mask), len(previous.mask))}:
-        raise ValueError(f"previous holds {len(previous.mask)} pictures, here are {len(mask)}. Connect as many, or one of either.")
+        raise ValueError(
+            f"previous holds {len(previous.mask)} pictures, here are {len(mask)}. Connect as many, or one of either."
+        )
     return torch.maximum(mask, preprocess.resize_mask(previous.mask, *mask.shape[-2:]))
 
 
 def see(clip_vision, image, mask) -> tuple[preprocess.ClipInput, torch.Tensor, torch.Tensor]:
     """The core's image and mask -> what CLIP sees, its patch features (B, N, D) and image feature (B, D)."""
     parts = []
-    for rows in host.chunks(len(image)):
+    for rows in memory.chunks(len(image)):
         seen = preprocess.clip_input(image[rows], None if mask is None else mask[rows])
-        parts.append((seen.image, seen.masked_image, seen.patch_mask, *host.encode_image(clip_vision, seen.masked_image)))
+        parts.append(
+            (
+                seen.image,
+                seen.masked_image,
+                seen.patch_mask,
+                *encode_image(clip_vision, seen.masked_image),
+            )
+        )
     whole, masked, patch_mask, patches, image_feature = (torch.cat(part) for part in zip(*parts))
     return preprocess.ClipInput(whole, masked, patch_mask), patches, image_feature
 
 
 def draw(prompt: features.VisualPrompt, clip=None, clip_vision=None) -> torch.Tensor:
     """The visual prompt as IMAGE, with the similarity to its text where both encoders have a projection."""
-    similarity = host.text_similarity(clip, clip_vision, prompt) if prompt.text and clip and clip_vision else None
+    similarity = (
+        text_similarity(clip, clip_vision, prompt) if prompt.text and clip and clip_vision else None
+    )
     return preview.sheet(prompt, similarity)

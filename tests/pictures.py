@@ -21,4 +21,4 @@ def mask(path, size=(40, 30), box=(10, 5, 30, 20), mode="L"):
 def cut(path, keep=0.5):
     """Cut a file short."""
     content = path.read_bytes()
-    path.write_bytes(content[:int(len(content) * keep)])
+    path.write_bytes(content[: int(len(content) * keep)])

@@ -10,40 +10,61 @@ import os
 import subprocess
 import time
 
-import host as hosts
-import inside
+from comfyui import ROOT, install, launch
 
-TESTS = inside.ROOT / "tests"
+TESTS = ROOT / "tests"
 # On a GPU the newer host has it on. The files left out build networks of their own, or run tools, which do without it.
-DYNAMIC_VRAM = ["nodes", "--dynamic-vram", "--ignore=nodes/test_bench.py", "--ignore=nodes/test_demo_model.py"]
+DYNAMIC_VRAM = [
+    "nodes",
+    "--dynamic-vram",
+    "--ignore=nodes/test_bench.py",
+    "--ignore=nodes/test_demo_model.py",
+]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--host", choices=hosts.SOURCES, help="only this ComfyUI release, all tests")
+    parser.add_argument(
+        "--host", choices=install.SOURCES, help="only this ComfyUI release, all tests"
+    )
     arguments, pytest_arguments = parser.parse_known_args()
-    plans = [(hosts.NEWEST, []), (hosts.NEWEST, DYNAMIC_VRAM), ("0.16.3", ["nodes", "server", "-m", "not full"])]
+    plans = [
+        (install.NEWEST, []),
+        (install.NEWEST, DYNAMIC_VRAM),
+        ("0.16.3", ["nodes", "server", "-m", "not full"]),
+    ]
     if arguments.host:
         plans = [(arguments.host, [])]
     failed = []
     if any((TESTS / word.split("::")[0]).exists() for word in pytest_arguments):
-        plans = [(version, []) for version in dict.fromkeys(version for version, _ in plans)]  # named tests instead of the plan's
+        plans = [
+            (version, []) for version in dict.fromkeys(version for version, _ in plans)
+        ]  # named tests instead of the plan's
     for version, chosen in plans:
         start = time.monotonic()
         try:
-            host = hosts.prepare_host(version)
-            hosts.require(host, TESTS / "requirements.txt")
-        except hosts.SetupError as error:
+            host = install.prepare_host(version)
+            install.require(host, TESTS / "requirements.txt")
+        except install.SetupError as error:
             parser.error(str(error))
-        print(f"\n===== ComfyUI {version} (ready after {time.monotonic() - start:.1f} s) =====", flush=True)
+        print(
+            f"\n===== ComfyUI {version} (ready after {time.monotonic() - start:.1f} s) =====",
+            flush=True,
+        )
         start = time.monotonic()
-        code = subprocess.run([host.python, "-m", "pytest", *chosen, *pytest_arguments], cwd=TESTS,
-                              env={**os.environ, inside.COMFYUI: str(host.path)}).returncode
-        print(f"===== ComfyUI {version}: {'passed' if code == 0 else f'FAILED ({code})'} "
-              f"in {time.monotonic() - start:.0f} s =====", flush=True)
+        code = subprocess.run(
+            [host.python, "-m", "pytest", *chosen, *pytest_arguments],
+            cwd=TESTS,
+            env={**os.environ, launch.COMFYUI: str(host.path)},
+        ).returncode
+        print(
+            f"===== ComfyUI {version}: {'passed' if code == 0 else f'FAILED ({code})'} "
+            f"in {time.monotonic() - start:.0f} s =====",
+            flush=True,
+        )
         failed += [version] * (code != 0)
     return int(bool(failed))
 
 
 if __name__ == "__main__":
-    inside.interruptible(main)
+    launch.interruptible(main)

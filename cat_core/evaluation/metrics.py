@@ -4,18 +4,20 @@ Pictures are (H, W, 3) uint8, holes (H, W) uint8 with white = repainted.
 """
 
 import itertools
-from typing import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+
+from ..errors import CatError
 
 LEVEL = 95  # per cent of the resamples that an interval covers
 IDENTICAL = 100.0  # dB, the PSNR of what did not change: infinity has no mean
 HISTOGRAM = np.linspace(-1, 1, 81)  # edges, of cosines
 
 
-class EvaluationError(ValueError):
+class EvaluationError(CatError):
     """Something that cannot be measured; the message says what was found, what was expected and what to do."""
 
 
@@ -46,8 +48,10 @@ def frechet_distance(real: Iterable[torch.Tensor], made: Iterable[torch.Tensor])
             distance.update(batch.double(), real=side == 0)
             counts[side] += len(batch)
     if min(counts) < 2:
-        raise EvaluationError(f"FID compares covariances and needs at least 2 pictures on each side; found {counts[0]} real "
-                              f"and {counts[1]} made. Evaluate more pictures.")
+        raise EvaluationError(
+            f"FID compares covariances and needs at least 2 pictures on each side; found {counts[0]} real "
+            f"and {counts[1]} made. Evaluate more pictures."
+        )
     return float(distance.compute())
 
 
@@ -55,7 +59,9 @@ def _frechet_sums(width: int):
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
     except ImportError as error:
-        raise Missing(f"FID needs torchmetrics ({error}). Install requirements-evaluate.txt with ComfyUI's Python.") from error
+        raise Missing(
+            f"FID needs torchmetrics ({error}). Install requirements-evaluate.txt with ComfyUI's Python."
+        ) from error
     features = torch.nn.Identity()
     features.num_features = width
     return FrechetInceptionDistance(features)
@@ -74,7 +80,9 @@ def clip_score(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     return 100 * cosine(image, text).clamp(min=0)
 
 
-def background_error(made: np.ndarray, original: np.ndarray, hole: np.ndarray) -> tuple[float, float, float]:
+def background_error(
+    made: np.ndarray, original: np.ndarray, hole: np.ndarray
+) -> tuple[float, float, float]:
     """What changed where nothing should: mean and largest absolute error (levels, 0 to 255), and PSNR (dB, at most 100).
 
     Background is where the hole is exactly 0: a soft edge may be repainted. Without any the error is 0.
@@ -83,7 +91,11 @@ def background_error(made: np.ndarray, original: np.ndarray, hole: np.ndarray) -
     error = np.abs(made[outside].astype(np.float64) - original[outside])
     if not error.any():
         return 0.0, 0.0, IDENTICAL
-    return error.mean(), error.max(), min(10 * np.log10(255**2 / np.square(error).mean()), IDENTICAL)
+    return (
+        error.mean(),
+        error.max(),
+        min(10 * np.log10(255**2 / np.square(error).mean()), IDENTICAL),
+    )
 
 
 def hole_distance(a: np.ndarray, b: np.ndarray, hole: np.ndarray) -> float:
@@ -97,7 +109,9 @@ def diversity(items: Sequence, distance: Callable) -> float:
     return float(np.mean([distance(a, b) for a, b in itertools.combinations(items, 2)]))
 
 
-def masked_cosines(patches: torch.Tensor, truth: torch.Tensor, patch_mask: torch.Tensor) -> torch.Tensor:
+def masked_cosines(
+    patches: torch.Tensor, truth: torch.Tensor, patch_mask: torch.Tensor
+) -> torch.Tensor:
     """Cosines of masked patches to the true ones: (B, N, D) x 2, (B, 1, G, G) -> (M,), M masked patches in all."""
     return cosine(patches, truth)[patch_mask.flatten(1).bool()]
 
@@ -110,7 +124,9 @@ def histogram(cosines: torch.Tensor) -> np.ndarray:
 # How sure -----------------------------------------------------------------------------------------------------------
 
 
-def resampled(statistic: Callable[[np.ndarray], float], count: int, resamples: int, seed: int) -> np.ndarray:
+def resampled(
+    statistic: Callable[[np.ndarray], float], count: int, resamples: int, seed: int
+) -> np.ndarray:
     """Bootstrap: `statistic` of the rows drawn with replacement, (resamples,).
 
     Two statistics of the same count and seed see the same rows, so the difference of the results is a paired one.

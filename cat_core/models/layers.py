@@ -10,7 +10,9 @@ from torch import nn
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
     """Multi-head scaled dot-product attention: (B, N, C), (B, M, C), (B, M, C) -> (B, N, C)."""
-    q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, N, C / heads)
+    q, k, v = (
+        t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v)
+    )  # (B, heads, N, C / heads)
     out = nn.functional.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).flatten(2)
 
@@ -44,7 +46,9 @@ class SelfAttention(nn.Module):
         self.out_proj = ops.Linear(hidden_size, hidden_size, **kwargs)
 
     def forward(self, x):
-        return self.out_proj(self.attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads))
+        return self.out_proj(
+            self.attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads)
+        )
 
 
 class EncoderLayer(nn.Module):

@@ -54,7 +54,12 @@ class RefAdapter(nn.Module):
                 if parent not in module._modules:
                     module.add_module(parent, nn.Module())
                 module = module._modules[parent]
-            module.add_module(leaf, RefAdapterBlock(width, config.visual_size, config.num_heads, ops, attention, **kwargs))
+            module.add_module(
+                leaf,
+                RefAdapterBlock(
+                    width, config.visual_size, config.num_heads, ops, attention, **kwargs
+                ),
+            )
 
     def block(self, name: str) -> RefAdapterBlock:
         """The adapter for the U-Net's transformer block `name`; KeyError if there is none."""
@@ -81,24 +86,50 @@ class FoldedBlock(nn.Module):
         super().__init__()
         attn, norm = block.attn3, block.norm4
         self.heads, self.attention, self.prompts = attn.heads, attn.attention, len(visual_prompt)
-        to_q, to_k, to_v, to_out = (layer.weight.float() for layer in (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0]))
+        to_q, to_k, to_v, to_out = (
+            layer.weight.float() for layer in (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])
+        )
         visual_prompt = visual_prompt.to(to_k)
         k, v = visual_prompt @ to_k.T, visual_prompt @ to_v.T  # (P, M, C)
-        k = k - k.mean(dim=1, keepdim=True)  # softmax does not see what all keys share; smaller scores round less
+        k = k - k.mean(
+            dim=1, keepdim=True
+        )  # softmax does not see what all keys share; smaller scores round less
         bias, (tokens, width) = attn.to_out[0].bias.float(), k.shape[1:]
         if self.heads * tokens < width + tokens:
-            k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (k, v))  # (P, heads, M, d)
-            first = (k @ to_q.unflatten(0, (self.heads, -1))).flatten(1, 2).transpose(1, 2) * (width // self.heads) ** -0.5
+            k, v = (
+                t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (k, v)
+            )  # (P, heads, M, d)
+            first = (k @ to_q.unflatten(0, (self.heads, -1))).flatten(1, 2).transpose(1, 2) * (
+                width // self.heads
+            ) ** -0.5
             last = (v @ to_out.T.unflatten(0, (self.heads, -1))).flatten(1, 2) + bias / self.heads
             keys = values = None  # first (P, C, heads * M), last (P, heads * M, C)
         else:
-            first, keys, values, last = to_q.T[None], k, v, to_out  # (1, C, C), 2 x (P, M, C), (C, C)
-        for name, constant in (("scale", norm.weight), ("shift", norm.bias), ("first", first), ("keys", keys),
-                               ("values", values), ("last", last), ("bias", bias)):
-            constant = None if constant is None else nn.Parameter(constant.detach().to(dtype).contiguous(), requires_grad=False)
+            first, keys, values, last = (
+                to_q.T[None],
+                k,
+                v,
+                to_out,
+            )  # (1, C, C), 2 x (P, M, C), (C, C)
+        for name, constant in (
+            ("scale", norm.weight),
+            ("shift", norm.bias),
+            ("first", first),
+            ("keys", keys),
+            ("values", values),
+            ("last", last),
+            ("bias", bias),
+        ):
+            constant = (
+                None
+                if constant is None
+                else nn.Parameter(constant.detach().to(dtype).contiguous(), requires_grad=False)
+            )
             self.register_parameter(name, constant)
 
-    def forward(self, x: torch.Tensor, conditional: list[bool], strength: float = 1.0) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, conditional: list[bool], strength: float = 1.0
+    ) -> torch.Tensor:
         """Hidden states with the adapter's output added, times `strength`.
 
         Args:
@@ -107,7 +138,11 @@ class FoldedBlock(nn.Module):
             conditional: which of the batches look at their prompts; the others get what an all-zero prompt adds, the bias.
         """
         x = x if x.is_contiguous() else x.contiguous()
-        constants, out, shape = self._constants(x), torch.empty_like(x), (len(conditional), -1, *x.shape[1:])
+        constants, out, shape = (
+            self._constants(x),
+            torch.empty_like(x),
+            (len(conditional), -1, *x.shape[1:]),
+        )
         for looks, rows, into in zip(conditional, x.view(shape).unbind(), out.view(shape).unbind()):
             if looks:
                 self.attend(rows, into, strength, **constants)
@@ -120,21 +155,33 @@ class FoldedBlock(nn.Module):
 
         Kept to few operators: on a fast GPU it is their number that costs.
         """
-        groups, width = len(x) if self.prompts > 1 else 1, x.shape[2]  # one prompt: all latents in one product
+        groups, width = (
+            len(x) if self.prompts > 1 else 1,
+            x.shape[2],
+        )  # one prompt: all latents in one product
         x, out = x.view(groups, -1, width), out.view(groups, -1, width)
-        h = torch.bmm(nn.functional.layer_norm(x, (width,), scale, shift), _of_groups(first, groups))
+        h = torch.bmm(
+            nn.functional.layer_norm(x, (width,), scale, shift), _of_groups(first, groups)
+        )
         if keys is None:
-            h = h.view(groups, -1, self.heads, h.shape[2] // self.heads).softmax(3).view(h.shape)  # (groups, tokens, heads * M)
+            h = (
+                h.view(groups, -1, self.heads, h.shape[2] // self.heads).softmax(3).view(h.shape)
+            )  # (groups, tokens, heads * M)
             torch.baddbmm(x, h, _of_groups(last, groups), alpha=strength, out=out)
         else:
-            h = self.attention(h, _of_groups(keys, groups), _of_groups(values, groups), self.heads)  # (groups, tokens, C)
+            h = self.attention(
+                h, _of_groups(keys, groups), _of_groups(values, groups), self.heads
+            )  # (groups, tokens, C)
             torch.add(x, nn.functional.linear(h, last, bias), alpha=strength, out=out)
 
     def _constants(self, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
         """What was folded, moved to x only where the host left it elsewhere."""
         if self.bias.dtype == x.dtype and self.bias.device == x.device:
             return self._parameters
-        return {name: None if constant is None else constant.to(x) for name, constant in self._parameters.items()}
+        return {
+            name: None if constant is None else constant.to(x)
+            for name, constant in self._parameters.items()
+        }
 
 
 def _of_groups(constant: torch.Tensor, groups: int) -> torch.Tensor:
@@ -143,7 +190,11 @@ def _of_groups(constant: torch.Tensor, groups: int) -> torch.Tensor:
         return constant
     if len(constant) == 1:
         return constant.expand(groups, -1, -1)
-    return constant[:groups] if len(constant) > groups else constant[torch.arange(groups, device=constant.device) % len(constant)]
+    return (
+        constant[:groups]
+        if len(constant) > groups
+        else constant[torch.arange(groups, device=constant.device) % len(constant)]
+    )
 
 
 class FoldedRefAdapter(nn.Module):
@@ -153,7 +204,9 @@ class FoldedRefAdapter(nn.Module):
         super().__init__()
         names = [name for name, _ in adapter.config.blocks]
         self.number = {name: i for i, name in enumerate(names)}
-        self.blocks = nn.ModuleList(FoldedBlock(adapter.block(name), visual_prompt, dtype) for name in names)
+        self.blocks = nn.ModuleList(
+            FoldedBlock(adapter.block(name), visual_prompt, dtype) for name in names
+        )
 
     def block(self, name: str) -> FoldedBlock:
         """The adapter for the U-Net's transformer block `name`; KeyError if there is none."""

@@ -27,7 +27,11 @@ class Embeddings(nn.Module):
 
     def forward(self, patches, masked):
         positions = torch.arange(patches.shape[1], device=patches.device)
-        return patches + self.position_embedding(positions).to(patches) + self.mask_embedding(masked).to(patches)
+        return (
+            patches
+            + self.position_embedding(positions).to(patches)
+            + self.mask_embedding(masked).to(patches)
+        )
 
 
 class Encoder(nn.Module):
@@ -36,9 +40,17 @@ class Encoder(nn.Module):
     def __init__(self, config: SemInpainterConfig, ops, attention, **kwargs):
         super().__init__()
         self.layers = nn.ModuleList(
-            layers.EncoderLayer(config.hidden_size, config.intermediate_size, config.num_attention_heads,
-                                config.layer_norm_eps, ops, attention, **kwargs)
-            for _ in range(config.num_hidden_layers))
+            layers.EncoderLayer(
+                config.hidden_size,
+                config.intermediate_size,
+                config.num_attention_heads,
+                config.layer_norm_eps,
+                ops,
+                attention,
+                **kwargs,
+            )
+            for _ in range(config.num_hidden_layers)
+        )
 
     def forward(self, x):
         for layer in self.layers:
@@ -63,12 +75,19 @@ class SemInpainter(nn.Module):
         self.embeddings = Embeddings(config, ops, **kwargs)
         self.encoder = Encoder(config, ops, attention, **kwargs)
         self.post_layernorm = ops.LayerNorm(width, eps=config.layer_norm_eps, **kwargs)
-        self.label_mlp = layers.MLP(config.text_size, config.text_intermediate_size, width, ops, **kwargs)
+        self.label_mlp = layers.MLP(
+            config.text_size, config.text_intermediate_size, width, ops, **kwargs
+        )
         self.spatial_mlp = layers.MLP(width, config.spatial_intermediate_size, width, ops, **kwargs)
         self.global_mlp = layers.MLP(width, config.global_intermediate_size, width, ops, **kwargs)
 
-    def forward(self, patches: torch.Tensor, image: torch.Tensor, text: torch.Tensor,
-                patch_mask: torch.Tensor) -> SemInpainterOutput:
+    def forward(
+        self,
+        patches: torch.Tensor,
+        image: torch.Tensor,
+        text: torch.Tensor,
+        patch_mask: torch.Tensor,
+    ) -> SemInpainterOutput:
         """Predict the features of the whole picture from those of the picture with a hole.
 
         Args:

@@ -11,21 +11,22 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable, Mapping
 
 import torch
 from torch import nn
 
 from .. import weights
 from ..config import Architecture
+from ..errors import CatError
 from .objectives import Batch, Terms
 from .stages import Stage
 
 
-class TrainingError(RuntimeError):
+class TrainingError(CatError):
     """Training cannot go on; the message says why, what is safe, and what to do."""
 
 
@@ -50,9 +51,20 @@ def combine(objective, terms: Terms, totals: Mapping[str, torch.Tensor]) -> torc
     return sum(terms[name].sum() / (totals[name] + objective.extra[name]) for name in terms)
 
 
-def train(stage: Stage, objective: nn.Module, modules: Mapping[str, nn.Module], source: Callable[[int, range], Batch],
-          folder: Path | None, settings: Settings, architecture: Architecture, *, provenance: str, licence: str,
-          cpu: bool = False, on_step: Callable[[int, Mapping[str, float]], None] = lambda step, figures: None) -> Path | None:
+def train(
+    stage: Stage,
+    objective: nn.Module,
+    modules: Mapping[str, nn.Module],
+    source: Callable[[int, range], Batch],
+    folder: Path | None,
+    settings: Settings,
+    architecture: Architecture,
+    *,
+    provenance: str,
+    licence: str,
+    cpu: bool = False,
+    on_step: Callable[[int, Mapping[str, float]], None] = lambda step, figures: None,
+) -> Path | None:
     """Train until `settings.steps`, from the newest complete checkpoint in `folder` if there is one.
 
     Args:
@@ -70,22 +82,40 @@ def train(stage: Stage, objective: nn.Module, modules: Mapping[str, nn.Module], 
     """
     accelerator = _accelerator(settings, cpu)
     if settings.batch_size % (settings.micro_batch_size * accelerator.num_processes):
-        raise TrainingError(f"batch_size {settings.batch_size} is not a multiple of micro_batch_size "
-                            f"{settings.micro_batch_size} times {accelerator.num_processes} processes. Change one of them.")
+        raise TrainingError(
+            f"batch_size {settings.batch_size} is not a multiple of micro_batch_size "
+            f"{settings.micro_batch_size} times {accelerator.num_processes} processes. Change one of them."
+        )
     for part, module in modules.items():
         module.requires_grad_(part in dict(stage.rates)).train(part in dict(stage.rates))
-    groups = [{"params": list(modules[part].parameters()), "lr": rate, "rate": rate} for part, rate in stage.rates]
+    groups = [
+        {"params": list(modules[part].parameters()), "lr": rate, "rate": rate}
+        for part, rate in stage.rates
+    ]
     optimiser = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
     first = _resume(folder, stage, settings, modules, optimiser) if folder else 0
     model, prepared = accelerator.prepare(objective, optimiser)
     if accelerator.scaler is not None and first:
         accelerator.scaler.load_state_dict(_state(_newest(folder))["scaler"])
-    log = Log(folder / "log.csv", first, settings) if folder and accelerator.is_main_process else None
+    log = (
+        Log(folder / "log.csv", first, settings) if folder and accelerator.is_main_process else None
+    )
 
     def save(step):
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            _save(folder, step, stage, settings, modules, optimiser, accelerator.scaler, architecture, provenance, licence)
+            _save(
+                folder,
+                step,
+                stage,
+                settings,
+                modules,
+                optimiser,
+                accelerator.scaler,
+                architecture,
+                provenance,
+                licence,
+            )
         accelerator.wait_for_everyone()
 
     with _Interrupt() as interrupt:
@@ -94,14 +124,23 @@ def train(stage: Stage, objective: nn.Module, modules: Mapping[str, nn.Module], 
             figures = _step(step, accelerator, model, objective, prepared, source, settings)
             if not math.isfinite(figures["loss"]):
                 newest = folder and _newest(folder)
-                raise TrainingError(f"The loss of step {step + 1} is {figures['loss']}. Nothing was overwritten; the newest "
-                                    f"good checkpoint is {newest.name if newest else 'none yet'}. Lower the rates, warm up "
-                                    "longer, or use bf16 instead of fp16.")
+                raise TrainingError(
+                    f"The loss of step {step + 1} is {figures['loss']}. Nothing was overwritten; the newest "
+                    f"good checkpoint is {newest.name if newest else 'none yet'}. Lower the rates, warm up "
+                    "longer, or use bf16 instead of fp16."
+                )
             figures["images_per_second"] = settings.batch_size / (time.monotonic() - start)
             if log:
                 log.add(step + 1, figures)
-            stop = accelerator.reduce(torch.tensor(float(interrupt.asked), device=accelerator.device)).item() > 0
-            if folder and ((step + 1) % settings.save_every == 0 or step + 1 == settings.steps or stop):
+            stop = (
+                accelerator.reduce(
+                    torch.tensor(float(interrupt.asked), device=accelerator.device)
+                ).item()
+                > 0
+            )
+            if folder and (
+                (step + 1) % settings.save_every == 0 or step + 1 == settings.steps or stop
+            ):
                 save(step + 1)
             if accelerator.is_main_process:
                 on_step(step + 1, figures)
@@ -113,18 +152,23 @@ def train(stage: Stage, objective: nn.Module, modules: Mapping[str, nn.Module], 
 def require_accelerate() -> None:
     """Raise TrainingError unless this Python has what the loop is built on."""
     try:
-        import accelerate  # noqa: F401
+        import accelerate
     except ModuleNotFoundError as error:
-        raise TrainingError(f"Training needs {error.name}, which this Python does not have. Install it with: "
-                            f'"{sys.executable}" -m pip install "accelerate>=1.0"') from error
+        raise TrainingError(
+            f"Training needs {error.name}, which this Python does not have. Install it with: "
+            f'"{sys.executable}" -m pip install "accelerate>=1.0"'
+        ) from error
 
 
 def _accelerator(settings: Settings, cpu: bool):
     require_accelerate()
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    return Accelerator(cpu=cpu, mixed_precision=settings.precision, kwargs_handlers=[
-        DistributedDataParallelKwargs(find_unused_parameters=True)])  # the diffusion stages leave post_layernorm alone
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision=settings.precision,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )  # the diffusion stages leave post_layernorm alone
 
 
 def _step(step, accelerator, model, objective, optimiser, source, settings) -> dict[str, float]:
@@ -147,7 +191,13 @@ def _step(step, accelerator, model, objective, optimiser, source, settings) -> d
                 terms, watched = model(batch)
             loss = combine(objective, terms, totals)
             accelerator.backward(loss * processes)  # processes' gradients are averaged
-        values = {"loss": loss, **{name: value.sum() / (totals[name] + objective.extra[name]) for name, value in terms.items()}}
+        values = {
+            "loss": loss,
+            **{
+                name: value.sum() / (totals[name] + objective.extra[name])
+                for name, value in terms.items()
+            },
+        }
         for name, value in watched.items():  # rows without a mask have nothing to watch
             values |= {name: value.nansum(), f"{name} rows": (~value.isnan()).sum()}
         for name, value in values.items():
@@ -166,14 +216,18 @@ def _step(step, accelerator, model, objective, optimiser, source, settings) -> d
 def _rate(step: int, settings: Settings) -> float:
     """Share of the stage's rates: a linear rise, times a cosine from 1 to `final_rate`."""
     decay = (1 + math.cos(math.pi * step / settings.steps)) / 2
-    return min(1.0, (step + 1) / max(settings.warmup, 1)) * (settings.final_rate + (1 - settings.final_rate) * decay)
+    return min(1.0, (step + 1) / max(settings.warmup, 1)) * (
+        settings.final_rate + (1 - settings.final_rate) * decay
+    )
 
 
 # Checkpoints: <folder>/checkpoint-00000500/{weights.safetensors, state.pt} ---------------------------------------------
 
 
 def _newest(folder: Path) -> Path | None:
-    complete = sorted(path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit())
+    complete = sorted(
+        path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()
+    )
     return complete[-1] if complete else None
 
 
@@ -181,27 +235,43 @@ def _state(checkpoint: Path) -> dict:
     return torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
 
 
-def _save(folder, step, stage, settings, modules, optimiser, scaler, architecture, provenance, licence) -> None:
+def _save(
+    folder, step, stage, settings, modules, optimiser, scaler, architecture, provenance, licence
+) -> None:
     target = folder / f"checkpoint-{step:08d}"
     partial = folder / f"{target.name}.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         parts = {part: modules[part].state_dict() for part, _ in stage.rates}
-        metadata = weights.header(parts, architecture, licence=licence,
-                                  provenance=f"{provenance}; stage {stage.name}, {step} steps")
+        metadata = weights.header(
+            parts,
+            architecture,
+            licence=licence,
+            provenance=f"{provenance}; stage {stage.name}, {step} steps",
+        )
         weights.save(partial / "weights.safetensors", weights.flat(parts), metadata)
-        torch.save({"step": step, "stage": stage.name, "settings": asdict(settings), "optimiser": optimiser.state_dict(),
-                    "scaler": scaler.state_dict() if scaler else {}}, partial / "state.pt")
+        torch.save(
+            {
+                "step": step,
+                "stage": stage.name,
+                "settings": asdict(settings),
+                "optimiser": optimiser.state_dict(),
+                "scaler": scaler.state_dict() if scaler else {},
+            },
+            partial / "state.pt",
+        )
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
     except (OSError, RuntimeError, weights.WeightsError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         newest = _newest(folder)
-        raise TrainingError(f"Cannot write {target} ({error}). Earlier checkpoints are whole, the newest is "
-                            f"{newest.name if newest else 'none yet'}. Free disk space and start the same command again; "
-                            "it continues from there.") from error
-    for old in sorted(folder.glob("checkpoint-*"))[:-settings.keep]:
+        raise TrainingError(
+            f"Cannot write {target} ({error}). Earlier checkpoints are whole, the newest is "
+            f"{newest.name if newest else 'none yet'}. Free disk space and start the same command again; "
+            "it continues from there."
+        ) from error
+    for old in sorted(folder.glob("checkpoint-*"))[: -settings.keep]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -213,13 +283,18 @@ def _resume(folder: Path, stage: Stage, settings: Settings, modules, optimiser) 
     state = _state(newest)
     fixed = {"batch_size", "warmup", "final_rate", "weight_decay", "precision", "seed"}
     fixed |= {"steps"} if settings.final_rate != 1 else set()  # the decay depends on them
-    changed = [f"{key} was {state['settings'][key]}, is {value}" for key, value in asdict(settings).items()
-               if key in fixed and state["settings"].get(key, value) != value]
+    changed = [
+        f"{key} was {state['settings'][key]}, is {value}"
+        for key, value in asdict(settings).items()
+        if key in fixed and state["settings"].get(key, value) != value
+    ]
     if state["stage"] != stage.name:
         changed.insert(0, f"stage was {state['stage']}, is {stage.name}")
     if changed:
-        raise TrainingError(f"{folder} holds another run ({'; '.join(changed)}). Give the same settings to continue it, "
-                            "or another folder to start anew.")
+        raise TrainingError(
+            f"{folder} holds another run ({'; '.join(changed)}). Give the same settings to continue it, "
+            "or another folder to start anew."
+        )
     parts, _ = weights.sort_keys(weights.load_safetensors(str(newest / "weights.safetensors"))[0])
     for part, _ in stage.rates:
         modules[part].load_state_dict(parts[part])
@@ -245,7 +320,10 @@ class _Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nStopping after this step; the run will be saved. Press Ctrl-C again to stop at once.", flush=True)
+        print(
+            "\nStopping after this step; the run will be saved. Press Ctrl-C again to stop at once.",
+            flush=True,
+        )
 
     def __exit__(self, *_):
         for name, handler in self.previous.items():
@@ -263,7 +341,9 @@ class Log:
         if path.exists() and first:
             with open(path, newline="") as file:
                 rows = [row for row in csv.reader(file)]
-            rows = rows[:1] + [row for row in rows[1:] if row and row[0].isdigit() and int(row[0]) <= first]
+            rows = rows[:1] + [
+                row for row in rows[1:] if row and row[0].isdigit() and int(row[0]) <= first
+            ]
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         with open(partial, "w", newline="") as file:
@@ -280,6 +360,14 @@ class Log:
             writer.writerow([step, *figures.values()])
         self.done = step
         left = (time.monotonic() - self.start) / (step - self.first) * (self.steps - step)
-        shown = "  ".join(f"{name} {figures[name]:.4g}" for name in ("loss", "cosine_observed", "cosine") if name in figures)
-        print(f"\r{step}/{self.steps}  {shown}  {figures['images_per_second']:.1f} images/s  "
-              f"{int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d} left ", end="", flush=True)
+        shown = "  ".join(
+            f"{name} {figures[name]:.4g}"
+            for name in ("loss", "cosine_observed", "cosine")
+            if name in figures
+        )
+        print(
+            f"\r{step}/{self.steps}  {shown}  {figures['images_per_second']:.1f} images/s  "
+            f"{int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d} left ",
+            end="",
+            flush=True,
+        )

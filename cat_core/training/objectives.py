@@ -5,7 +5,7 @@ batch is the sum over terms of  sum(numbers) / (sum(weights) + extra),  however 
 accumulation steps; `weights` depend on the batch alone.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -34,17 +34,29 @@ class Distillation(nn.Module):
         self.sem_inpainter, self.masked = sem_inpainter, masked
 
     def weights(self, batch: Batch) -> Terms:
-        return {"patches": batch["patch_mask"].flatten(1).sum(1).float(), "image": torch.ones(len(batch["patches"]))}
+        return {
+            "patches": batch["patch_mask"].flatten(1).sum(1).float(),
+            "image": torch.ones(len(batch["patches"])),
+        }
 
     def forward(self, batch: Batch) -> tuple[Terms, Terms]:
         """Loss terms, and what to watch: cosine similarity to the teacher over masked patches, before and after."""
-        out = self.sem_inpainter(batch["patches"], batch["image"], batch["text"], batch["patch_mask"])
+        out = self.sem_inpainter(
+            batch["patches"], batch["image"], batch["text"], batch["patch_mask"]
+        )
         m = batch["patch_mask"].flatten(1).float()  # (B, N)
         error = (out.patches.float() - batch["teacher_patches"]).square().mean(2)  # (B, N)
-        terms = {"patches": ((m * error) if self.masked else error).sum(1),
-                 "image": (out.image.float() - batch["teacher_image"]).square().mean(1)}
-        watched = {name: masked_cosine(patches.detach(), batch["teacher_patches"], m)
-                   for name, patches in (("cosine", out.patches.float()), ("cosine_observed", batch["patches"]))}
+        terms = {
+            "patches": ((m * error) if self.masked else error).sum(1),
+            "image": (out.image.float() - batch["teacher_image"]).square().mean(1),
+        }
+        watched = {
+            name: masked_cosine(patches.detach(), batch["teacher_patches"], m)
+            for name, patches in (
+                ("cosine", out.patches.float()),
+                ("cosine_observed", batch["patches"]),
+            )
+        }
         return terms, watched
 
 
@@ -66,8 +78,13 @@ class Diffusion(nn.Module):
 
     extra = {"noise": 0.0}
 
-    def __init__(self, denoiser: Callable, alphas_cumprod: torch.Tensor, sem_inpainter: SemInpainter | None = None,
-                 observed: bool = False):
+    def __init__(
+        self,
+        denoiser: Callable,
+        alphas_cumprod: torch.Tensor,
+        sem_inpainter: SemInpainter | None = None,
+        observed: bool = False,
+    ):
         super().__init__()
         self.denoiser, self.sem_inpainter, self.observed = denoiser, sem_inpainter, observed
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
@@ -80,10 +97,14 @@ class Diffusion(nn.Module):
         if self.sem_inpainter is None:
             patches = batch["patches" if self.observed else "teacher_patches"]
         else:
-            out = self.sem_inpainter(batch["patches"], batch["image"], batch["text"], batch["patch_mask"])
+            out = self.sem_inpainter(
+                batch["patches"], batch["image"], batch["text"], batch["patch_mask"]
+            )
             patches = features.blend(out.patches, batch["patches"], batch["patch_mask"])
         prompt = features.pool(patches)
-        return prompt * (~batch["dropped"]).view(-1, 1, 1).to(prompt) if "dropped" in batch else prompt
+        return (
+            prompt * (~batch["dropped"]).view(-1, 1, 1).to(prompt) if "dropped" in batch else prompt
+        )
 
     def forward(self, batch: Batch) -> tuple[Terms, Terms]:
         noisy = add_noise(batch["latent"], batch["noise"], self.alphas_cumprod[batch["timestep"]])
@@ -92,7 +113,9 @@ class Diffusion(nn.Module):
         return {"noise": (predicted.float() - batch["noise"]).square().mean((1, 2, 3))}, {}
 
 
-def add_noise(latent: torch.Tensor, noise: torch.Tensor, alpha_cumprod: torch.Tensor) -> torch.Tensor:
+def add_noise(
+    latent: torch.Tensor, noise: torch.Tensor, alpha_cumprod: torch.Tensor
+) -> torch.Tensor:
     """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise; latent and noise (B, 4, h, w), alpha_cumprod (B,)."""
     a = alpha_cumprod.view(-1, 1, 1, 1)
     return a.sqrt() * latent + (1 - a).sqrt() * noise

@@ -32,9 +32,23 @@ STAGES = {
         Stage("ref-adapter", "diffusion", (("ref_adapter", NEW),)),
         Stage("ref-adapter-unet", "diffusion", (("ref_adapter", NEW), ("unet", PRETRAINED))),
         # The paper's ablation without SemInpainter.
-        Stage("ref-adapter-observed", "diffusion", (("ref_adapter", NEW), ("unet", PRETRAINED)), prompt="observed"),
-        Stage("cascade-sem-inpainter", "diffusion", (("sem_inpainter", PRETRAINED),), prompt="predicted"),
-        Stage("cascade", "diffusion", (("sem_inpainter", PRETRAINED), ("ref_adapter", PRETRAINED), ("unet", PRETRAINED)),
-              prompt="predicted"),
+        Stage(
+            "ref-adapter-observed",
+            "diffusion",
+            (("ref_adapter", NEW), ("unet", PRETRAINED)),
+            prompt="observed",
+        ),
+        Stage(
+            "cascade-sem-inpainter",
+            "diffusion",
+            (("sem_inpainter", PRETRAINED),),
+            prompt="predicted",
+        ),
+        Stage(
+            "cascade",
+            "diffusion",
+            (("sem_inpainter", PRETRAINED), ("ref_adapter", PRETRAINED), ("unet", PRETRAINED)),
+            prompt="predicted",
+        ),
     )
 }

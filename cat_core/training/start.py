@@ -1,6 +1,6 @@
 """What a run starts from: CAT parts of a file, or new ones as wide as the networks around them."""
 
-from typing import Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -11,17 +11,24 @@ from ..config import Architecture, RefAdapterConfig, SemInpainterConfig, Tensors
 
 def sem_inpainter_config(width: int, layers: int, heads: int, text_size: int) -> SemInpainterConfig:
     """A SemInpainter like the CLIP vision model that it imitates, given by its sizes."""
-    return SemInpainterConfig(width, 4 * width, layers, heads, 16, text_size, 4 * text_size, 4 * width, 4 * width)
+    return SemInpainterConfig(
+        width, 4 * width, layers, heads, 16, text_size, 4 * text_size, 4 * width, 4 * width
+    )
 
 
 def ref_adapter_config(unet: Tensors, heads: int, visual_size: int) -> RefAdapterConfig:
     """One adapter for each transformer block of a U-Net with these tensors."""
-    blocks = [(key.removesuffix(".attn2.to_q.weight"), tensor.shape[0]) for key, tensor in unet.items()
-              if key.endswith(".attn2.to_q.weight")]
+    blocks = [
+        (key.removesuffix(".attn2.to_q.weight"), tensor.shape[0])
+        for key, tensor in unet.items()
+        if key.endswith(".attn2.to_q.weight")
+    ]
     return RefAdapterConfig(visual_size, heads, tuple(sorted(blocks, key=block_order)))
 
 
-def trainable_parts(architecture: Architecture, parts: Mapping[str, Tensors], seed: int) -> dict[str, nn.Module]:
+def trainable_parts(
+    architecture: Architecture, parts: Mapping[str, Tensors], seed: int
+) -> dict[str, nn.Module]:
     """SemInpainter and RefAdapter, as far as described, in fp32: with the tensors of `parts`, or fresh.
 
     Fresh is normal 0.02; RefAdapter's output is zero, so it has no effect yet.

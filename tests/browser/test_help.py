@@ -6,7 +6,9 @@ import pytest
 from paths import ROOT
 
 DOCS = ROOT / "web/docs"
-NODES = sorted({path.stem for path in DOCS.glob("*.md")} | {path.parent.name for path in DOCS.glob("*/zh.md")})
+NODES = sorted(
+    {path.stem for path in DOCS.glob("*.md")} | {path.parent.name for path in DOCS.glob("*/zh.md")}
+)
 
 
 @pytest.mark.parametrize("file", ["{}.md", "{}/zh.md"])

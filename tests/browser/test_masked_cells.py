@@ -14,9 +14,18 @@ RENDERERS = ["classic", "nodes2"]
 @pytest.fixture(scope="module")
 def pictures(base):
     """{name: mask in [0, 1]} of pictures in the input folder: a large hole in a photo that is not square, a small one, none."""
-    photo = Image.open(ROOT / "tools/demo/photo.jpg").resize((450, 300)).convert("L").convert("RGB")
+    photo = (
+        Image.open(ROOT / "tools/photograph/photo.jpg")
+        .resize((450, 300))
+        .convert("L")
+        .convert("RGB")
+    )
     masks = {}
-    for name, box in (("large", (60, 40, 230, 220)), ("small", (210, 150, 222, 158)), ("none", None)):
+    for name, box in (
+        ("large", (60, 40, 230, 220)),
+        ("small", (210, 150, 222, 158)),
+        ("none", None),
+    ):
         hole = Image.new("L", photo.size)
         if box:
             ImageDraw.Draw(hole).ellipse(box, fill=255)
@@ -29,28 +38,37 @@ def pictures(base):
 
 def expected(mask):
     """The cells that the node will mask, row by row."""
-    from cat_core import preprocess
+    from cat_diffusion.cat_core import preprocess
 
     mask = torch.from_numpy(mask)[None, None]
-    return "".join(map(str, preprocess.clip_input(torch.zeros(1, 3, 8, 8), mask).patch_mask.flatten().tolist()))
+    return "".join(
+        map(str, preprocess.clip_input(torch.zeros(1, 3, 8, 8), mask).patch_mask.flatten().tolist())
+    )
 
 
 def shows(canvas, cells, words="", wrong=0):
     """Wait until the grid shows these cells, all but `wrong` of them, and a sentence with these words."""
-    canvas.until("""([cells, words, wrong]) => {
+    canvas.until(
+        """([cells, words, wrong]) => {
         const grid = document.querySelector(".cat-cells");
         const shown = grid?.dataset.cells ?? "";
         return shown.length === cells.length && [...shown].filter((cell, i) => cell !== cells[i]).length <= wrong
             && grid.innerText.includes(words);
-    }""", [cells, words, wrong])
+    }""",
+        [cells, words, wrong],
+    )
 
 
 def photo_and_hole(canvas, name):
-    canvas.build({"photo": ["LoadImage", {"image": f"{name}_hole.png"}], "cat": ["CATSemanticInpaint", {}]},
-                 [["photo", 0, "cat", "image"], ["photo", 1, "cat", "mask"]])
+    canvas.build(
+        {"photo": ["LoadImage", {"image": f"{name}_hole.png"}], "cat": ["CATSemanticInpaint", {}]},
+        [["photo", 0, "cat", "image"], ["photo", 1, "cat", "mask"]],
+    )
 
 
-@pytest.mark.parametrize("locale, small, none", [("zh", "遮罩太小", "没有覆盖"), ("en", "Too small", "No cell")])
+@pytest.mark.parametrize(
+    "locale, small, none", [("zh", "遮罩太小", "没有覆盖"), ("en", "Too small", "No cell")]
+)
 def test_says_that_a_mask_is_too_small(canvas, pictures, locale, small, none):
     photo_and_hole(canvas, "small")
     canvas.render("nodes2")
@@ -64,7 +82,9 @@ def test_says_that_a_mask_is_too_small(canvas, pictures, locale, small, none):
 
 @pytest.mark.parametrize("palette", ["dark", "light"])
 @pytest.mark.parametrize("renderer", RENDERERS)
-def test_shows_the_cells_of_the_mask_in_both_renderers_and_palettes(canvas, pictures, renderer, palette):
+def test_shows_the_cells_of_the_mask_in_both_renderers_and_palettes(
+    canvas, pictures, renderer, palette
+):
     photo_and_hole(canvas, "large")
     canvas.set("Comfy.ColorPalette", palette)
     canvas.render(renderer)
@@ -79,7 +99,10 @@ def test_shows_the_cells_of_the_mask_in_both_renderers_and_palettes(canvas, pict
         return count / (data.length / 4);
     }""")
     assert orange == pytest.approx(cells.count("1") / 256, abs=0.06)
-    box, label = (canvas.page.locator(place).bounding_box() for place in (".cat-cells canvas", ".cat-cells div"))
+    box, label = (
+        canvas.page.locator(place).bounding_box()
+        for place in (".cat-cells canvas", ".cat-cells div")
+    )
     assert box["height"] > 100 and label["height"] > 10
 
 
@@ -91,13 +114,24 @@ def test_follows_widgets_and_links(canvas, pictures):
     shows(canvas, large)
     canvas.run("nodes.cat.disconnectInput(nodes.cat.findInputSlot('mask'))")
     shows(canvas, "", "Connect a mask")
-    canvas.build({"mask": ["LoadImageMask", {"image": "large_mask.png", "channel": "red"}], "cat": ["CATSemanticInpaint", {}],
-                  "on": ["Reroute", {}], "other": ["InvertMask", {}]}, [["mask", 0, "on", ""], ["on", 0, "cat", "mask"]])
+    canvas.build(
+        {
+            "mask": ["LoadImageMask", {"image": "large_mask.png", "channel": "red"}],
+            "cat": ["CATSemanticInpaint", {}],
+            "on": ["Reroute", {}],
+            "other": ["InvertMask", {}],
+        },
+        [["mask", 0, "on", ""], ["on", 0, "cat", "mask"]],
+    )
     shows(canvas, large)
-    canvas.run("nodes.mask.connect(0, nodes.other, 0); nodes.other.connect(0, nodes.cat, nodes.cat.findInputSlot('mask'))")
+    canvas.run(
+        "nodes.mask.connect(0, nodes.other, 0); nodes.other.connect(0, nodes.cat, nodes.cat.findInputSlot('mask'))"
+    )
     shows(canvas, "", "another node")
     canvas.screenshot("cells_other")
-    canvas.run("nodes.mask.connect(0, nodes.cat, nodes.cat.findInputSlot('mask')); nodes.mask.widgets[0].value = 'gone.png'")
+    canvas.run(
+        "nodes.mask.connect(0, nodes.cat, nodes.cat.findInputSlot('mask')); nodes.mask.widgets[0].value = 'gone.png'"
+    )
     shows(canvas, "", "cannot be read")
     assert len(canvas.errors) > 0 and all("gone.png" in error for error in canvas.errors)
     canvas.errors.clear()
@@ -105,8 +139,10 @@ def test_follows_widgets_and_links(canvas, pictures):
 
 def test_scenes_of_the_pack(canvas):
     for path in sorted((ROOT / "web/scenes").glob("*.png")):
-        canvas.build({"scene": ["CATDemoScene", {"scene": path.stem}], "cat": ["CATSemanticInpaint", {}]},
-                     [["scene", 0, "cat", "image"], ["scene", 1, "cat", "mask"]])
+        canvas.build(
+            {"scene": ["CATDemoScene", {"scene": path.stem}], "cat": ["CATSemanticInpaint", {}]},
+            [["scene", 0, "cat", "image"], ["scene", 1, "cat", "mask"]],
+        )
         shows(canvas, expected(1 - np.asarray(Image.open(path).getchannel("A")) / 255))
 
 
@@ -161,4 +197,6 @@ def test_saved_workflows_stay_as_they_were(canvas):
     }""")
     assert removed == 1
     assert with_grid == canvas.run(state)
-    assert sorted(with_grid[0]) == sorted([node["id"], node.get("widgets_values", [])] for node in workflow["nodes"])
+    assert sorted(with_grid[0]) == sorted(
+        [node["id"], node.get("widgets_values", [])] for node in workflow["nodes"]
+    )

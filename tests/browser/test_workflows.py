@@ -32,19 +32,30 @@ def test_opens(canvas, path):
 
 def test_a_workflow_with_something_missing_is_noticed(canvas, demo):
     broken = copy.deepcopy(demo)
-    first, second = (node for node in broken["nodes"] if node["type"] in ("CATLoadCheckpoint", "KSampler"))
+    first, second = (
+        node for node in broken["nodes"] if node["type"] in ("CATLoadCheckpoint", "KSampler")
+    )
     first["widgets_values"][0] = "not_there.safetensors"
-    first["properties"]["models"] = [{"name": "not_there.safetensors", "directory": "cat_diffusion",
-                                      "url": "https://huggingface.co/a/b/resolve/main/not_there.safetensors"}]
+    first["properties"]["models"] = [
+        {
+            "name": "not_there.safetensors",
+            "directory": "cat_diffusion",
+            "url": "https://huggingface.co/a/b/resolve/main/not_there.safetensors",
+        }
+    ]
     second["type"] = "CATNotThere"
     canvas.drop("broken.json", broken)
     assert {"missing-node", "missing-model"} <= canvas.problems()
 
 
-@pytest.mark.parametrize("renderer, text", [("classic", "red star"), ("nodes2", "red heart")])  # nothing new, nothing shown
+@pytest.mark.parametrize(
+    "renderer, text", [("classic", "red star"), ("nodes2", "red heart")]
+)  # nothing new, nothing shown
 def test_demo_runs(canvas, demo, renderer, text, server):
     demo = copy.deepcopy(demo)
-    next(node for node in demo["nodes"] if node["type"] == "PrimitiveString")["widgets_values"] = [text]
+    next(node for node in demo["nodes"] if node["type"] == "PrimitiveString")["widgets_values"] = [
+        text
+    ]
     canvas.drop(DEMO.name, demo)
     canvas.render(renderer)
     canvas.queue()
@@ -52,10 +63,14 @@ def test_demo_runs(canvas, demo, renderer, text, server):
     for kind in ("CATSemanticInpaint", "SaveImage"):
         image = canvas.run("(id) => app.nodeOutputs[id].images[0]", shown[kind])
         if renderer == "classic":
-            canvas.until("(id) => app.graph.getNodeById(id).imgs?.[0]?.naturalWidth > 0", shown[kind])
+            canvas.until(
+                "(id) => app.graph.getNodeById(id).imgs?.[0]?.naturalWidth > 0", shown[kind]
+            )
         else:
-            canvas.until("(name) => [...document.images].some(({src, naturalWidth}) => src.includes(name) && naturalWidth > 0)",
-                         image["filename"])
+            canvas.until(
+                "(name) => [...document.images].some(({src, naturalWidth}) => src.includes(name) && naturalWidth > 0)",
+                image["filename"],
+            )
     canvas.screenshot(f"demo_{renderer}")
     assert overlapping(canvas) == []
 
@@ -69,7 +84,7 @@ def test_demo_runs(canvas, demo, renderer, text, server):
 
 
 def test_grid_shows_the_cells_of_a_run_where_the_mask_is_no_file(canvas, demo):
-    from cat_core import preprocess
+    from cat_diffusion.cat_core import preprocess
 
     canvas.drop(DEMO.name, demo)
     canvas.run("""() => {
@@ -84,14 +99,23 @@ def test_grid_shows_the_cells_of_a_run_where_the_mask_is_no_file(canvas, demo):
     canvas.until("() => document.querySelector('.cat-cells').innerText.includes('after a run')")
     canvas.queue()
     outside = torch.from_numpy(~scene_of(demo)[1]).float()[None, None]
-    cells = "".join(map(str, preprocess.clip_input(torch.zeros(1, 3, 8, 8), outside).patch_mask.flatten().tolist()))
+    cells = "".join(
+        map(
+            str,
+            preprocess.clip_input(torch.zeros(1, 3, 8, 8), outside).patch_mask.flatten().tolist(),
+        )
+    )
     canvas.until("(cells) => document.querySelector('.cat-cells').dataset.cells === cells", cells)
-    assert f"In the last run the mask covered {cells.count('1')} of 256" in canvas.run("document.querySelector('.cat-cells').innerText")
+    assert f"In the last run the mask covered {cells.count('1')} of 256" in canvas.run(
+        "document.querySelector('.cat-cells').innerText"
+    )
 
 
 def scene_of(workflow):
     """The demo's picture (H, W, 3) and its hole (H, W)."""
-    name = next(node for node in workflow["nodes"] if node["type"] == "CATDemoScene")["widgets_values"][0]
+    name = next(node for node in workflow["nodes"] if node["type"] == "CATDemoScene")[
+        "widgets_values"
+    ][0]
     scene = np.asarray(Image.open(ROOT / "web/scenes" / f"{name}.png").convert("RGBA")).astype(int)
     return scene[..., :3], scene[..., 3] < 255
 

@@ -15,12 +15,18 @@ print([name for name in sys.modules if name.split(".")[0] in ("comfy", "nodes", 
                                                                       "torch_fidelity", "open_clip")])
 print(sum(name.startswith("cat_core") for name in sys.modules))
 """
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     leaked, modules = run.stdout.split("\n")[:2]
     assert leaked == "[]"
     assert int(modules) >= 8
 
 
 def test_runtime_requirements_name_nothing_that_the_host_has():
-    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     assert lines == []

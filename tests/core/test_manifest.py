@@ -10,13 +10,18 @@ import time
 import tracemalloc
 
 import pytest
-from cat_core.training import manifest
-from cat_core.training.manifest import ManifestError, Record, Report, SampleError
 from paths import ROOT
-from PIL import Image
 from pictures import cut, mask, picture
+from PIL import Image
 
-WHOLE = Record("1", "a/1.jpg", "m/1.png", (0.1, 0.2, 0.6, 0.9), "Bus", "a red bus in the rain", "validation")
+from cat_diffusion.cat_core.data import manifest, masks
+from cat_diffusion.cat_core.data.manifest import ManifestError, Record
+from cat_diffusion.cat_core.data.masks import SampleError
+from cat_diffusion.cat_core.data.tally import Tally
+
+WHOLE = Record(
+    "1", "a/1.jpg", "m/1.png", (0.1, 0.2, 0.6, 0.9), "Bus", "a red bus in the rain", "validation"
+)
 LINE = {"id": "x", "image": "x.png", "mask": "x_mask.png", "label": "cup"}
 
 
@@ -29,8 +34,13 @@ def lines(path, *objects):
 
 
 def test_what_is_written_is_read(tmp_path):
-    records = [WHOLE, Record("2", "2.png", "m.png", label="cup"), Record("3", "3.png", box=(0, 0, 1, 1), label="Tür\u2028門"),
-               Record("4", "4.png", caption="hole-free"), Record("5", "odd\udcff name.png", label="bytes that are no UTF-8")]
+    records = [
+        WHOLE,
+        Record("2", "2.png", "m.png", label="cup"),
+        Record("3", "3.png", box=(0, 0, 1, 1), label="Tür\u2028門"),
+        Record("4", "4.png", caption="hole-free"),
+        Record("5", "odd\udcff name.png", label="bytes that are no UTF-8"),
+    ]
     assert manifest.write(tmp_path / "new/m.jsonl", iter(records)) == 5
     assert manifest.read(tmp_path / "new/m.jsonl") == records
     assert manifest.read(tmp_path / "new/m.jsonl", "validation") == [WHOLE]
@@ -40,34 +50,40 @@ def test_what_is_written_is_read(tmp_path):
 
 
 def test_the_documented_example_is_a_record():
-    text = manifest.__doc__[manifest.__doc__.index("{"):manifest.__doc__.index("}") + 1]
+    text = manifest.__doc__[manifest.__doc__.index("{") : manifest.__doc__.index("}") + 1]
     record = manifest._parse(text.encode())
     assert record.box == (0.1, 0.2, 0.6, 0.9) and record.split == "train"
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"id": 3}, ["id is 3", "expected a string"]),
-    ({"id": ""}, ["id is ''"]),
-    ({"id": None}, ["id is None"]),
-    ({"label": "  "}, ["label is '  '", "not empty"]),
-    ({"label": None}, ["label is missing"]),
-    ({"label": None, "mask": None}, ["nothing describes the image", "caption or a label"]),
-    ({"area": 0.5}, ["unknown key 'area'", "id, image, mask, box, label, caption, split"]),
-    ({"split": "val"}, ["split is 'val'", "train, validation or test"]),
-    ({"split": ["train"]}, ["split is ['train']"]),
-    ({"box": [0.1, 0.2, 0.1, 0.4]}, ["box is", "x0 < x1"]),
-    ({"box": [0.1, 0.2, 0.5]}, ["box is"]),
-    ({"box": [0, 0, 40, 30]}, ["box is", "fractions"]),
-    ({"box": [0, 0, True, 1]}, ["box is"]),
-    ({"box": [0, 0, float("nan"), 1]}, ["box is"]),
-    ({"box": "0 0 1 1"}, ["box is '0 0 1 1'"]),
-    ({"image": "../secret.png"}, ["image is '../secret.png'", "stays in the manifest's folder"]),
-    ({"image": "a/../../secret.png"}, ["stays in"]),
-    ({"image": "/etc/passwd"}, ["stays in"]),
-    ({"image": "C:/secret.png"}, ["stays in"]),
-    ({"mask": "a\\b.png"}, ["mask is", "forward slashes"]),
-    ({"mask": "a\0.png"}, ["stays in"]),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"id": 3}, ["id is 3", "expected a string"]),
+        ({"id": ""}, ["id is ''"]),
+        ({"id": None}, ["id is None"]),
+        ({"label": "  "}, ["label is '  '", "not empty"]),
+        ({"label": None}, ["label is missing"]),
+        ({"label": None, "mask": None}, ["nothing describes the image", "caption or a label"]),
+        ({"area": 0.5}, ["unknown key 'area'", "id, image, mask, box, label, caption, split"]),
+        ({"split": "val"}, ["split is 'val'", "train, validation or test"]),
+        ({"split": ["train"]}, ["split is ['train']"]),
+        ({"box": [0.1, 0.2, 0.1, 0.4]}, ["box is", "x0 < x1"]),
+        ({"box": [0.1, 0.2, 0.5]}, ["box is"]),
+        ({"box": [0, 0, 40, 30]}, ["box is", "fractions"]),
+        ({"box": [0, 0, True, 1]}, ["box is"]),
+        ({"box": [0, 0, float("nan"), 1]}, ["box is"]),
+        ({"box": "0 0 1 1"}, ["box is '0 0 1 1'"]),
+        (
+            {"image": "../secret.png"},
+            ["image is '../secret.png'", "stays in the manifest's folder"],
+        ),
+        ({"image": "a/../../secret.png"}, ["stays in"]),
+        ({"image": "/etc/passwd"}, ["stays in"]),
+        ({"image": "C:/secret.png"}, ["stays in"]),
+        ({"mask": "a\\b.png"}, ["mask is", "forward slashes"]),
+        ({"mask": "a\0.png"}, ["stays in"]),
+    ],
+)
 def test_malformed_records_are_named_with_file_and_line(tmp_path, change, words):
     path = lines(tmp_path / "m.jsonl", LINE, {**LINE, "id": "y", **change})
     with pytest.raises(ManifestError) as error:
@@ -77,8 +93,20 @@ def test_malformed_records_are_named_with_file_and_line(tmp_path, change, words)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
-@pytest.mark.parametrize("line", [b"", b"{", b"[1, 2]", b"null", b'{"image": "x.png"}', b'{"id": "\xff", "image": "x"}',
-                                  b"[" * 100_000, b'{"id": ' + b"9" * 100_000 + b"}", json.dumps(LINE).encode()[:-9]])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"{",
+        b"[1, 2]",
+        b"null",
+        b'{"image": "x.png"}',
+        b'{"id": "\xff", "image": "x"}',
+        b"[" * 100_000,
+        b'{"id": ' + b"9" * 100_000 + b"}",
+        json.dumps(LINE).encode()[:-9],
+    ],
+)
 def test_lines_that_are_no_record(tmp_path, line):
     path = tmp_path / "m.jsonl"
     path.write_bytes(json.dumps(LINE).encode() + b"\n" + line + b"\n")
@@ -120,7 +148,7 @@ def test_a_killed_writer_leaves_the_old_manifest(tmp_path):
     manifest.write(path, [WHOLE])
     code = """
 import sys, time
-from cat_core.training import manifest
+from cat_core.data import manifest, masks
 def records():
     for i in range(10**9):
         if i == 50_000:
@@ -128,7 +156,9 @@ def records():
         yield manifest.Record(str(i), "x.png", label="cup")
 manifest.write(sys.argv[1], records())
 """
-    process = subprocess.Popen([sys.executable, "-c", code, path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, path], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "half\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -139,8 +169,13 @@ manifest.write(sys.argv[1], records())
 def test_reading_is_linear_and_compact(tmp_path):
     def record(i):
         name = f"{i:016x}"
-        return Record(f"{name}_8ae41a6b", f"train/{name}.jpg", f"masks/{name[-1]}/{name}_m01bjv_8ae41a6b.png",
-                      (0.1 + i * 1e-7, 0.2, 0.6, 0.9), f"class {i % 300}")
+        return Record(
+            f"{name}_8ae41a6b",
+            f"train/{name}.jpg",
+            f"masks/{name[-1]}/{name}_m01bjv_8ae41a6b.png",
+            (0.1 + i * 1e-7, 0.2, 0.6, 0.9),
+            f"class {i % 300}",
+        )
 
     seconds = {}
     for count in (10_000, 100_000):
@@ -171,7 +206,7 @@ def test_records_and_errors_travel_between_processes():
 
 def reason(folder, **fields):
     with pytest.raises(SampleError) as error:
-        manifest.load(Record(**{"id": "x", "image": "x.jpg", "label": "cup", **fields}), folder)
+        masks.load(Record(**{"id": "x", "image": "x.jpg", "label": "cup", **fields}), folder)
     return error.value.reason
 
 
@@ -180,14 +215,25 @@ def test_load(tmp_path):
     picture(tmp_path / "grey.png", colour=100, mode="L")
     mask(tmp_path / "m.png", mode="1")
     mask(tmp_path / "large.png", (80, 60), (20, 10, 60, 40))
-    image, hole = manifest.load(Record("1", "x.jpg", "m.png", label="cup"), tmp_path)
-    assert (image.mode, image.size, hole.mode, hole.size, hole.getbbox()) == ("RGB", (40, 30), "L", (40, 30), (10, 5, 30, 20))
-    image, hole = manifest.load(Record("1", "grey.png", "large.png", label="cup"), tmp_path)
+    image, hole = masks.load(Record("1", "x.jpg", "m.png", label="cup"), tmp_path)
+    assert (image.mode, image.size, hole.mode, hole.size, hole.getbbox()) == (
+        "RGB",
+        (40, 30),
+        "L",
+        (40, 30),
+        (10, 5, 30, 20),
+    )
+    image, hole = masks.load(Record("1", "grey.png", "large.png", label="cup"), tmp_path)
     assert image.getpixel((0, 0)) == (100, 100, 100)
-    assert hole.size == (40, 30) and hole.point(lambda x: 255 * (x >= 128)).getbbox() == (10, 5, 30, 20)
-    image, hole = manifest.load(Record("1", "x.jpg", box=(0.25, 0.5, 0.76, 1), label="cup"), tmp_path)
+    assert hole.size == (40, 30) and hole.point(lambda x: 255 * (x >= 128)).getbbox() == (
+        10,
+        5,
+        30,
+        20,
+    )
+    image, hole = masks.load(Record("1", "x.jpg", box=(0.25, 0.5, 0.76, 1), label="cup"), tmp_path)
     assert hole.getbbox() == (10, 15, 30, 30) and hole.getextrema() == (0, 255)
-    assert manifest.load(Record("1", "x.jpg", caption="a cup"), tmp_path)[1] is None
+    assert masks.load(Record("1", "x.jpg", caption="a cup"), tmp_path)[1] is None
 
 
 def test_load_turns_photographs_upright(tmp_path):
@@ -195,7 +241,7 @@ def test_load_turns_photographs_upright(tmp_path):
     exif[0x0112] = 6  # turn by 90 degrees
     Image.new("RGB", (40, 30)).save(tmp_path / "x.jpg", exif=exif)
     mask(tmp_path / "m.png", (30, 40), (0, 0, 10, 40))
-    image, hole = manifest.load(Record("1", "x.jpg", "m.png", label="cup"), tmp_path)
+    image, hole = masks.load(Record("1", "x.jpg", "m.png", label="cup"), tmp_path)
     assert image.size == hole.size == (30, 40) and hole.getbbox() == (0, 0, 10, 40)
 
 
@@ -221,27 +267,34 @@ def test_load_says_why_not(tmp_path):
 
 
 def test_holes_have_the_size_that_preprocessing_wants():
-    from cat_core import preprocess
+    from cat_diffusion.cat_core import preprocess
 
-    assert manifest.HOLE_SIZE == preprocess.SIZE
+    assert masks.HOLE_SIZE == preprocess.SIZE
 
 
-@pytest.mark.parametrize("variant", manifest.VARIANTS)
+@pytest.mark.parametrize("variant", masks.VARIANTS)
 def test_an_object_that_vanishes_at_the_training_size_is_a_bad_sample(variant):
     dot = Image.new("L", (4000, 3000))
     dot.putpixel((2000, 1500), 255)
     with pytest.raises(SampleError, match="empty mask: it reaches .* too small"):
-        manifest.training_mask(dot, variant)
+        masks.training_mask(dot, variant)
 
 
 def test_report_counts_and_keeps_few_examples():
-    report = Report()
+    report = Tally()
     for i in range(1000):
         report.skip("corrupt image", f"id{i}")
     report.skip("missing mask", "a\nb\x1b[2J")
     report.keep()
     text = str(report)
-    assert report.skipped == {"corrupt image": 1000, "missing mask": 1} and len(report.examples["corrupt image"]) == 20
+    assert (
+        report.skipped == {"corrupt image": 1000, "missing mask": 1}
+        and len(report.examples["corrupt image"]) == 20
+    )
     assert text.splitlines()[0] == "1,002 samples: 1 kept, 1,001 skipped"
-    assert "corrupt image: 1,000 (id0, " in text and "id19, and 980 more)" in text and "id20" not in text
+    assert (
+        "corrupt image: 1,000 (id0, " in text
+        and "id19, and 980 more)" in text
+        and "id20" not in text
+    )
     assert text.splitlines()[2] == r"  missing mask: 1 ('a\nb\x1b[2J')"

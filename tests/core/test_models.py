@@ -5,15 +5,25 @@ import json
 
 import pytest
 import torch
-from cat_core import features, weights
-from cat_core.config import Architecture, ArchitectureError, RefAdapterConfig, SemInpainterConfig
-from cat_core.models.ref_adapter import FoldedBlock, RefAdapter, RefAdapterBlock
-from cat_core.models.sem_inpainter import SemInpainter
 from paths import GOLDENS
 from safetensors.torch import load_file
 
+from cat_diffusion.cat_core import features, weights
+from cat_diffusion.cat_core.config import (
+    Architecture,
+    ArchitectureError,
+    RefAdapterConfig,
+    SemInpainterConfig,
+)
+from cat_diffusion.cat_core.models.ref_adapter import FoldedBlock, RefAdapter, RefAdapterBlock
+from cat_diffusion.cat_core.models.sem_inpainter import SemInpainter
+
 TINY = SemInpainterConfig(32, 64, 2, 4, 16, 24, 48, 64, 64)
-BLOCKS = RefAdapterConfig(32, 4, (("input_blocks.1.1.transformer_blocks.0", 40), ("middle_block.1.transformer_blocks.0", 80)))
+BLOCKS = RefAdapterConfig(
+    32,
+    4,
+    (("input_blocks.1.1.transformer_blocks.0", 40), ("middle_block.1.transformer_blocks.0", 80)),
+)
 
 
 def random_(module, seed=0):
@@ -25,34 +35,49 @@ def random_(module, seed=0):
 
 def test_full_size_has_every_official_key_shape_and_parameter():
     shapes = json.loads((GOLDENS / "official_checkpoint_shapes.json").read_text())
-    parts, unknown = weights.sort_keys({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
+    parts, unknown = weights.sort_keys(
+        {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    )
     assert not unknown
-    architecture = Architecture(SemInpainterConfig.from_tensors(parts["sem_inpainter"]),
-                                RefAdapterConfig.from_tensors(parts["ref_adapter"]))
+    architecture = Architecture(
+        SemInpainterConfig.from_tensors(parts["sem_inpainter"]),
+        RefAdapterConfig.from_tensors(parts["ref_adapter"]),
+    )
     assert architecture.sem_inpainter == SemInpainterConfig()
     assert len(architecture.ref_adapter.blocks) == 16
     modules = weights.cat_modules(architecture, device="meta")
     for part, module in modules.items():
         found = {key: list(value.shape) for key, value in module.state_dict().items()}
         assert found == {key: list(value.shape) for key, value in parts[part].items()}
-    assert {part: sum(p.numel() for p in module.parameters()) for part, module in modules.items()} == \
-        {"sem_inpainter": 324_872_192, "ref_adapter": 50_377_280}
+    assert {
+        part: sum(p.numel() for p in module.parameters()) for part, module in modules.items()
+    } == {"sem_inpainter": 324_872_192, "ref_adapter": 50_377_280}
 
 
-@pytest.mark.parametrize("dtype, stored, computed", [(torch.float16, 1e-3, 4e-3), (torch.bfloat16, 1e-2, 4e-2)])
+@pytest.mark.parametrize(
+    "dtype, stored, computed", [(torch.float16, 1e-3, 4e-3), (torch.bfloat16, 1e-2, 4e-2)]
+)
 def test_half_precision_stays_near_the_goldens(dtype, stored, computed):
     """Of the largest value: weights in half precision computed in fp32, as the nodes do, and all of it in half precision."""
     heads = json.loads((GOLDENS / "index.json").read_text())["tiny_fusion"]["num_attention_heads"]
     tensors = weights.sort_keys(load_file(GOLDENS / "fusion_tiny.safetensors"))[0]["sem_inpainter"]
-    model = SemInpainter(SemInpainterConfig.from_tensors(tensors, heads)).requires_grad_(False).eval()
+    model = (
+        SemInpainter(SemInpainterConfig.from_tensors(tensors, heads)).requires_grad_(False).eval()
+    )
     cases = load_file(GOLDENS / "fusion_cases.safetensors")
     for case in {key.split(".")[0] for key in cases}:
-        inputs = [cases[f"{case}.{key}"] for key in ("clip_x", "global_clip_x", "prompt_pool", "mask16")]
+        inputs = [
+            cases[f"{case}.{key}"] for key in ("clip_x", "global_clip_x", "prompt_pool", "mask16")
+        ]
         inputs = inputs[0][:, 1:], inputs[1][:, 0], inputs[2][:, 0], inputs[3]
         golden = cases[f"{case}.out.spatial_raw"]
         for compute, bound in ((torch.float32, stored), (dtype, computed)):
-            model.float().load_state_dict({key: value.to(dtype).float() for key, value in tensors.items()})
-            error = (model.to(compute)(*(t.to(compute) for t in inputs)).patches.float() - golden).abs().max() / golden.abs().max()
+            model.float().load_state_dict(
+                {key: value.to(dtype).float() for key, value in tensors.items()}
+            )
+            error = (
+                model.to(compute)(*(t.to(compute) for t in inputs)).patches.float() - golden
+            ).abs().max() / golden.abs().max()
             print(f"{case}, weights {dtype}, computed in {compute}: {error:.1e}")
             assert 0 < error <= bound
 
@@ -64,7 +89,9 @@ def test_a_zero_visual_prompt_adds_exactly_the_bias():
     bias = block.attn3.to_out[0].bias
     assert torch.equal(block(x, torch.zeros(2, 64, 32)), bias.expand(2, 9, 40))
     folded = FoldedBlock(block, torch.zeros(1, 64, 32), torch.float32)
-    assert torch.equal(folded(x, [False]), x + bias) and torch.allclose(folded(x, [True]), x + bias, atol=1e-6)
+    assert torch.equal(folded(x, [False]), x + bias) and torch.allclose(
+        folded(x, [True]), x + bias, atol=1e-6
+    )
 
 
 # (width, tokens, heads): folded, folded, keys and values kept
@@ -77,7 +104,9 @@ def block_and_reference(width, tokens, heads, dtype, x, prompts, conditional, st
     with torch.no_grad():
         block.norm4.weight += 1
     latents = len(x) // len(conditional)
-    rows = torch.cat([prompts[torch.arange(latents) % len(prompts)] * looks for looks in conditional])
+    rows = torch.cat(
+        [prompts[torch.arange(latents) % len(prompts)] * looks for looks in conditional]
+    )
     unfolded = x + strength * block(x, rows)
     exact = x.double() + strength * random_like(block)(x.double(), rows.double())
     return block, unfolded, exact
@@ -90,13 +119,17 @@ def random_like(block):
 
 @pytest.mark.parametrize("width, tokens, heads", SHAPES)
 @pytest.mark.parametrize("prompts, latents", [(1, 1), (1, 3), (3, 3), (2, 4), (3, 2), (2, 3)])
-@pytest.mark.parametrize("conditional", [[True], [False], [True, False], [False, True, True, False]])
+@pytest.mark.parametrize(
+    "conditional", [[True], [False], [True, False], [False, True, True, False]]
+)
 def test_folding_changes_nothing(width, tokens, heads, prompts, latents, conditional):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(latents * len(conditional), 9, width, generator=generator)
     prompts = torch.randn(prompts, tokens, 32, generator=generator)
     before = x.clone()
-    block, unfolded, _ = block_and_reference(width, tokens, heads, torch.float32, x, prompts, conditional, -0.7)
+    block, unfolded, _ = block_and_reference(
+        width, tokens, heads, torch.float32, x, prompts, conditional, -0.7
+    )
     folded = FoldedBlock(block, prompts, torch.float32)
     assert (folded.keys is None) == ((width, tokens, heads) != SHAPES[2])
     out = folded(x, conditional, -0.7)
@@ -111,13 +144,23 @@ def test_folding_is_no_worse_in_half_precision(width, tokens, heads, dtype, scal
     """Against fp64 on the same halves, for flat and for sharp attention."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(4, 64, width, generator=generator).to(dtype)
-    prompts = (scale * (torch.randn(1, tokens, 32, generator=generator) + 2 * torch.randn(1, 1, 32, generator=generator))).to(dtype)
-    block, unfolded, exact = block_and_reference(width, tokens, heads, dtype, x, prompts, [True], 1.0)
+    prompts = (
+        scale
+        * (
+            torch.randn(1, tokens, 32, generator=generator)
+            + 2 * torch.randn(1, 1, 32, generator=generator)
+        )
+    ).to(dtype)
+    block, unfolded, exact = block_and_reference(
+        width, tokens, heads, dtype, x, prompts, [True], 1.0
+    )
     out = FoldedBlock(block, prompts, dtype)(x, [True])
     assert out.dtype == dtype
     errors = [(found.double() - exact).norm().item() for found in (out, unfolded)]
     print(f"folded / unfolded error {errors[0] / errors[1]:.2f}")
-    assert errors[0] <= 1.01 * errors[1]  # flat attention: both lose almost only what the last rounding takes
+    assert (
+        errors[0] <= 1.01 * errors[1]
+    )  # flat attention: both lose almost only what the last rounding takes
 
 
 def test_hidden_states_may_be_of_another_type_and_layout_than_the_folded_matrices():
@@ -140,18 +183,27 @@ def test_blend_and_pool_keep_what_is_outside():
     assert torch.equal(features.blend(predicted, observed, mask), observed)
     assert torch.equal(features.blend(predicted, observed, mask + 1), predicted)
     mask[0, 0, 2:4, 6:8] = 1  # exactly the pooled cell (1, 3), row-major
-    before, after = (features.pool(x) for x in (observed, features.blend(predicted, observed, mask)))
+    before, after = (
+        features.pool(x) for x in (observed, features.blend(predicted, observed, mask))
+    )
     assert (before != after).any(dim=2).nonzero().tolist() == [[0, 1 * 8 + 3]]
-    assert torch.allclose(after[0, 11], predicted.view(16, 16, 32)[2:4, 6:8].mean((0, 1)), atol=1e-6)
+    assert torch.allclose(
+        after[0, 11], predicted.view(16, 16, 32)[2:4, 6:8].mean((0, 1)), atol=1e-6
+    )
 
 
 def test_rows_of_a_batch_do_not_see_each_other():
     model = random_(SemInpainter(TINY))
-    inputs = torch.randn(3, 256, 32), torch.randn(3, 32), torch.randn(3, 24), torch.rand(3, 1, 16, 16).round()
+    inputs = (
+        torch.randn(3, 256, 32),
+        torch.randn(3, 32),
+        torch.randn(3, 24),
+        torch.rand(3, 1, 16, 16).round(),
+    )
     together = model(*inputs)
     for i in range(3):
-        for whole, single in zip(together, model(*(x[i:i + 1] for x in inputs))):
-            assert torch.allclose(whole[i:i + 1], single, atol=1e-4)
+        for whole, single in zip(together, model(*(x[i : i + 1] for x in inputs))):
+            assert torch.allclose(whole[i : i + 1], single, atol=1e-4)
 
 
 def test_operations_and_attention_can_be_injected():
@@ -166,14 +218,25 @@ def test_operations_and_attention_can_be_injected():
         LayerNorm, Embedding = torch.nn.LayerNorm, torch.nn.Embedding
 
     Ops.Linear = Linear
-    model = SemInpainter(TINY, ops=Ops, attention=lambda q, k, v, heads: calls.append("attention") or v)
-    model(torch.randn(1, 256, 32), torch.randn(1, 32), torch.randn(1, 24), torch.zeros(1, 1, 16, 16))
+    model = SemInpainter(
+        TINY, ops=Ops, attention=lambda q, k, v, heads: calls.append("attention") or v
+    )
+    model(
+        torch.randn(1, 256, 32), torch.randn(1, 32), torch.randn(1, 24), torch.zeros(1, 1, 16, 16)
+    )
     assert calls.count("attention") == 2 and calls.count("linear") == 2 * 3 + 2 * 6
 
 
 def test_architecture_survives_the_header_and_nothing_else_passes():
     architecture = Architecture(TINY, BLOCKS, 4, 4, 4)
     assert Architecture.from_json(architecture.to_json()) == architecture
-    for text in ("", "{", "[]", '{"sem_inpainter": {"hidden": 3}}', '{"ref_adapter": {"blocks": 1}}', '{"new": 1}'):
+    for text in (
+        "",
+        "{",
+        "[]",
+        '{"sem_inpainter": {"hidden": 3}}',
+        '{"ref_adapter": {"blocks": 1}}',
+        '{"new": 1}',
+    ):
         with pytest.raises(ArchitectureError):
             Architecture.from_json(text)

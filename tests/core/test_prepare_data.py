@@ -6,15 +6,20 @@ import subprocess
 import sys
 
 import pytest
-from cat_core.training import manifest
-from cat_core.training.manifest import Record
 from paths import ROOT
 from pictures import cut, mask, picture
 
+from cat_diffusion.cat_core.data import manifest, masks
+from cat_diffusion.cat_core.data.manifest import Record
+
 
 def prepare(source, *arguments, **environment):
-    run = subprocess.run([sys.executable, ROOT / "tools/prepare_data.py", source, *map(str, arguments)],
-                         capture_output=True, text=True, env={**os.environ, **environment})
+    run = subprocess.run(
+        [sys.executable, ROOT / "tools/prepare_data.py", source, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
     assert "Traceback" not in run.stderr, run.stderr
     return run
 
@@ -30,7 +35,17 @@ def skipped(out):
 def triples(tmp_path):
     """A folder with three good triples and one of every kind of bad one."""
     data = tmp_path / "data"
-    for stem in ("fire_hydrant_image", "cup", "gas_mask", "no_label", "blank", "bare", "broken", "latin", "black"):
+    for stem in (
+        "fire_hydrant_image",
+        "cup",
+        "gas_mask",
+        "no_label",
+        "blank",
+        "bare",
+        "broken",
+        "latin",
+        "black",
+    ):
         picture(data / f"{stem}.jpg")
     for stem in ("fire_hydrant", "cup", "gas_mask", "no_label", "blank", "broken", "lost", "latin"):
         mask(data / f"{stem}_mask.png")
@@ -48,14 +63,31 @@ def test_folder(triples):
     run = prepare("folder", "--data", triples, "--out", out, "--split", "validation")
     assert run.returncode == 0, run.stderr
     records = {record.id: record for record in manifest.read(out, "validation")}
-    assert set(records) == {"fire_hydrant_image", "cup", "gas_mask", "broken", "black"}  # the last two exist, at least
-    assert records["fire_hydrant_image"] == Record("fire_hydrant_image", "fire_hydrant_image.jpg", "fire_hydrant_mask.png",
-                                                   label="fire hydrant", split="validation")
+    assert set(records) == {
+        "fire_hydrant_image",
+        "cup",
+        "gas_mask",
+        "broken",
+        "black",
+    }  # the last two exist, at least
+    assert records["fire_hydrant_image"] == Record(
+        "fire_hydrant_image",
+        "fire_hydrant_image.jpg",
+        "fire_hydrant_mask.png",
+        label="fire hydrant",
+        split="validation",
+    )
     assert records["gas_mask"].mask == "gas_mask_mask.png" and records["cup"].label == "a cup"
-    expected = {"missing label": 1, "empty label": 1, "missing mask": 1, "unreadable label": 1, "missing image": 1}
+    expected = {
+        "missing label": 1,
+        "empty label": 1,
+        "missing mask": 1,
+        "unreadable label": 1,
+        "missing image": 1,
+    }
     assert skipped(out) == expected and "10 samples: 5 kept, 5 skipped" in run.stdout
     for record in (records["cup"], records["fire_hydrant_image"]):
-        assert manifest.load(record, triples)[1].getbbox() == (10, 5, 30, 20)
+        assert masks.load(record, triples)[1].getbbox() == (10, 5, 30, 20)
 
 
 def test_check_decodes_everything(triples):
@@ -84,44 +116,109 @@ def test_nothing_is_overwritten_unless_told(triples):
 def test_the_manifest_lies_above_the_data(triples, tmp_path):
     out = tmp_path / "elsewhere/m.jsonl"
     run = prepare("folder", "--data", triples, "--out", out)
-    assert run.returncode == 1 and "lies outside" in run.stderr and f"--out {tmp_path / 'm.jsonl'}" in run.stderr
+    assert (
+        run.returncode == 1
+        and "lies outside" in run.stderr
+        and f"--out {tmp_path / 'm.jsonl'}" in run.stderr
+    )
     assert not out.parent.exists()
     out.parent.mkdir()
     (out.parent / "linked").symlink_to(triples)
     assert prepare("folder", "--data", out.parent / "linked", "--out", out).returncode == 0
-    assert manifest.load(manifest.read(out)[-1], out.parent)[0].size == (40, 30)
+    assert masks.load(manifest.read(out)[-1], out.parent)[0].size == (40, 30)
     run = prepare("folder", "--data", tmp_path / "none", "--out", tmp_path / "m.jsonl")
     assert run.returncode == 1 and "is not a folder" in run.stderr
 
 
 def test_official_lists(tmp_path):
-    good = {"mask_image": "masks/0.png", "label": "Bus", "box_id": "8a", "area": 0.42109375000000004, "image_id": "61",
-            "box": [0.234375, 0.285417, 0.765625, 0.55], "image": "data/61.jpg"}  # numbers of the official example
+    good = {
+        "mask_image": "masks/0.png",
+        "label": "Bus",
+        "box_id": "8a",
+        "area": 0.42109375000000004,
+        "image_id": "61",
+        "box": [0.234375, 0.285417, 0.765625, 0.55],
+        "image": "data/61.jpg",
+    }  # numbers of the official example
     picture(tmp_path / "all/data/61.jpg")
     mask(tmp_path / "all/masks/0.png")
     marker = tmp_path / "ran"
-    changes = [{}, {"box_id": "b", "label": " "}, {"box_id": "c", "mask_image": "no.png"},
-               {"box_id": "d", "image": "no.jpg"}, {}, {"box_id": "e", "box": [0.5, 0.5, 0, 0.1]},
-               {"box_id": "f", "image": "../../secret.jpg"}, {"box_id": "g", "box": [0.5, 0.5, 0.1, 0.1]}]
-    items = [*(repr(good | change) for change in changes), repr({"image_name": "data/61.jpg", "text": "a harbour at night"})]
-    hostile = [f"__import__('os').system('touch {marker}')", f"{{'image': open({str(marker)!r}, 'w')}}", "", "{", "5",
-               "'image_name'", "{'image': 'x'}", repr({**good, "box": [float("inf"), 0, 1, 1]}), repr({**good, "label": None}),
-               repr({**good, "box": ["0", "0", "1", "1"]}), repr({**good, "box": [1, 1, 40, 30]}), "[" * 5000, "-" * 9000 + "1",
-               "9" * 9000, "{'a': '\\N{x}'}", "x" * 20_000, "\0", repr({**good, "image": 5, "box": {}}), "laion/00000001.tar"]
+    changes = [
+        {},
+        {"box_id": "b", "label": " "},
+        {"box_id": "c", "mask_image": "no.png"},
+        {"box_id": "d", "image": "no.jpg"},
+        {},
+        {"box_id": "e", "box": [0.5, 0.5, 0, 0.1]},
+        {"box_id": "f", "image": "../../secret.jpg"},
+        {"box_id": "g", "box": [0.5, 0.5, 0.1, 0.1]},
+    ]
+    items = [
+        *(repr(good | change) for change in changes),
+        repr({"image_name": "data/61.jpg", "text": "a harbour at night"}),
+    ]
+    hostile = [
+        f"__import__('os').system('touch {marker}')",
+        f"{{'image': open({str(marker)!r}, 'w')}}",
+        "",
+        "{",
+        "5",
+        "'image_name'",
+        "{'image': 'x'}",
+        repr({**good, "box": [float("inf"), 0, 1, 1]}),
+        repr({**good, "label": None}),
+        repr({**good, "box": ["0", "0", "1", "1"]}),
+        repr({**good, "box": [1, 1, 40, 30]}),
+        "[" * 5000,
+        "-" * 9000 + "1",
+        "9" * 9000,
+        "{'a': '\\N{x}'}",
+        "x" * 20_000,
+        "\0",
+        repr({**good, "image": 5, "box": {}}),
+        "laion/00000001.tar",
+    ]
     (tmp_path / "list.txt").write_text("\n".join([*items, *hostile]) + "\n")
     out = tmp_path / "m.jsonl"
-    run = prepare("official", "--list", tmp_path / "list.txt", "--images", tmp_path / "all", "--masks", tmp_path / "all",
-                  "--out", out, "--min-area", "0.05")
+    run = prepare(
+        "official",
+        "--list",
+        tmp_path / "list.txt",
+        "--images",
+        tmp_path / "all",
+        "--masks",
+        tmp_path / "all",
+        "--out",
+        out,
+        "--min-area",
+        "0.05",
+    )
     assert run.returncode == 0, run.stderr
     assert not marker.exists()
     bus, harbour = manifest.read(out)
-    assert (bus.id, bus.image, bus.mask, bus.label) == ("61_8a", "all/data/61.jpg", "all/masks/0.png", "Bus")
+    assert (bus.id, bus.image, bus.mask, bus.label) == (
+        "61_8a",
+        "all/data/61.jpg",
+        "all/masks/0.png",
+        "Bus",
+    )
     x, y, width, height = good["box"]
     assert width * height == pytest.approx(good["area"])  # so the last two are a size, not a corner
     assert bus.box == pytest.approx((x, y, x + width, y + height))
-    assert (harbour.image, harbour.caption, harbour.hole) == ("all/data/61.jpg", "a harbour at night", False)
-    assert skipped(out) == {"malformed line": len(hostile), "empty label": 1, "missing mask": 1, "missing image": 1,
-                            "duplicate id": 1, "malformed sample": 2, "smaller than 0.05 of the image": 1}
+    assert (harbour.image, harbour.caption, harbour.hole) == (
+        "all/data/61.jpg",
+        "a harbour at night",
+        False,
+    )
+    assert skipped(out) == {
+        "malformed line": len(hostile),
+        "empty label": 1,
+        "missing mask": 1,
+        "missing image": 1,
+        "duplicate id": 1,
+        "malformed sample": 2,
+        "smaller than 0.05 of the image": 1,
+    }
 
 
 @pytest.fixture
@@ -134,15 +231,38 @@ def openimages(tmp_path):
     mask(tmp_path / "masks/B/b1_m01bjv_2.png", mode="1")
     mask(tmp_path / "more/a0_x_3.png", mode="1")
     box = "0.25,0.75,0.1,0.7,0.9,0.5 0.5 1"
-    rows = [f"a0_m01bjv_1.png,a0,/m/01bjv,1,{box}", f"b1_m01bjv_2.png,b1,/m/01bjv,2,{box}", f"a0_x_3.png,a0,/m/0h8n6f9,3,{box}",
-            f"a0_x_3.png,a0,/m/0h8n6f9,3,{box}", f"a0_x_3.png,a0,/m/77,4,{box}", f"a0_x_3.png,a0,/m/00,5,{box}",
-            f"none.png,a0,/m/01bjv,6,{box}", f"a0_x_3.png,c2,/m/01bjv,7,{box}", "a0_x_3.png,a0,/m/01bjv,8,0.1,0.2,0.1,0.2,1,",
-            "a0_x_3.png,a0,/m/01bjv,9,0,1,0,1,1,", 'a0_x_3.png,a0,/m/01bjv,"10', "a0,b,c,d,nan,1,0,1", "a0,b,c,d,one,1,0,1",
-            f"a0_x_3.png,../../a0,/m/01bjv,11,{box}", f"/etc/passwd,a0,/m/01bjv,12,{box}"]
+    rows = [
+        f"a0_m01bjv_1.png,a0,/m/01bjv,1,{box}",
+        f"b1_m01bjv_2.png,b1,/m/01bjv,2,{box}",
+        f"a0_x_3.png,a0,/m/0h8n6f9,3,{box}",
+        f"a0_x_3.png,a0,/m/0h8n6f9,3,{box}",
+        f"a0_x_3.png,a0,/m/77,4,{box}",
+        f"a0_x_3.png,a0,/m/00,5,{box}",
+        f"none.png,a0,/m/01bjv,6,{box}",
+        f"a0_x_3.png,c2,/m/01bjv,7,{box}",
+        "a0_x_3.png,a0,/m/01bjv,8,0.1,0.2,0.1,0.2,1,",
+        "a0_x_3.png,a0,/m/01bjv,9,0,1,0,1,1,",
+        'a0_x_3.png,a0,/m/01bjv,"10',
+        "a0,b,c,d,nan,1,0,1",
+        "a0,b,c,d,one,1,0,1",
+        f"a0_x_3.png,../../a0,/m/01bjv,11,{box}",
+        f"/etc/passwd,a0,/m/01bjv,12,{box}",
+    ]
     header = "MaskPath,ImageID,LabelName,BoxID,BoxXMin,BoxXMax,BoxYMin,BoxYMax,PredictedIoU,Clicks"
     (tmp_path / "seg.csv").write_text("\n".join([header, *rows]) + "\n")
-    return ["--classes", tmp_path / "classes.csv", "--annotations", tmp_path / "seg.csv", "--images", tmp_path / "train",
-            "--masks", tmp_path / "masks", tmp_path / "more", "--out", tmp_path / "m.jsonl"]
+    return [
+        "--classes",
+        tmp_path / "classes.csv",
+        "--annotations",
+        tmp_path / "seg.csv",
+        "--images",
+        tmp_path / "train",
+        "--masks",
+        tmp_path / "masks",
+        tmp_path / "more",
+        "--out",
+        tmp_path / "m.jsonl",
+    ]
 
 
 def test_openimages(openimages, tmp_path):
@@ -151,12 +271,22 @@ def test_openimages(openimages, tmp_path):
     records = manifest.read(tmp_path / "m.jsonl")
     box = (0.25, 0.1, 0.75, 0.7)
     assert [(r.id, r.image, r.mask, r.label) for r in records] == [
-        ("a0_1", "train/a0.jpg", "masks/a/a0_m01bjv_1.png", "Bus"), ("b1_2", "train/b1.jpg", "masks/B/b1_m01bjv_2.png", "Bus"),
-        ("a0_3", "train/a0.jpg", "more/a0_x_3.png", "Salt, pepper")]
+        ("a0_1", "train/a0.jpg", "masks/a/a0_m01bjv_1.png", "Bus"),
+        ("b1_2", "train/b1.jpg", "masks/B/b1_m01bjv_2.png", "Bus"),
+        ("a0_3", "train/a0.jpg", "more/a0_x_3.png", "Salt, pepper"),
+    ]
     assert all(record.box == pytest.approx(box) for record in records)
     assert skipped(tmp_path / "m.jsonl") == {
-        "duplicate id": 1, "unknown class": 1, "empty label": 1, "missing mask": 2, "missing image": 1, "malformed line": 3,
-        "smaller than 0.05 of the image": 1, "larger than 0.5 of the image": 1, "malformed sample": 1}
+        "duplicate id": 1,
+        "unknown class": 1,
+        "empty label": 1,
+        "missing mask": 2,
+        "missing image": 1,
+        "malformed line": 3,
+        "smaller than 0.05 of the image": 1,
+        "larger than 0.5 of the image": 1,
+        "malformed sample": 1,
+    }
 
 
 def test_openimages_wrong_files(openimages, tmp_path):
@@ -180,45 +310,117 @@ def test_openimages_wrong_files(openimages, tmp_path):
 def instances(tmp_path):
     """COCO annotations, good and bad; returns the command's arguments."""
     picture(tmp_path / "images/1.jpg")
-    square = {"image_id": 1, "category_id": 1, "iscrowd": 0, "bbox": [10, 5, 20, 15],
-              "segmentation": [[10, 5, 30, 5, 30, 20, 10, 20]]}
+    square = {
+        "image_id": 1,
+        "category_id": 1,
+        "iscrowd": 0,
+        "bbox": [10, 5, 20, 15],
+        "segmentation": [[10, 5, 30, 5, 30, 20, 10, 20]],
+    }
     runs = [10 * 30 + 5] + [15, 15] * 19 + [15, 10 + 10 * 30]  # the same square, column by column
-    bad = [[], [[1, 2, 3]], [[1, 2, 3, 4, 5, "x"]], [[1, float("nan"), 3, 4, 5, 6]], 5, {"size": [30, 40], "counts": [1, 2]},
-           {"size": [3, 4], "counts": [12]}, {"size": [30, 40], "counts": "zzzzzzzz"}, {"size": [30, 40], "counts": [9**9, 3]},
-           {"size": [30, 40], "counts": None}]
-    changes = [{"id": 7}, {"id": 8, "segmentation": {"size": [30, 40], "counts": runs}}, {"id": 9, "iscrowd": 1},
-               {"id": 10, "category_id": 2}, {"id": 11, "image_id": 2},
-               {"id": 12, "segmentation": {"size": [30, 40], "counts": [1200]}}, {"id": 7}, {"id": 13, "bbox": [0, 0, 1, 1]},
-               {"id": 14, "image_id": 3}, {"id": 15, "category_id": 99}, {"id": "../../x"}, {"id": 16, "bbox": None}, {},
-               {"id": 17, "image_id": 4}, *({"id": 20 + i, "segmentation": item} for i, item in enumerate(bad)),
-               {"id": 40, "segmentation": [[10, 5, 1e9, 5, 1e9, 20, 10, 20]]}]
+    bad = [
+        [],
+        [[1, 2, 3]],
+        [[1, 2, 3, 4, 5, "x"]],
+        [[1, float("nan"), 3, 4, 5, 6]],
+        5,
+        {"size": [30, 40], "counts": [1, 2]},
+        {"size": [3, 4], "counts": [12]},
+        {"size": [30, 40], "counts": "zzzzzzzz"},
+        {"size": [30, 40], "counts": [9**9, 3]},
+        {"size": [30, 40], "counts": None},
+    ]
+    changes = [
+        {"id": 7},
+        {"id": 8, "segmentation": {"size": [30, 40], "counts": runs}},
+        {"id": 9, "iscrowd": 1},
+        {"id": 10, "category_id": 2},
+        {"id": 11, "image_id": 2},
+        {"id": 12, "segmentation": {"size": [30, 40], "counts": [1200]}},
+        {"id": 7},
+        {"id": 13, "bbox": [0, 0, 1, 1]},
+        {"id": 14, "image_id": 3},
+        {"id": 15, "category_id": 99},
+        {"id": "../../x"},
+        {"id": 16, "bbox": None},
+        {},
+        {"id": 17, "image_id": 4},
+        *({"id": 20 + i, "segmentation": item} for i, item in enumerate(bad)),
+        {"id": 40, "segmentation": [[10, 5, 1e9, 5, 1e9, 20, 10, 20]]},
+    ]
     annotations = [square | change for change in changes]
-    content = {"images": [{"id": 1, "file_name": "1.jpg", "width": 40, "height": 30},
-                          {"id": 2, "file_name": "none.jpg", "width": 40, "height": 30},
-                          {"id": 4, "file_name": "1.jpg", "width": 40_000, "height": 0}, {"file_name": "stray.jpg"}, 7],
-               "categories": [{"id": 1, "name": "cup"}, {"id": 2, "name": " "}], "annotations": annotations}
+    content = {
+        "images": [
+            {"id": 1, "file_name": "1.jpg", "width": 40, "height": 30},
+            {"id": 2, "file_name": "none.jpg", "width": 40, "height": 30},
+            {"id": 4, "file_name": "1.jpg", "width": 40_000, "height": 0},
+            {"file_name": "stray.jpg"},
+            7,
+        ],
+        "categories": [{"id": 1, "name": "cup"}, {"id": 2, "name": " "}],
+        "annotations": annotations,
+    }
     (tmp_path / "instances.json").write_text(json.dumps(content))
-    (tmp_path / "captions.json").write_text(json.dumps({"annotations": [
-        {"image_id": 1, "caption": "a cup \n on a table"}, {"image_id": 1, "caption": "second"}, {"image_id": 5}]}))
-    return ["--instances", tmp_path / "instances.json", "--images", tmp_path / "images", "--out", tmp_path / "m.jsonl"]
+    (tmp_path / "captions.json").write_text(
+        json.dumps(
+            {
+                "annotations": [
+                    {"image_id": 1, "caption": "a cup \n on a table"},
+                    {"image_id": 1, "caption": "second"},
+                    {"image_id": 5},
+                ]
+            }
+        )
+    )
+    return [
+        "--instances",
+        tmp_path / "instances.json",
+        "--images",
+        tmp_path / "images",
+        "--out",
+        tmp_path / "m.jsonl",
+    ]
 
 
 def test_coco(instances, tmp_path):
-    pytest.importorskip("pycocotools", reason="pycocotools is not installed (requirements-train.txt)")
+    pytest.importorskip(
+        "pycocotools", reason="pycocotools is not installed (requirements-train.txt)"
+    )
     out = tmp_path / "m.jsonl"
-    run = prepare("coco", *instances, "--captions", tmp_path / "captions.json", "--min-area", "0.05", "--check")
+    run = prepare(
+        "coco",
+        *instances,
+        "--captions",
+        tmp_path / "captions.json",
+        "--min-area",
+        "0.05",
+        "--check",
+    )
     assert run.returncode == 0, run.stderr
     records = manifest.read(out)
     assert [record.id for record in records] == ["1_7", "1_8", "1_40"]
-    assert records[0] == Record("1_7", "images/1.jpg", "m_masks/007/7.png", records[0].box, "cup", "a cup on a table")
+    assert records[0] == Record(
+        "1_7", "images/1.jpg", "m_masks/007/7.png", records[0].box, "cup", "a cup on a table"
+    )
     assert records[0].box == pytest.approx((0.25, 1 / 6, 0.75, 2 / 3))
     for record in records[:2]:  # polygon and run lengths draw the same
-        assert manifest.load(record, tmp_path)[1].getbbox() == (10, 5, 30, 20)
-    assert manifest.load(records[2], tmp_path)[1].getbbox() == (10, 5, 40, 20)  # cut at the image's edge
+        assert masks.load(record, tmp_path)[1].getbbox() == (10, 5, 30, 20)
+    assert masks.load(records[2], tmp_path)[1].getbbox() == (
+        10,
+        5,
+        40,
+        20,
+    )  # cut at the image's edge
     found = skipped(out)
     assert found.pop("malformed annotation") == 16
-    assert found == {"crowd": 1, "empty label": 1, "missing image": 1, "empty mask": 1, "duplicate id": 1,
-                     "smaller than 0.05 of the image": 1}
+    assert found == {
+        "crowd": 1,
+        "empty label": 1,
+        "missing image": 1,
+        "empty mask": 1,
+        "duplicate id": 1,
+        "smaller than 0.05 of the image": 1,
+    }
     assert len(list((tmp_path / "m_masks").rglob("*"))) == 6  # no mask without a record
     run = prepare("coco", *instances[:-1], tmp_path / "m.json")
     assert run.returncode == 1 and "m_masks exists already" in run.stderr

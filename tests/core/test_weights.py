@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cat_core import weights
-from cat_core.weights import WeightsError
 from paths import ROOT
 from safetensors.torch import load_file, save_file
+
+from cat_diffusion.cat_core import weights
+from cat_diffusion.cat_core.weights import WeightsError
 
 
 @pytest.fixture(scope="module")
@@ -37,22 +38,31 @@ def assert_same_parts(found, expected):
 @pytest.mark.parametrize("name, wrap", [("bare.ckpt", False), ("lightning.ckpt", True)])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_reads_pickled_checkpoints(tiny, official, tmp_path, name, wrap, zipped):
-    content = {"state_dict": official, "epoch": 3, "global_step": 40000, "callbacks": {}} if wrap else official
+    content = (
+        {"state_dict": official, "epoch": 3, "global_step": 40000, "callbacks": {}}
+        if wrap
+        else official
+    )
     torch.save(content, tmp_path / name, _use_new_zipfile_serialization=zipped)
     assert_same_parts(weights.read(tmp_path / name).parts, tiny[0])
 
 
 def test_reads_safetensors_with_and_without_position_ids(tiny, official, tmp_path):
-    extra = {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
-             "cond_stage_model2.encoder.vision_model.embeddings.position_ids": torch.arange(257)[None],
-             "model_ema.decay": torch.zeros(1)}
+    extra = {
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
+        "cond_stage_model2.encoder.vision_model.embeddings.position_ids": torch.arange(257)[None],
+        "model_ema.decay": torch.zeros(1),
+    }
     for tensors in (official, official | extra):
         save_file(tensors, tmp_path / "x.safetensors")
         assert_same_parts(weights.read(tmp_path / "x.safetensors").parts, tiny[0])
 
 
 def test_reads_both_spellings_of_the_clip_keys(tiny, official, tmp_path):
-    short = {key.replace("text_model.", "").replace("vision_model.", ""): tensor for key, tensor in official.items()}
+    short = {
+        key.replace("text_model.", "").replace("vision_model.", ""): tensor
+        for key, tensor in official.items()
+    }
     assert len(short) == len(official) and short.keys() != official.keys()
     save_file(short, tmp_path / "x.safetensors")
     assert_same_parts(weights.read(tmp_path / "x.safetensors").parts, tiny[0])
@@ -60,9 +70,13 @@ def test_reads_both_spellings_of_the_clip_keys(tiny, official, tmp_path):
 
 @pytest.mark.parametrize("dtype", weights.DTYPES.values())
 def test_reads_every_precision(official, tmp_path, dtype):
-    save_file({key: tensor.to(dtype) for key, tensor in official.items()}, tmp_path / "x.safetensors")
+    save_file(
+        {key: tensor.to(dtype) for key, tensor in official.items()}, tmp_path / "x.safetensors"
+    )
     file = weights.read(tmp_path / "x.safetensors")
-    assert {tensor.dtype for tensors in file.parts.values() for tensor in tensors.values()} == {dtype}
+    assert {tensor.dtype for tensors in file.parts.values() for tensor in tensors.values()} == {
+        dtype
+    }
 
 
 def test_metadata_carries_the_architecture(tiny, tiny_file):
@@ -74,7 +88,9 @@ def test_metadata_carries_the_architecture(tiny, tiny_file):
 
 @pytest.mark.parametrize("part", ["sem_inpainter", "ref_adapter"])
 def test_a_file_may_hold_one_part(tiny, tmp_path, part):
-    weights.write_cat_weights(tmp_path / "x.safetensors", {part: tiny[0][part]}, tiny[1], licence="MIT", provenance="x")
+    weights.write_cat_weights(
+        tmp_path / "x.safetensors", {part: tiny[0][part]}, tiny[1], licence="MIT", provenance="x"
+    )
     file = weights.read(tmp_path / "x.safetensors")
     assert list(file.parts) == [part]
     other = "ref_adapter" if part == "sem_inpainter" else "sem_inpainter"
@@ -117,7 +133,7 @@ def test_truncated_files(tiny_file, official, tmp_path, keep):
     torch.save(official, tmp_path / "whole.ckpt")
     for source, name in ((tiny_file, "cut.safetensors"), (tmp_path / "whole.ckpt", "cut.ckpt")):
         content = source.read_bytes()
-        (tmp_path / name).write_bytes(content[:int(len(content) * keep)])
+        (tmp_path / name).write_bytes(content[: int(len(content) * keep)])
         refused(tmp_path / name, "cut short")
 
 
@@ -137,15 +153,31 @@ def test_another_model_and_unknown_keys(official, tmp_path):
 
 def test_missing_extra_and_misshapen_keys_are_named(official, tmp_path):
     name = "fusion_model.encoder.layers.1.mlp.fc2.bias"
-    save_file({key: tensor for key, tensor in official.items() if key != name}, tmp_path / "x.safetensors")
-    refused(tmp_path / "x.safetensors", "SemInpainter", "1 missing: encoder.layers.1.mlp.fc2.bias", "Expected the 48 keys")
-    save_file(official | {"fusion_model.encoder.layers.1.mlp.fc3.bias": torch.rand(3)}, tmp_path / "x.safetensors")
+    save_file(
+        {key: tensor for key, tensor in official.items() if key != name}, tmp_path / "x.safetensors"
+    )
+    refused(
+        tmp_path / "x.safetensors",
+        "SemInpainter",
+        "1 missing: encoder.layers.1.mlp.fc2.bias",
+        "Expected the 48 keys",
+    )
+    save_file(
+        official | {"fusion_model.encoder.layers.1.mlp.fc3.bias": torch.rand(3)},
+        tmp_path / "x.safetensors",
+    )
     refused(tmp_path / "x.safetensors", "1 unknown: encoder.layers.1.mlp.fc3.bias")
     save_file(official | {name: torch.rand(3)}, tmp_path / "x.safetensors")
     refused(tmp_path / "x.safetensors", "encoder.layers.1.mlp.fc2.bias is (3,) instead of (32,)")
     norm = "model.diffusion_model.middle_block.1.transformer_blocks.0.norm4.weight"
-    save_file({key: tensor for key, tensor in official.items() if key != norm}, tmp_path / "x.safetensors")
-    refused(tmp_path / "x.safetensors", "RefAdapter", "1 missing: middle_block.1.transformer_blocks.0.norm4.weight")
+    save_file(
+        {key: tensor for key, tensor in official.items() if key != norm}, tmp_path / "x.safetensors"
+    )
+    refused(
+        tmp_path / "x.safetensors",
+        "RefAdapter",
+        "1 missing: middle_block.1.transformer_blocks.0.norm4.weight",
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -158,7 +190,10 @@ def test_numbers_that_are_none(official, tmp_path, value, dtype):
 
 
 def test_other_number_types(official, tmp_path):
-    save_file(official | {"fusion_model.post_layernorm.bias": torch.ones(32, dtype=torch.float64)}, tmp_path / "x.safetensors")
+    save_file(
+        official | {"fusion_model.post_layernorm.bias": torch.ones(32, dtype=torch.float64)},
+        tmp_path / "x.safetensors",
+    )
     refused(tmp_path / "x.safetensors", "float64", "expected fp32, fp16 or bf16")
 
 
@@ -166,13 +201,22 @@ def test_metadata_that_lies(tiny, tmp_path):
     tensors = weights.flat({"ref_adapter": tiny[0]["ref_adapter"]})
     header = weights.cat_metadata({"ref_adapter": {}}, tiny[1], licence="MIT", provenance="x")
     tiny = tiny[0], dataclasses.replace(tiny[1], sem_inpainter=None)
-    for change, word in (({"format_version": "99"}, "Update the pack"), ({"architecture": "{"}, "cannot be read"),
-                         ({"architecture": "{}"}, "disagree about the RefAdapter"),
-                         *((({"architecture": tiny[1].to_json().replace(old, new)}), word) for old, new, word in (
-                             ('"visual_size": 32', '"visual_size": "32"', "disagree"), ('"visual_size": 32', '"visual_size": -1', "disagree"),
-                             ('"num_heads": 4', '"num_heads": 5', "do not divide"), ('"num_heads": 4', '"num_heads": 0', "disagree"),
-                             ('"unet_num_heads": 4', '"unet_num_heads": "x"', "expected a positive number"),
-                             ('"input_blocks.1.1.transformer_blocks.0"', '""', "disagree")))):
+    for change, word in (
+        ({"format_version": "99"}, "Update the pack"),
+        ({"architecture": "{"}, "cannot be read"),
+        ({"architecture": "{}"}, "disagree about the RefAdapter"),
+        *(
+            (({"architecture": tiny[1].to_json().replace(old, new)}), word)
+            for old, new, word in (
+                ('"visual_size": 32', '"visual_size": "32"', "disagree"),
+                ('"visual_size": 32', '"visual_size": -1', "disagree"),
+                ('"num_heads": 4', '"num_heads": 5', "do not divide"),
+                ('"num_heads": 4', '"num_heads": 0', "disagree"),
+                ('"unet_num_heads": 4', '"unet_num_heads": "x"', "expected a positive number"),
+                ('"input_blocks.1.1.transformer_blocks.0"', '""', "disagree"),
+            )
+        ),
+    ):
         save_file(tensors, tmp_path / "x.safetensors", header | change)
         refused(tmp_path / "x.safetensors", word)
 
@@ -186,8 +230,16 @@ class Evil:
 
 
 def test_a_pickle_with_code_is_refused_and_not_run(official, tmp_path):
-    torch.save({"state_dict": official, "callbacks": Evil(tmp_path / "ran")}, tmp_path / "evil.ckpt")
-    refused(tmp_path / "evil.ckpt", "could run code", "nothing was run", "posix.system", "tools/convert.py")
+    torch.save(
+        {"state_dict": official, "callbacks": Evil(tmp_path / "ran")}, tmp_path / "evil.ckpt"
+    )
+    refused(
+        tmp_path / "evil.ckpt",
+        "could run code",
+        "nothing was run",
+        "posix.system",
+        "tools/convert.py",
+    )
     (tmp_path / "bare.ckpt").write_bytes(pickle.dumps(Evil(tmp_path / "ran"), protocol=2))
     refused(tmp_path / "bare.ckpt", "nothing in it was run")
     with zipfile.ZipFile(tmp_path / "zip.ckpt", "w") as file:
@@ -249,14 +301,20 @@ def test_a_failed_write_keeps_the_old_file(tiny, tmp_path):
 
 def test_nothing_of_cat_is_not_a_cat_file(tiny, tmp_path):
     with pytest.raises(WeightsError, match="the tensors are VAE"):
-        weights.write_cat_weights(tmp_path / "x.safetensors", {"vae": tiny[0]["vae"]}, tiny[1], licence="", provenance="")
+        weights.write_cat_weights(
+            tmp_path / "x.safetensors", {"vae": tiny[0]["vae"]}, tiny[1], licence="", provenance=""
+        )
 
 
 # tools/convert.py -------------------------------------------------------------------------------------------------
 
 
 def convert(*arguments):
-    return subprocess.run([sys.executable, ROOT / "tools/convert.py", *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / "tools/convert.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_a_reader_that_copies_is_asked_once(tiny, tiny_file):
@@ -274,7 +332,11 @@ def test_a_reader_that_copies_is_asked_once(tiny, tiny_file):
 
 def test_numbers_may_be_checked_when_a_part_is_wanted(tiny, tmp_path):
     broken = {**tiny[0], "vae": {key: tensor * torch.inf for key, tensor in tiny[0]["vae"].items()}}
-    save_file(weights.flat(broken), tmp_path / "y.safetensors", weights.header(*tiny, licence="", provenance=""))
+    save_file(
+        weights.flat(broken),
+        tmp_path / "y.safetensors",
+        weights.header(*tiny, licence="", provenance=""),
+    )
     file = weights.read(tmp_path / "y.safetensors", numbers=False)
     assert set(file.checked("unet")) == set(tiny[0]["unet"])
     with pytest.raises(WeightsError, match="VAE in y.safetensors contains NaN or Inf"):
@@ -283,18 +345,33 @@ def test_numbers_may_be_checked_when_a_part_is_wanted(tiny, tmp_path):
 
 def test_convert_splits_and_refuses_to_overwrite(tiny, official, tmp_path):
     torch.save({"state_dict": official, "callbacks": Callback()}, tmp_path / "in.ckpt")
-    outputs = ["--base", tmp_path / "base.safetensors", "--cat-weights", tmp_path / "cat.safetensors",
-               "--clip-vision", tmp_path / "vision.safetensors"]
+    outputs = [
+        "--base",
+        tmp_path / "base.safetensors",
+        "--cat-weights",
+        tmp_path / "cat.safetensors",
+        "--clip-vision",
+        tmp_path / "vision.safetensors",
+    ]
     run = convert(tmp_path / "in.ckpt", *outputs)
     assert run.returncode == 1 and "could run code" in run.stderr and "Traceback" not in run.stderr
-    run = convert(tmp_path / "in.ckpt", *outputs, "--inert-objects", "--licence", "MIT", "--dtype", "bf16")
+    run = convert(
+        tmp_path / "in.ckpt", *outputs, "--inert-objects", "--licence", "MIT", "--dtype", "bf16"
+    )
     assert run.returncode == 0, run.stderr
     cat = weights.read(tmp_path / "cat.safetensors")
     assert set(cat.parts) == {"sem_inpainter", "ref_adapter"} and cat.metadata["license"] == "MIT"
     base = load_file(tmp_path / "base.safetensors")
-    assert not any(key.startswith(("fusion_model.", "cond_stage_model2.")) or ".attn3." in key or ".norm4." in key for key in base)
+    assert not any(
+        key.startswith(("fusion_model.", "cond_stage_model2."))
+        or ".attn3." in key
+        or ".norm4." in key
+        for key in base
+    )
     assert {tensor.dtype for tensor in base.values()} == {torch.bfloat16}
-    assert all(key.startswith("vision_model.") for key in load_file(tmp_path / "vision.safetensors"))
+    assert all(
+        key.startswith("vision_model.") for key in load_file(tmp_path / "vision.safetensors")
+    )
     run = convert(tmp_path / "cat.safetensors", "--cat-weights", tmp_path / "base.safetensors")
     assert run.returncode == 1 and "exists already" in run.stderr
     run = convert(tmp_path / "cat.safetensors", "--base", tmp_path / "new.safetensors")
@@ -304,8 +381,10 @@ def test_convert_splits_and_refuses_to_overwrite(tiny, official, tmp_path):
 
 def test_header_is_strings_only(tiny_file):
     size = int.from_bytes(tiny_file.read_bytes()[:8], "little")
-    header = json.loads(tiny_file.read_bytes()[8:8 + size])["__metadata__"]
-    assert header["format"] == "cat-diffusion" and all(isinstance(value, str) for value in header.values())
+    header = json.loads(tiny_file.read_bytes()[8 : 8 + size])["__metadata__"]
+    assert header["format"] == "cat-diffusion" and all(
+        isinstance(value, str) for value in header.values()
+    )
 
 
 def test_a_number_too_large_for_fp16_is_not_written(tmp_path):
@@ -331,7 +410,9 @@ def test_a_file_that_goes_away_while_it_is_read_is_said(official, tmp_path):
     save_file(official, tmp_path / "x.safetensors")
     file = weights.read(tmp_path / "x.safetensors", numbers=False)
     (tmp_path / "x.safetensors").unlink()
-    with pytest.raises(WeightsError, match="x.safetensors was changed or removed while it was read"):
+    with pytest.raises(
+        WeightsError, match="x.safetensors was changed or removed while it was read"
+    ):
         file.checked("vae")
 
 
@@ -356,13 +437,19 @@ def test_the_file_of_each_part_leaves_the_memory_with_the_part(official, tmp_pat
 
 
 def test_old_style_pickles_with_objects_are_called_so(official, tmp_path):
-    torch.save({"state_dict": official, "callbacks": Callback()}, tmp_path / "x.ckpt", _use_new_zipfile_serialization=False)
+    torch.save(
+        {"state_dict": official, "callbacks": Callback()},
+        tmp_path / "x.ckpt",
+        _use_new_zipfile_serialization=False,
+    )
     refused(tmp_path / "x.ckpt", "Python objects besides tensors")
     torch.save({0: torch.ones(1), "fusion_model.x": 3}, tmp_path / "x.ckpt")
     refused(tmp_path / "x.ckpt", "not a CAT-Diffusion file")
 
 
-def test_a_torch_without_the_list_of_foreign_objects_still_reads_plain_files(tiny, official, tmp_path, monkeypatch):
+def test_a_torch_without_the_list_of_foreign_objects_still_reads_plain_files(
+    tiny, official, tmp_path, monkeypatch
+):
     monkeypatch.delattr(torch.serialization, "get_unsafe_globals_in_checkpoint")
     torch.save(official, tmp_path / "x.ckpt")
     assert_same_parts(weights.read(tmp_path / "x.ckpt").parts, tiny[0])

@@ -8,14 +8,17 @@ from PIL import Image
 
 SIZE = 64  # pixels
 
-TINY_CLIP = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16},
-             "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}}
+TINY_CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
 
 
 @pytest.fixture(scope="session")
 def scene_manifest(tmp_path_factory):
     """The manifest of eight drawn scenes."""
-    import scenes
+    from demo_model import scenes
 
     return scenes.write(tmp_path_factory.mktemp("scenes"), scenes.TEST[:8], SIZE)
 
@@ -23,16 +26,23 @@ def scene_manifest(tmp_path_factory):
 @pytest.fixture
 def result_folder(scene_manifest, tmp_path):
     """Make a folder of results: paint(picture, hole, place) -> finished picture, all size x size."""
+
     def make(name="results", paint=lambda picture, hole, place: picture, hole="segment", **run):
-        from cat_core.evaluation.results import SampleSet
+        from cat_diffusion.cat_core.evaluation.results import SampleSet
 
         folder = tmp_path / name
         folder.mkdir()
         samples = SampleSet(scene_manifest, "test", hole, SIZE).read()
         for place, sample in enumerate(map(samples.sample, samples.records)):
             paint(sample.picture, sample.hole, place).save(folder / f"{sample.record.id}.png")
-        told = {"manifest": str(scene_manifest), "split": "test", "hole": hole, "size": SIZE, "workflow": f"{name}.json",
-                "seed": 0}
+        told = {
+            "manifest": str(scene_manifest),
+            "split": "test",
+            "hole": hole,
+            "size": SIZE,
+            "workflow": f"{name}.json",
+            "seed": 0,
+        }
         (folder / "run.json").write_text(json.dumps(told | run))
         return folder
 
@@ -46,7 +56,9 @@ def tiny_clip(tmp_path_factory):
     from safetensors.torch import save_file
 
     folder = tmp_path_factory.mktemp("open_clip")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY_CLIP, "preprocess_cfg": {}}))
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": TINY_CLIP, "preprocess_cfg": {}})
+    )
     torch.manual_seed(3)
     save_file(open_clip.CLIP(**TINY_CLIP).state_dict(), folder / "open_clip_model.safetensors")
     return folder

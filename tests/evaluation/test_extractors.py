@@ -7,10 +7,11 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from cat_core.evaluation import metrics
-from cat_core.evaluation.features import FeatureFile, Inception, OpenClip
-from cat_core.evaluation.metrics import EvaluationError, Missing
 from PIL import Image
+
+from cat_diffusion.cat_core.evaluation import metrics
+from cat_diffusion.cat_core.evaluation.extractors import FeatureFile, Inception, OpenClip
+from cat_diffusion.cat_core.evaluation.metrics import EvaluationError, Missing
 
 CPU = torch.device("cpu")
 
@@ -18,7 +19,10 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def pictures():
     rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).resize((70, 50)) for side in (3, 5, 9)]
+    return [
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).resize((70, 50))
+        for side in (3, 5, 9)
+    ]
 
 
 def test_a_feature_file_returns_what_went_in():
@@ -43,21 +47,32 @@ def test_clip_score_equals_open_clip(tiny_clip, pictures):
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tiny_clip}")
     model.eval()
     with torch.no_grad():
-        image = model.encode_image(torch.stack([preprocess(picture) for picture in pictures]), normalize=True)
+        image = model.encode_image(
+            torch.stack([preprocess(picture) for picture in pictures]), normalize=True
+        )
         text = model.encode_text(open_clip.tokenize(labels), normalize=True)
     expected = 100 * (image * text).sum(1).clamp(min=0)
     assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-5) and expected.max() > 1
-    assert not torch.allclose(found, metrics.clip_score(clip.image(pictures), clip.text(labels[::-1])))
+    assert not torch.allclose(
+        found, metrics.clip_score(clip.image(pictures), clip.text(labels[::-1]))
+    )
 
 
 def test_a_weights_file_is_loaded_into_the_named_model(tiny_clip, pictures, tmp_path):
     open_clip.add_model_config(_config(tiny_clip, tmp_path))
     by_file = OpenClip("tiny-for-tests", str(tiny_clip / "open_clip_model.safetensors"), CPU)
-    assert torch.equal(by_file.image(pictures), OpenClip(f"local-dir:{tiny_clip}", None, CPU).image(pictures))
+    assert torch.equal(
+        by_file.image(pictures), OpenClip(f"local-dir:{tiny_clip}", None, CPU).image(pictures)
+    )
     (tmp_path / "broken.pt").write_bytes(b"not weights")
-    for name, file in (("tiny-for-tests", tmp_path / "broken.pt"), ("ViT-B-32", tiny_clip / "open_clip_model.safetensors"),
-                       ("no-such-model", tiny_clip / "open_clip_model.safetensors")):
-        with pytest.raises(EvaluationError, match=f"open_clip cannot make {name} of .*Give MODEL:FILE"):
+    for name, file in (
+        ("tiny-for-tests", tmp_path / "broken.pt"),
+        ("ViT-B-32", tiny_clip / "open_clip_model.safetensors"),
+        ("no-such-model", tiny_clip / "open_clip_model.safetensors"),
+    ):
+        with pytest.raises(
+            EvaluationError, match=f"open_clip cannot make {name} of .*Give MODEL:FILE"
+        ):
             OpenClip(name, str(file), CPU)
 
 
@@ -70,13 +85,19 @@ def _config(tiny_clip, folder):
 
 
 def test_tags_are_looked_up_on_this_machine_only(tmp_path, monkeypatch):
-    from cat_core.evaluation import features
     from huggingface_hub import constants
 
+    from cat_diffusion.cat_core.evaluation import extractors
+
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(Missing, match="laion400m_e32 of ViT-B-32 are not in .* nothing is downloaded here. Download"):
+    with pytest.raises(
+        Missing,
+        match="laion400m_e32 of ViT-B-32 are not in .* nothing is downloaded here. Download",
+    ):
         OpenClip("ViT-B-32", "laion400m_e32", CPU)
-    with pytest.raises(EvaluationError, match="no_such_tag is neither a file nor a tag .*laion400m_e32"):
+    with pytest.raises(
+        EvaluationError, match="no_such_tag is neither a file nor a tag .*laion400m_e32"
+    ):
         OpenClip("ViT-B-32", "no_such_tag", CPU)
     with pytest.raises(EvaluationError, match="has no model ViT-X"):
         OpenClip("ViT-X", "openai", CPU)
@@ -121,9 +142,11 @@ def inception_file(tmp_path_factory):
 def test_inception_features(inception_file, pictures):
     path, network = inception_file
     found = Inception(path, CPU)(pictures[:2])
-    resized = [np.array(picture.resize((299, 299), Image.Resampling.BICUBIC)) for picture in pictures[:2]]
+    resized = [
+        np.array(picture.resize((299, 299), Image.Resampling.BICUBIC)) for picture in pictures[:2]
+    ]
     with torch.no_grad():
-        expected, = network(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2))
+        (expected,) = network(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2))
     assert found.shape == (2, 2048)
     assert (found - expected).abs().max() < 0.01 * (expected[0] - expected[1]).abs().max()
 
@@ -141,7 +164,9 @@ def test_inception_refuses_other_files(tmp_path, monkeypatch):
     (tmp_path / "hostile.pth").write_bytes(pickle.dumps(Hostile()))
     (tmp_path / "text.pth").write_bytes(b"<html>404</html>")
     for name in ("other", "hostile", "text"):
-        with pytest.raises(EvaluationError, match=f"{name}.pth is not torch-fidelity's Inception file"):
+        with pytest.raises(
+            EvaluationError, match=f"{name}.pth is not torch-fidelity's Inception file"
+        ):
             Inception(tmp_path / f"{name}.pth", CPU)
     assert not marker.exists()
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)

@@ -9,20 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cat_core.evaluation import measure, report
-from cat_core.evaluation.measure import Estimate, Line
-from cat_core.evaluation.metrics import EvaluationError
-from cat_core.evaluation.results import Results, SampleSet, square_around_hole
-from cat_core.training import manifest
 from conftest import SIZE, grey
 from paths import ROOT
-from PIL import Image
 from pictures import cut, mask, picture
+from PIL import Image
+
+from cat_diffusion.cat_core.data import manifest
+from cat_diffusion.cat_core.evaluation import measure, report
+from cat_diffusion.cat_core.evaluation.measure import Estimate, Line
+from cat_diffusion.cat_core.evaluation.metrics import EvaluationError
+from cat_diffusion.cat_core.evaluation.results import Results, SampleSet, square_around_hole
 
 
 def pixels(pictures):
     """An extractor that needs no weights: 27 numbers of a picture."""
-    return torch.stack([torch.from_numpy(np.array(p.resize((3, 3)))).flatten().float() for p in pictures])
+    return torch.stack(
+        [torch.from_numpy(np.array(p.resize((3, 3)))).flatten().float() for p in pictures]
+    )
 
 
 def measured(folders, extractor=pixels):
@@ -42,13 +45,16 @@ def sample_set(folder):
 # Crops --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("box, enlarge, expected", [
-    ((40, 40, 60, 50), 1, (40, 35, 60, 55)),
-    ((40, 40, 60, 60), 1.5, (35, 35, 65, 65)),
-    ((0, 40, 20, 60), 2, (0, 30, 40, 70)),  # sticks out on the left
-    ((90, 95, 100, 100), 2, (80, 80, 100, 100)),  # at the corner
-    ((0, 0, 100, 10), 1.25, (0, 0, 100, 100)),  # cannot be larger than the picture
-])
+@pytest.mark.parametrize(
+    "box, enlarge, expected",
+    [
+        ((40, 40, 60, 50), 1, (40, 35, 60, 55)),
+        ((40, 40, 60, 60), 1.5, (35, 35, 65, 65)),
+        ((0, 40, 20, 60), 2, (0, 30, 40, 70)),  # sticks out on the left
+        ((90, 95, 100, 100), 2, (80, 80, 100, 100)),  # at the corner
+        ((0, 0, 100, 10), 1.25, (0, 0, 100, 100)),  # cannot be larger than the picture
+    ],
+)
 def test_the_crop_is_a_square_over_the_hole_inside_the_picture(box, enlarge, expected):
     hole = Image.new("L", (100, 100), 127)
     hole.paste(128, box)
@@ -61,9 +67,15 @@ def test_the_crop_is_a_square_over_the_hole_inside_the_picture(box, enlarge, exp
 def test_the_originals_are_perfect(result_folder):
     found, lines, _ = measured([result_folder()])
     values = {metric: line.estimate.value for (metric, _), line in lines.items()}
-    assert values["fid"] == pytest.approx(0, abs=1e-2) and values["local_fid"] == pytest.approx(0, abs=1e-2)
+    assert values["fid"] == pytest.approx(0, abs=1e-2) and values["local_fid"] == pytest.approx(
+        0, abs=1e-2
+    )
     assert values["object_similarity"] == pytest.approx(1)
-    assert (values["background_mean"], values["background_max"], values["background_psnr"]) == (0, 0, 100)
+    assert (values["background_mean"], values["background_max"], values["background_psnr"]) == (
+        0,
+        0,
+        100,
+    )
     assert "clip_score" not in values and len(found.folders[0].values["object_similarity"]) == 8
     assert all(line.difference is None for line in lines.values())
 
@@ -74,14 +86,25 @@ def test_every_metric_sees_what_it_should(result_folder):
         made = grey(picture, hole, place)
         if place == 3:
             spot = tuple(map(int, np.argwhere(np.asarray(hole).T == 0)[0]))
-            made.putpixel(spot, tuple(value - 9 if value > 100 else value + 9 for value in picture.getpixel(spot)))
+            made.putpixel(
+                spot,
+                tuple(value - 9 if value > 100 else value + 9 for value in picture.getpixel(spot)),
+            )
         return made
 
-    _, lines, notes = measured([result_folder("original"), result_folder("grey", grey), result_folder("spot", spot)])
+    _, lines, notes = measured(
+        [result_folder("original"), result_folder("grey", grey), result_folder("spot", spot)]
+    )
     for name in ("grey", "spot"):
-        assert lines["local_fid", name].estimate.value > lines["fid", name].estimate.value > 1  # the object fills the crop
+        assert (
+            lines["local_fid", name].estimate.value > lines["fid", name].estimate.value > 1
+        )  # the object fills the crop
         assert lines["object_similarity", name].difference.high < 0
-        assert report.verdict(lines["object_similarity", name]) == report.verdict(lines["fid", name]) == "worse"
+        assert (
+            report.verdict(lines["object_similarity", name])
+            == report.verdict(lines["fid", name])
+            == "worse"
+        )
     assert lines["background_max", "grey"].estimate == Estimate(0, 0, 0)
     assert lines["background_max", "spot"].estimate.value == pytest.approx(9 / 8)
     assert any("8 pictures with 27-wide features" in note for note in notes)
@@ -90,15 +113,30 @@ def test_every_metric_sees_what_it_should(result_folder):
 def test_diversity_compares_what_differs_by_the_seed_alone(result_folder):
     def shade(level):
         def paint(picture, hole, place):
-            return Image.composite(Image.new("RGB", picture.size, (level,) * 3), picture, hole.point(lambda v: 255 * (v > 0)))
+            return Image.composite(
+                Image.new("RGB", picture.size, (level,) * 3),
+                picture,
+                hole.point(lambda v: 255 * (v > 0)),
+            )
+
         return paint
 
-    folders = [result_folder(name, shade(level), workflow="cat.json", seed=seed, changes=changes) for name, level, seed, changes in
-               (("a", 10, 1, {}), ("b", 30, 2, {}), ("c", 90, 3, {}), ("again", 200, 3, {}), ("d", 10, 4, {"strength": 0.5}))]
+    folders = [
+        result_folder(name, shade(level), workflow="cat.json", seed=seed, changes=changes)
+        for name, level, seed, changes in (
+            ("a", 10, 1, {}),
+            ("b", 30, 2, {}),
+            ("c", 90, 3, {}),
+            ("again", 200, 3, {}),
+            ("d", 10, 4, {"strength": 0.5}),
+        )
+    ]
     found, lines, _ = measured(folders)
-    group, = found.diversity
+    (group,) = found.diversity
     assert group == "a and 2 more seeds"
-    assert lines["diversity_pixels", group].estimate == Estimate(*[pytest.approx((20 + 80 + 60) / 3)] * 3)
+    assert lines["diversity_pixels", group].estimate == Estimate(
+        *[pytest.approx((20 + 80 + 60) / 3)] * 3
+    )
     assert lines["diversity_features", group].estimate.value > 0
 
 
@@ -110,8 +148,13 @@ def test_mismatched_folders_are_named(result_folder):
     (broken / "stray.png").write_bytes((whole / f"{ids[0]}.png").read_bytes())
     with pytest.raises(EvaluationError) as error:
         measured([whole, broken])
-    for words in ("broken lacks 6 of 8 pictures: ", *ids[:5], "and 1 more", "broken has 1 pictures that no record asks for: stray",
-                  "the 2 that all have with --common"):
+    for words in (
+        "broken lacks 6 of 8 pictures: ",
+        *ids[:5],
+        "and 1 more",
+        "broken has 1 pictures that no record asks for: stray",
+        "the 2 that all have with --common",
+    ):
         assert words in str(error.value)
     assert "whole lacks" not in str(error.value)
     opened, samples = [Results.open(folder) for folder in (whole, broken)], sample_set(whole)
@@ -119,7 +162,10 @@ def test_mismatched_folders_are_named(result_folder):
     assert [record.id for record in some.records] == ids[6:]
     assert notes == ["Only the 2 of 8 pictures that all folders have were evaluated."]
     (broken / f"{ids[6]}.png").unlink()
-    with pytest.raises(EvaluationError, match="1 of 8 pictures of .*m.*jsonl .split test. to evaluate; .* at least 2"):
+    with pytest.raises(
+        EvaluationError,
+        match="1 of 8 pictures of .*m.*jsonl .split test. to evaluate; .* at least 2",
+    ):
         samples.of_all(opened, True)
 
 
@@ -127,13 +173,17 @@ def test_what_failed_in_one_folder_is_left_out_of_all(result_folder):
     whole, other = result_folder("whole"), result_folder("other")
     ids = sorted(path.stem for path in other.glob("*.png"))
     (other / f"{ids[2]}.png").unlink()
-    lines = [{"id": id, "reason": "empty mask", "detail": ""} for id in (ids[2], ids[5])]  # the second was made after all
+    lines = [
+        {"id": id, "reason": "empty mask", "detail": ""} for id in (ids[2], ids[5])
+    ]  # the second was made after all
     (other / "failed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found, _, notes = measured([whole, other])
     assert [record.id for record in found.samples.records] == ids[:2] + ids[3:]
     assert f"1 samples are left out, since they failed in {other}: {ids[2]}." in notes
     (other / "failed.jsonl").write_text("[]\n")
-    with pytest.raises(EvaluationError, match="failed.jsonl cannot be read .*expected lines such as"):
+    with pytest.raises(
+        EvaluationError, match="failed.jsonl cannot be read .*expected lines such as"
+    ):
         measured([whole, other])
 
 
@@ -141,10 +191,15 @@ def test_files_that_cannot_be_used(result_folder, tmp_path):
     folder = result_folder()
     first, second = sorted(folder.glob("*.png"))[:2]
     picture(first, (32, 32))
-    with pytest.raises(EvaluationError, match=f"{first.name} is 32x32, expected 64x64. Give the --size"):
+    with pytest.raises(
+        EvaluationError, match=f"{first.name} is 32x32, expected 64x64. Give the --size"
+    ):
         measured([folder])
     first.write_bytes(b"<html>404</html>")
-    with pytest.raises(EvaluationError, match=f"{first.name} cannot be decoded .*Delete it and let tools/generate.py"):
+    with pytest.raises(
+        EvaluationError,
+        match=f"{first.name} cannot be decoded .*Delete it and let tools/generate.py",
+    ):
         measured([folder])
     Image.effect_noise((SIZE, SIZE), 90).convert("RGB").save(first)
     cut(first, 0.6)  # its header is whole
@@ -154,7 +209,9 @@ def test_files_that_cannot_be_used(result_folder, tmp_path):
         Results.open(tmp_path / "none")
     for content in ("{", "[1]"):
         (folder / "run.json").write_text(content)
-        with pytest.raises(EvaluationError, match="run.json .*expected a JSON object. Delete it and give"):
+        with pytest.raises(
+            EvaluationError, match="run.json .*expected a JSON object. Delete it and give"
+        ):
             Results.open(folder)
 
 
@@ -163,17 +220,28 @@ def test_a_record_that_cannot_be_used(tmp_path):
     mask(tmp_path / "black.png", box=None)
     manifest.write(tmp_path / "m.jsonl", [manifest.Record("a", "x.png", "black.png", label="cup")])
     samples = SampleSet(tmp_path / "m.jsonl", None, "box", SIZE).read()
-    with pytest.raises(EvaluationError, match="a of .*m.jsonl cannot be used: empty mask.*--common"):
+    with pytest.raises(
+        EvaluationError, match="a of .*m.jsonl cannot be used: empty mask.*--common"
+    ):
         samples.sample(samples.records[0])
 
 
 def test_a_missing_library_leaves_fid_out(result_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
     _, lines, notes = measured([result_folder()])
-    assert {metric for metric, _ in lines} == {"object_similarity", "background_mean", "background_max", "background_psnr"}
+    assert {metric for metric, _ in lines} == {
+        "object_similarity",
+        "background_mean",
+        "background_max",
+        "background_psnr",
+    }
     assert any(note.startswith("FID is left out: FID needs torchmetrics") for note in notes)
     _, lines, _ = measured([result_folder("other")], extractor=None)
-    assert {metric for metric, _ in lines} == {"background_mean", "background_max", "background_psnr"}
+    assert {metric for metric, _ in lines} == {
+        "background_mean",
+        "background_max",
+        "background_psnr",
+    }
 
 
 # The table ----------------------------------------------------------------------------------------------------------
@@ -185,7 +253,12 @@ def test_verdicts_follow_the_interval_and_the_metric():
 
     assert verdict("fid", -2, -3, -1) == verdict("clip_score", 2, 1, 3) == "better"
     assert verdict("fid", 2, 1, 3) == verdict("clip_score", -2, -3, -1) == "worse"
-    assert verdict("fid", -2, -5, 1) == verdict("fid", -2) == verdict("diversity_pixels", 2, 1, 3) == ""
+    assert (
+        verdict("fid", -2, -5, 1)
+        == verdict("fid", -2)
+        == verdict("diversity_pixels", 2, 1, 3)
+        == ""
+    )
     assert report.verdict(Line("fid", "x", 8, Estimate(1))) == ""
 
 
@@ -224,12 +297,18 @@ def test_memory_does_not_grow_with_the_pictures(tmp_path):
     """2,000 pictures and results are 49 MB of pixels and 38 MB of features; 40,000 features of the second kind are 20 MB."""
     Image.effect_noise((SIZE, SIZE), 90).convert("RGB").save(tmp_path / "x.png")
     (tmp_path / "results").mkdir()
-    records = (manifest.Record(f"{i}", "x.png", box=(0.2, 0.2, 0.7, 0.8), label="cup") for i in range(2000))
+    records = (
+        manifest.Record(f"{i}", "x.png", box=(0.2, 0.2, 0.7, 0.8), label="cup") for i in range(2000)
+    )
     manifest.write(tmp_path / "m.jsonl", records)
     for i in range(2000):
         os.link(tmp_path / "x.png", tmp_path / f"results/{i}.png")
-    run = subprocess.run([sys.executable, "-c", MEMORY, tmp_path / "m.jsonl", tmp_path / "results"], cwd=ROOT,
-                         capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY, tmp_path / "m.jsonl", tmp_path / "results"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     few, many = map(float, run.stdout.split())
     print(f"peak {few:.0f} MB after 100 pictures, {many:.0f} MB after 2,000")

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from cat_core.evaluation import metrics
-from cat_core.evaluation.features import FeatureFile
-from cat_core.evaluation.metrics import EvaluationError, Missing
-from cat_core.training import objectives
+
+from cat_diffusion.cat_core.evaluation import metrics
+from cat_diffusion.cat_core.evaluation.extractors import FeatureFile
+from cat_diffusion.cat_core.evaluation.metrics import EvaluationError, Missing
+from cat_diffusion.cat_core.training import objectives
 
 
 def features(count, width, seed, shift=0.0):
@@ -24,13 +25,17 @@ def reference(real, made):
     a, b = (x.double().numpy() for x in (real, made))
     covariances = [np.cov(x, rowvar=False) for x in (a, b)]
     root = scipy.linalg.sqrtm(covariances[0] @ covariances[1])
-    return np.square(a.mean(0) - b.mean(0)).sum() + np.trace(covariances[0] + covariances[1] - 2 * root.real)
+    return np.square(a.mean(0) - b.mean(0)).sum() + np.trace(
+        covariances[0] + covariances[1] - 2 * root.real
+    )
 
 
 # FID ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count, width", [(300, 48), (2000, 64), (30, 48)])  # the last has singular covariances
+@pytest.mark.parametrize(
+    "count, width", [(300, 48), (2000, 64), (30, 48)]
+)  # the last has singular covariances
 @pytest.mark.parametrize("shift", [0.02, 0.5])
 def test_fid_equals_the_matrix_square_root(count, width, shift):
     real, made = features(count, width, 1), features(count + 7, width, 2, shift)
@@ -41,7 +46,9 @@ def test_fid_equals_the_matrix_square_root(count, width, shift):
 def test_fid_does_not_depend_on_batches():
     real, made = features(100, 16, 1), features(90, 16, 2, 0.3)
     expected = metrics.frechet_distance([real], [made])
-    assert metrics.frechet_distance(real.split(7), made.split(1)) == pytest.approx(expected, rel=1e-9)
+    assert metrics.frechet_distance(real.split(7), made.split(1)) == pytest.approx(
+        expected, rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("count, width", [(300, 48), (30, 48)])
@@ -52,7 +59,9 @@ def test_fid_of_a_set_with_itself_is_nothing(count, width):
 
 def test_fid_needs_two_pictures_and_torchmetrics(monkeypatch):
     real = features(9, 4, 1)
-    with pytest.raises(EvaluationError, match="at least 2 .* found 9 real and 1 made. Evaluate more"):
+    with pytest.raises(
+        EvaluationError, match="at least 2 .* found 9 real and 1 made. Evaluate more"
+    ):
         metrics.frechet_distance([real], [real[:1]])
     with pytest.raises(EvaluationError, match="found 0 real and 9 made"):
         metrics.frechet_distance([], [real])
@@ -65,7 +74,10 @@ def test_fid_needs_two_pictures_and_torchmetrics(monkeypatch):
 
 
 def test_clip_score_has_no_negative_numbers():
-    image, text = torch.tensor([[3.0, 4], [1, 0], [1, 0]]), torch.tensor([[5.0, 0], [-1, 0], [0, 2]])
+    image, text = (
+        torch.tensor([[3.0, 4], [1, 0], [1, 0]]),
+        torch.tensor([[5.0, 0], [-1, 0], [0, 2]]),
+    )
     assert metrics.clip_score(image, text).tolist() == pytest.approx([60, 0, 0])
 
 
@@ -103,7 +115,9 @@ def test_masked_cosines_are_those_of_the_hole():
     found = metrics.masked_cosines(patches, truth, mask)
     expected = objectives.masked_cosine(patches, truth, mask.flatten(1))
     assert len(found) == 2 + 16
-    assert found[:2].mean() == pytest.approx(expected[0].item()) and found[2:].mean() == pytest.approx(expected[2].item())
+    assert found[:2].mean() == pytest.approx(expected[0].item()) and found[
+        2:
+    ].mean() == pytest.approx(expected[2].item())
     counts = metrics.histogram(torch.tensor([-1.0, -0.98, 0.01, 0.99, 1.0000002]))
     assert len(counts) == len(metrics.HISTOGRAM) - 1
     assert counts[[0, 40, 79]].tolist() == [2, 1, 2] and counts.sum() == 5
@@ -118,15 +132,22 @@ def test_the_interval_of_a_mean_is_as_wide_as_theory_says():
     low, high = metrics.interval(values.mean(), drawn)
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.08)
     assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.02)
-    assert np.array_equal(drawn, metrics.resampled(lambda rows: values[rows].mean(), 400, 2000, seed=1))
-    assert not np.array_equal(drawn, metrics.resampled(lambda rows: values[rows].mean(), 400, 2000, seed=2))
+    assert np.array_equal(
+        drawn, metrics.resampled(lambda rows: values[rows].mean(), 400, 2000, seed=1)
+    )
+    assert not np.array_equal(
+        drawn, metrics.resampled(lambda rows: values[rows].mean(), 400, 2000, seed=2)
+    )
 
 
 def test_differences_are_paired():
     rng = np.random.default_rng(0)
     first = rng.normal(0, 10, 200)
     second = first + rng.normal(0.5, 0.5, 200)
-    drawn = [metrics.resampled(lambda rows: values[rows].mean(), 200, 500, seed=0) for values in (first, second)]
+    drawn = [
+        metrics.resampled(lambda rows: values[rows].mean(), 200, 500, seed=0)
+        for values in (first, second)
+    ]
     low, high = metrics.interval(second.mean() - first.mean(), drawn[1] - drawn[0])
     assert 0.3 < low < high < 0.7  # each mean on its own is known to 1.4 only
 
@@ -144,7 +165,10 @@ def test_the_interval_of_fid_covers_what_other_pictures_give():
     value = statistic(np.arange(60))
     drawn = metrics.resampled(statistic, 60, 200, seed=0)
     low, high = metrics.interval(value, drawn)
-    others = [metrics.frechet_distance([features(60, 32, 2 * i)], [features(60, 32, 2 * i + 1, 0.3)]) for i in range(5, 45)]
+    others = [
+        metrics.frechet_distance([features(60, 32, 2 * i)], [features(60, 32, 2 * i + 1, 0.3)])
+        for i in range(5, 45)
+    ]
     assert low < value < high
     assert np.percentile(drawn, 2.5) > value  # a resample repeats pictures, which alone raises FID
     assert np.mean((low < others) & (others < high)) > 0.7

@@ -4,13 +4,17 @@ import numpy as np
 import pytest
 import torch
 
+from cat_diffusion.nodes.host.cat_model import CatModel
+
 
 @pytest.fixture
 def compare(models):
     from cat_diffusion.nodes.compare import CATCompareFeatures
 
     def compare(image, mask, cat_model=None, text="spoon"):
-        return CATCompareFeatures.execute(cat_model or models.cat_model, models.clip_vision, models.clip, image, mask, text).args
+        return CATCompareFeatures.execute(
+            cat_model or models.cat_model, models.clip_vision, models.clip, image, mask, text
+        ).args
 
     return compare
 
@@ -34,10 +38,12 @@ def test_the_numbers_are_mean_cosines_in_the_hole(compare, models, picture, prom
 
 
 def test_a_perfect_prediction_is_1(compare, models, picture, monkeypatch):
-    from cat_diffusion.nodes import host, visual_prompt
+    from cat_diffusion.nodes import visual_prompt
 
-    whole = visual_prompt.CATEncodeVisualPrompt.execute(models.clip_vision, picture[0]).args[0].before
-    monkeypatch.setattr(host, "run_sem_inpainter", lambda *_: whole)
+    whole = (
+        visual_prompt.CATEncodeVisualPrompt.execute(models.clip_vision, picture[0]).args[0].before
+    )
+    monkeypatch.setattr(visual_prompt, "run_sem_inpainter", lambda *_: whole)
     observed, predicted, _ = compare(*picture)
     assert predicted == pytest.approx(1, abs=1e-5) and observed < 0.99
 
@@ -46,18 +52,26 @@ def test_a_batch_is_the_mean_of_its_pictures(compare, picture):
     image, mask = picture
     images = torch.cat([image, image.flip(2), image * 0.5])
     masks = torch.cat([mask, mask.flip(1), mask])
-    alone = np.array([compare(images[i:i + 1], masks[i:i + 1])[:2] for i in range(3)])
+    alone = np.array([compare(images[i : i + 1], masks[i : i + 1])[:2] for i in range(3)])
     assert compare(images, masks)[:2] == pytest.approx(alone.mean(0), abs=1e-5)
     several = compare(image, masks)[:2]  # one picture, three masks
-    assert several == pytest.approx(np.mean([compare(image, masks[i:i + 1])[:2] for i in range(3)], axis=0), abs=1e-5)
+    assert several == pytest.approx(
+        np.mean([compare(image, masks[i : i + 1])[:2] for i in range(3)], axis=0), abs=1e-5
+    )
     assert compare(images, mask)[:2] != several
 
 
-def test_what_cannot_be_compared_is_explained(compare, models, picture, host):
+def test_what_cannot_be_compared_is_explained(compare, models, picture):
     image, mask = picture
-    with pytest.raises(ValueError, match="mask of 1 of 2 pictures is empty; there is nothing to compare"):
+    with pytest.raises(
+        ValueError, match="mask of 1 of 2 pictures is empty; there is nothing to compare"
+    ):
         compare(image, torch.cat([mask, mask * 0]))
     with pytest.raises(ValueError, match="The text is empty"):
         compare(image, mask, text=" ")
     with pytest.raises(ValueError, match="no SemInpainter"):
-        compare(image, mask, host.CatModel("x", models.cat_model.architecture, None, models.cat_model.ref_adapter))
+        compare(
+            image,
+            mask,
+            CatModel("x", models.cat_model.architecture, None, models.cat_model.ref_adapter),
+        )

@@ -13,7 +13,9 @@ def condition(pack, models):
     from cat_diffusion.nodes.conditioning import CATInpaintConditioning
 
     def condition(image, mask, fill="black", noise_mask=False):
-        return CATInpaintConditioning.execute(TEXT, TEXT, models.vae, image, mask, fill, noise_mask).args
+        return CATInpaintConditioning.execute(
+            TEXT, TEXT, models.vae, image, mask, fill, noise_mask
+        ).args
 
     return condition
 
@@ -23,7 +25,9 @@ def test_grey_equals_the_hosts_own_node(models, picture, condition):
 
     for mask in (picture[1], torch.rand(1, 50, 30)):
         ours = condition(picture[0], mask, "grey", True)
-        theirs = nodes.InpaintModelConditioning().encode(TEXT, TEXT, picture[0], models.vae, mask, True)
+        theirs = nodes.InpaintModelConditioning().encode(
+            TEXT, TEXT, picture[0], models.vae, mask, True
+        )
         for i in range(2):
             for name in ("concat_latent_image", "concat_mask"):
                 assert torch.equal(ours[i][0][1][name], theirs[i][0][1][name])
@@ -35,7 +39,9 @@ def test_black_fades_the_hole(models, picture, condition):
     values = condition(*picture)[0][0][1]
     expected = models.vae.encode(picture[0] * (1 - picture[1][..., None]))
     assert torch.allclose(values["concat_latent_image"], expected, atol=1e-4)
-    assert not torch.allclose(values["concat_latent_image"], condition(*picture, "grey")[0][0][1]["concat_latent_image"])
+    assert not torch.allclose(
+        values["concat_latent_image"], condition(*picture, "grey")[0][0][1]["concat_latent_image"]
+    )
 
 
 def test_the_latent_mask_is_the_official_one(condition):
@@ -43,7 +49,10 @@ def test_the_latent_mask_is_the_official_one(condition):
     from PIL import Image
 
     goldens = load_file(GOLDENS / "preproc.safetensors")
-    mask = torch.from_numpy(np.array(Image.open(GOLDENS / "preproc/mask1.png").convert("L")))[None] / 255  # 512x512
+    mask = (
+        torch.from_numpy(np.array(Image.open(GOLDENS / "preproc/mask1.png").convert("L")))[None]
+        / 255
+    )  # 512x512
     values = condition(torch.rand(1, 512, 512, 3), mask)[1][0][1]
     assert torch.equal(values["concat_mask"][0, 0], goldens["img1.mask_64"])
 
@@ -71,7 +80,9 @@ def test_any_size_is_cropped_as_the_host_does(models, condition, height, width, 
 
 @pytest.mark.parametrize("images, masks", [(3, 1), (1, 3), (3, 3)])
 def test_batches(condition, sample, apply, picture, images, masks):
-    positive, negative, latent = condition(picture[0].repeat(images, 1, 1, 1), picture[1].repeat(masks, 1, 1), noise_mask=True)
+    positive, negative, latent = condition(
+        picture[0].repeat(images, 1, 1, 1), picture[1].repeat(masks, 1, 1), noise_mask=True
+    )
     assert len(latent["samples"]) == len(positive[0][1]["concat_mask"]) == 3
     assert len(sample(apply(), positive=positive, negative=negative, latent=latent, steps=1)) == 3
 
@@ -85,13 +96,17 @@ def test_mismatched_batches_are_refused(condition, picture):
 def schedule(pack, models):
     from cat_diffusion.nodes.conditioning import CATScheduler
 
-    return lambda steps, denoise=1.0, model=None: CATScheduler.execute(model or models.model, steps, denoise).args[0]
+    return lambda steps, denoise=1.0, model=None: CATScheduler.execute(
+        model or models.model, steps, denoise
+    ).args[0]
 
 
 @pytest.mark.parametrize("steps", [5, 50])
 def test_the_schedule_is_the_official_one(schedule, steps):
     goldens = load_file(GOLDENS / "ddim.safetensors")
-    alphas = torch.cat((goldens[f"ddim{steps}.alphas_prev"][:1].float(), goldens[f"ddim{steps}.alphas"]))
+    alphas = torch.cat(
+        (goldens[f"ddim{steps}.alphas_prev"][:1].float(), goldens[f"ddim{steps}.alphas"])
+    )
     assert torch.allclose(1 / (1 + schedule(steps) ** 2), alphas.flip(0), rtol=1e-6)
 
 
@@ -113,6 +128,16 @@ def test_the_schedule_runs_in_the_hosts_custom_sampler(schedule, apply, conditio
     import comfy.samplers
 
     latent = conditioned[2]["samples"]
-    out = comfy.sample.sample_custom(apply(), torch.randn(latent.shape), 7.5, comfy.samplers.sampler_object("ddim"),
-                                     schedule(4), conditioned[0], conditioned[1], latent * 0, disable_pbar=True, seed=1)
+    out = comfy.sample.sample_custom(
+        apply(),
+        torch.randn(latent.shape),
+        7.5,
+        comfy.samplers.sampler_object("ddim"),
+        schedule(4),
+        conditioned[0],
+        conditioned[1],
+        latent * 0,
+        disable_pbar=True,
+        seed=1,
+    )
     assert out.shape == latent.shape and out.isfinite().all()

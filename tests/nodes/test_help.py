@@ -9,15 +9,20 @@ import pytest
 from paths import ROOT
 from PIL import Image
 
+from cat_diffusion.nodes import extension
+
 DOCS = ROOT / "web/docs"
 CHINESE = ROOT / "locales/zh"
 
 
 @pytest.fixture(scope="module")
-def nodes(pack):
+def nodes():
     """Node id -> what a browser is told of it."""
-    extension = asyncio.run(pack.comfy_entrypoint())
-    return {info["name"]: info for info in (node.GET_NODE_INFO_V1() for node in asyncio.run(extension.get_node_list()))}
+    pack = asyncio.run(extension.comfy_entrypoint())
+    return {
+        info["name"]: info
+        for info in (node.GET_NODE_INFO_V1() for node in asyncio.run(pack.get_node_list()))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +38,11 @@ def pages(nodes):
 
 def inputs(info):
     """Input id -> its options."""
-    return {name: (*value, {})[1] for kind in ("required", "optional") for name, value in info["input"].get(kind, {}).items()}
+    return {
+        name: (*value, {})[1]
+        for kind in ("required", "optional")
+        for name, value in info["input"].get(kind, {}).items()
+    }
 
 
 def test_every_node_has_both_pages_and_nothing_else_has(nodes, pages, chinese):
@@ -65,20 +74,33 @@ def test_bold_names_are_inputs_or_outputs(nodes, pages, chinese):
         if path.parent == DOCS:
             known = {*inputs(info), *info["output_name"]}
         else:
-            known = {entry["name"] for kind in ("inputs", "outputs") for entry in names[kind].values() if "name" in entry}
+            known = {
+                entry["name"]
+                for kind in ("inputs", "outputs")
+                for entry in names[kind].values()
+                if "name" in entry
+            }
         found = set(re.findall(r"\*\*(.+?)\*\*", path.read_text("utf-8")))
         assert found <= known, f"{path}: {found - known}"
 
 
 def test_quoted_errors_are_in_the_code(pages):
     """The fragments at the beginning of a line under the last heading; … stands for what the node fills in."""
-    said = [text for folder in ("nodes", "cat_core") for path in (ROOT / folder).rglob("*.py")
-            for text in sentences(ast.parse(path.read_text("utf-8")))]
+    said = [
+        text
+        for folder in ("nodes", "cat_core")
+        for path in (ROOT / folder).rglob("*.py")
+        for text in sentences(ast.parse(path.read_text("utf-8")))
+    ]
     counts = {}
     for node, path in pages:
         last = path.read_text("utf-8").rpartition("\n## ")[2]
-        quoted = [fragment for line in last.splitlines() if line.startswith("- `")
-                  for fragment in re.findall(r"`([^`]+)`", re.split(" — |— ", line)[0])]
+        quoted = [
+            fragment
+            for line in last.splitlines()
+            if line.startswith("- `")
+            for fragment in re.findall(r"`([^`]+)`", re.split(" — |— ", line)[0])
+        ]
         for fragment in quoted:
             pattern = re.compile(".*".join(map(re.escape, fragment.split("…"))), re.DOTALL)
             assert any(map(pattern.search, said)), f"{path}: no error says {fragment!r}"
@@ -89,11 +111,20 @@ def test_quoted_errors_are_in_the_code(pages):
 
 def sentences(tree):
     """All texts of a module, with … where values are filled in."""
-    inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    inner = {
+        id(part)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr)
+        for part in node.values
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
-            yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inner:
+            yield "".join(
+                part.value if isinstance(part, ast.Constant) else "…" for part in node.values
+            )
+        elif (
+            isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inner
+        ):
             yield node.value
 
 
@@ -104,14 +135,21 @@ def test_chinese_names_everything_once(nodes, chinese):
         assert set(names) == {"display_name", "description", "inputs", "outputs"}
         assert set(names["inputs"]) == set(inputs(info)), node
         for name, options in inputs(info).items():
-            assert set(names["inputs"][name]) == {"name", *(["tooltip"] if options.get("tooltip") else [])}, (node, name)
+            assert set(names["inputs"][name]) == {
+                "name",
+                *(["tooltip"] if options.get("tooltip") else []),
+            }, (node, name)
         wanted = {}
         for index, (kind, name) in enumerate(zip(info["output"], info["output_name"])):
             tooltip = (info["output_tooltips"] or {index: None})[index]
             # An output called like its type is named by ComfyUI's own list of types.
-            wanted[str(index)] = {*(["name"] if name != kind else []), *(["tooltip"] if tooltip else [])}
+            wanted[str(index)] = {
+                *(["name"] if name != kind else []),
+                *(["tooltip"] if tooltip else []),
+            }
         assert {index: set(entry) for index, entry in names["outputs"].items()} == {
-            index: fields for index, fields in wanted.items() if fields}, node
+            index: fields for index, fields in wanted.items() if fields
+        }, node
 
 
 def test_chinese_names_the_categories(nodes):
@@ -126,4 +164,8 @@ def test_translations_hold_no_characters_with_a_meaning(chinese):
 
 
 def texts(value):
-    return [value] if isinstance(value, str) else [text for inner in value.values() for text in texts(inner)]
+    return (
+        [value]
+        if isinstance(value, str)
+        else [text for inner in value.values() for text in texts(inner)]
+    )

@@ -10,8 +10,12 @@ from safetensors.torch import load_file, save_file
 
 
 def parity(folder):
-    return subprocess.run([sys.executable, ROOT / "tools/parity.py", "--goldens", folder], capture_output=True, text=True,
-                          env=os.environ)
+    return subprocess.run(
+        [sys.executable, ROOT / "tools/parity.py", "--goldens", folder],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+    )
 
 
 def test_every_golden_case_is_within_its_bound():

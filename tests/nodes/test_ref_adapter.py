@@ -7,6 +7,8 @@ import weakref
 import pytest
 import torch
 
+from cat_diffusion.nodes.host.build import build_unet
+
 
 @pytest.fixture
 def counted(pack, monkeypatch):
@@ -63,9 +65,17 @@ def test_an_empty_range_is_bit_identical_to_the_plain_model(models, apply, sampl
     assert torch.equal(sample(models.model), sample(apply(start=0.0, end=0.0)))
 
 
-@pytest.mark.parametrize("start, end, active", [(0.0, 0.5, [True, True, False, False]), (0.5, 1.0, [False, False, True, True]),
-                                                (0.3, 0.6, [False, True, False, False])])
-def test_steps_outside_the_range_are_bit_identical(models, apply, sample, counted, start, end, active):
+@pytest.mark.parametrize(
+    "start, end, active",
+    [
+        (0.0, 0.5, [True, True, False, False]),
+        (0.5, 1.0, [False, False, True, True]),
+        (0.3, 0.6, [False, True, False, False]),
+    ],
+)
+def test_steps_outside_the_range_are_bit_identical(
+    models, apply, sample, counted, start, end, active
+):
     _, plain = trace(models.model, sample, steps=4)
     patched = apply(start=start, end=end)
     _, limited = trace(patched, sample, steps=4)
@@ -76,12 +86,14 @@ def test_steps_outside_the_range_are_bit_identical(models, apply, sample, counte
     assert not torch.equal(limited[before_any][1], plain[before_any][1])
     counted["rows"].clear()
     sample(patched, steps=4)
-    assert len(counted["rows"]) == sum(active) * len(dict(models.cat_model.architecture.ref_adapter.blocks))
+    assert len(counted["rows"]) == sum(active) * len(
+        dict(models.cat_model.architecture.ref_adapter.blocks)
+    )
 
 
 def test_late_steps_outside_the_range_run_the_plain_unet(models, apply):
     """The same input through both models at a noise level past the end."""
-    from cat_diffusion.nodes.ref_adapter import RefAdapterPatch
+    from cat_diffusion.nodes.apply_ref_adapter import RefAdapterPatch
 
     patch = patches(apply(end=0.5))[0]
     assert isinstance(patch, RefAdapterPatch)
@@ -104,8 +116,19 @@ def test_unconditional_rows_take_the_bias_only(models, apply, sample, counted, p
     _, calls = trace(model, sample, steps=2)
     assert {tuple(sorted(conds)) for conds, _ in calls} == {(0, 1)}  # both in one call of the U-Net
     assert set(counted["rows"]) == {1}  # yet only the conditional row attends
-    x, block = torch.randn(2, 16, 32), models.cat_model.ref_adapter.model.block("input_blocks.1.1.transformer_blocks.0")
-    out = patches(model)[0](x, {"block": ("input", 1), "block_index": 0, "cond_or_uncond": [1, 0], "sigmas": torch.ones(1)})
+    x, block = (
+        torch.randn(2, 16, 32),
+        models.cat_model.ref_adapter.model.block("input_blocks.1.1.transformer_blocks.0"),
+    )
+    out = patches(model)[0](
+        x,
+        {
+            "block": ("input", 1),
+            "block_index": 0,
+            "cond_or_uncond": [1, 0],
+            "sigmas": torch.ones(1),
+        },
+    )
     assert torch.equal(out[0], x[0] + block.attn3.to_out[0].bias)
     assert torch.allclose(out[1:], x[1:] + block(x[1:], prompt.tokens), atol=1e-5)
 
@@ -116,7 +139,9 @@ def test_cfg_1_runs_the_conditional_row_alone(models, apply, sample, counted):
     assert not torch.equal(latent, sample(models.model, cfg=1.0))
 
 
-def test_low_memory_runs_cond_and_uncond_apart_with_the_same_result(models, apply, sample, monkeypatch):
+def test_low_memory_runs_cond_and_uncond_apart_with_the_same_result(
+    models, apply, sample, monkeypatch
+):
     together = sample(apply())
     monkeypatch.setattr(models.model.model, "memory_required", lambda *args, **kwargs: 1e20)
     apart, calls = trace(apply(), sample)
@@ -148,7 +173,11 @@ def test_changing_the_strength_loads_none_of_the_models_again(models, apply, sam
     loads = []
     for patcher in (models.model, models.cat_model.ref_adapter, models.cat_model.sem_inpainter):
         load = patcher.load
-        monkeypatch.setattr(patcher, "load", lambda *args, load=load, **kwargs: loads.append(1) or load(*args, **kwargs))
+        monkeypatch.setattr(
+            patcher,
+            "load",
+            lambda *args, load=load, **kwargs: loads.append(1) or load(*args, **kwargs),
+        )
     results = [sample(apply(strength=strength)) for strength in (0.5, 1.0, -1.0)]
     assert not torch.equal(results[0], results[1]) and not torch.equal(results[1], results[2])
     assert not loads
@@ -157,7 +186,12 @@ def test_changing_the_strength_loads_none_of_the_models_again(models, apply, sam
 def test_a_batch_of_prompts_equals_single_runs(apply, stack, conditioned):
     """N prompts go with N latents row by row; fewer prompts repeat; one serves all."""
     x = torch.randn(8, 16, 32)
-    options = {"block": ("input", 1), "block_index": 0, "cond_or_uncond": [1, 0], "sigmas": torch.ones(1)}
+    options = {
+        "block": ("input", 1),
+        "block_index": 0,
+        "cond_or_uncond": [1, 0],
+        "sigmas": torch.ones(1),
+    }
     single = [patches(apply(visual_prompt=stack(factor)))[0] for factor in (1.0, -2.0)]
     many = patches(apply(visual_prompt=stack(1.0, -2.0)))[0](x, options)
     for row in range(4):
@@ -174,7 +208,10 @@ def test_batches_of_latents(apply, sample, stack, conditioned, prompts, latents)
 
 
 def test_area_conditioning_crops_the_latent_and_still_works(apply, sample, conditioned):
-    area = [[c, {**d, "area": (4, 4, 2, 2), "strength": 1.0, "set_area_to_bounds": False}] for c, d in conditioned[0]]
+    area = [
+        [c, {**d, "area": (4, 4, 2, 2), "strength": 1.0, "set_area_to_bounds": False}]
+        for c, d in conditioned[0]
+    ]
     assert sample(apply(), positive=conditioned[0] + area).isfinite().all()
 
 
@@ -187,7 +224,9 @@ def test_clones_and_deep_copies_share_the_patch(apply):
 
 def test_the_original_model_is_left_alone(models, apply):
     apply()
-    assert "middle_patch" not in models.model.model_options["transformer_options"].get("patches", {})
+    assert "middle_patch" not in models.model.model_options["transformer_options"].get(
+        "patches", {}
+    )
 
 
 def test_it_works_next_to_other_patches(models, apply, sample):
@@ -214,7 +253,10 @@ def test_the_host_counts_them_to_the_byte_and_nothing_stays_after_unloading(appl
     model = apply()
     sample(model)
     patch = patches(model)[0]
-    size = sum(parameter.numel() * parameter.element_size() for parameter in patch.folded.model.parameters())
+    size = sum(
+        parameter.numel() * parameter.element_size()
+        for parameter in patch.folded.model.parameters()
+    )
     loaded = {type(entry.model.model).__name__: entry for entry in management.current_loaded_models}
     assert loaded["FoldedRefAdapter"].model is patch.folded
     assert loaded["FoldedRefAdapter"].model_loaded_memory() == patch.folded.model_size() == size
@@ -244,7 +286,15 @@ def test_half_precision_hidden_states_keep_their_type(apply):
     patch = patches(apply())[0]
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         x = torch.randn(2, 16, 32, dtype=dtype)
-        out = patch(x, {"block": ("input", 1), "block_index": 0, "cond_or_uncond": [0, 1], "sigmas": torch.ones(1)})
+        out = patch(
+            x,
+            {
+                "block": ("input", 1),
+                "block_index": 0,
+                "cond_or_uncond": [0, 1],
+                "sigmas": torch.ones(1),
+            },
+        )
         assert out.dtype == dtype and out.isfinite().all()
 
 
@@ -254,7 +304,10 @@ def test_a_sampling_leaves_no_trace_on_the_patch(apply, sample):
     model = apply()
     before = dict(vars(patches(model)[0]), _negative=set())
     sample(model)
-    if tuple(map(int, __version__.split(".")[:2])) < (0, 30):  # older hosts do not call a patch's cleanup
+    if tuple(map(int, __version__.split(".")[:2])) < (
+        0,
+        30,
+    ):  # older hosts do not call a patch's cleanup
         patches(model)[0].cleanup()
     assert vars(patches(model)[0]) == before
 
@@ -295,8 +348,12 @@ def test_rows_of_several_positive_chunks_keep_their_prompts(apply, stack):
         double = patch(torch.cat((latents, latents)), {**options, "cond_or_uncond": [0, 0]})
         triple = patch(torch.cat((latents,) * 3), {**options, "cond_or_uncond": [0, 1, 0]})
         count = len(latents)
-        assert torch.allclose(double[:count], single, atol=1e-5) and torch.allclose(double[count:], single, atol=1e-5)
-        assert torch.allclose(triple[:count], single, atol=1e-5) and torch.allclose(triple[2 * count:], single, atol=1e-5)
+        assert torch.allclose(double[:count], single, atol=1e-5) and torch.allclose(
+            double[count:], single, atol=1e-5
+        )
+        assert torch.allclose(triple[:count], single, atol=1e-5) and torch.allclose(
+            triple[2 * count :], single, atol=1e-5
+        )
 
 
 def test_self_attention_guidance_keeps_its_unconditional_pass_unconditional(apply, sample, counted):
@@ -310,14 +367,16 @@ def test_self_attention_guidance_keeps_its_unconditional_pass_unconditional(appl
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_half_precision_unet_samples_nearly_the_same(models, builders, apply, sample, monkeypatch, dtype):
+def test_a_half_precision_unet_samples_nearly_the_same(models, apply, sample, monkeypatch, dtype):
     import comfy.model_management
 
     monkeypatch.setattr(comfy.model_management, "unet_dtype", lambda **kwargs: dtype)
     monkeypatch.setattr(comfy.model_management, "unet_manual_cast", lambda *args, **kwargs: None)
-    half = builders.build_unet(models.file)
+    half = build_unet(models.file)
     assert half.model.get_dtype() == dtype
-    assert {parameter.dtype for parameter in patches(apply(half))[0].folded.model.parameters()} == {dtype}
+    assert {parameter.dtype for parameter in patches(apply(half))[0].folded.model.parameters()} == {
+        dtype
+    }
     whole, approximate = sample(apply()), sample(apply(half))
     assert approximate.isfinite().all()
     assert (whole - approximate).abs().mean() < 0.1 * whole.abs().mean()

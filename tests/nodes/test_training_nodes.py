@@ -8,12 +8,35 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from cat_diffusion.nodes import train_parts
+from cat_diffusion.nodes.host import model_files
+
 pytest.importorskip("accelerate")
 
-SEM = dict(folder="things", steps=6, batch_size=4, learning_rate=1e-3, masked_loss=False, precision="fp32", seed=0,
-           filename_prefix="sem", licence="CC0")
-REF = dict(folder="things", size=64, steps=3, batch_size=2, micro_batch_size=1, checkpointing=False, learning_rate=1e-3,
-           precision="fp32", seed=0, filename_prefix="ref", licence="CC0")
+SEM = dict(
+    folder="things",
+    steps=6,
+    batch_size=4,
+    learning_rate=1e-3,
+    masked_loss=False,
+    precision="fp32",
+    seed=0,
+    filename_prefix="sem",
+    licence="CC0",
+)
+REF = dict(
+    folder="things",
+    size=64,
+    steps=3,
+    batch_size=2,
+    micro_batch_size=1,
+    checkpointing=False,
+    learning_rate=1e-3,
+    precision="fp32",
+    seed=0,
+    filename_prefix="ref",
+    licence="CC0",
+)
 
 
 def examples(folder, count=4):
@@ -37,22 +60,26 @@ def place(pack, monkeypatch, tmp_path):
 
     for name in ("input", "temp"):
         monkeypatch.setattr(folder_paths, f"{name}_directory", str(tmp_path / name))
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "cat_diffusion", ([str(tmp_path / "models")], {".safetensors"}))
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths,
+        "cat_diffusion",
+        ([str(tmp_path / "models")], {".safetensors"}),
+    )
     examples(tmp_path / "input/things")
     return tmp_path
 
 
 @pytest.fixture
 def nodes(pack):
-    from cat_diffusion.nodes import train
-
-    return train
+    return train_parts
 
 
 @pytest.fixture
 def sem(nodes, models, place):
     def sem(cat_model=None, **changes):
-        return nodes.CATTrainSemInpainter.execute(models.clip_vision, models.clip, **{**SEM, **changes}, cat_model=cat_model).args
+        return nodes.CATTrainSemInpainter.execute(
+            models.clip_vision, models.clip, **{**SEM, **changes}, cat_model=cat_model
+        ).args
 
     return sem
 
@@ -60,8 +87,14 @@ def sem(nodes, models, place):
 @pytest.fixture
 def ref(nodes, models, place):
     def ref(cat_model=None, model=None, **changes):
-        return nodes.CATTrainRefAdapter.execute(model or models.model, models.clip_vision, models.clip, models.vae,
-                                                **{**REF, **changes}, cat_model=cat_model).args
+        return nodes.CATTrainRefAdapter.execute(
+            model or models.model,
+            models.clip_vision,
+            models.clip,
+            models.vae,
+            **{**REF, **changes},
+            cat_model=cat_model,
+        ).args
 
     return ref
 
@@ -72,24 +105,40 @@ def direct(models, place, nodes):
     from cat_diffusion.cat_core import weights
     from cat_diffusion.cat_core.training import loop, objectives, samples, start
     from cat_diffusion.cat_core.training.stages import STAGES
-    from cat_diffusion.nodes.denoiser import Denoiser, trainable_unet
-    from cat_diffusion.nodes.encoders import HostEncoders
+    from cat_diffusion.nodes.host.denoiser import Denoiser, trainable_unet
+    from cat_diffusion.nodes.host.encoders import HostEncoders
 
     def direct(stage, options, micro):
         stage, architecture = STAGES[stage], models.file.architecture
-        (part, _), = stage.rates
+        ((part, _),) = stage.rates
         diffusion = part == "ref_adapter"
         encoders = HostEncoders(models.clip_vision, models.clip, models.vae, models.model)
         records, _ = nodes._examples(place / "input/things")
-        store = samples.Kept(samples.Fresh(records, place / "input/things", encoders, stage.objective, options.get("size", 512), 8))
+        store = samples.Kept(
+            samples.Fresh(
+                records,
+                place / "input/things",
+                encoders,
+                stage.objective,
+                options.get("size", 512),
+                8,
+            )
+        )
         with torch.inference_mode(False), nodes._own_accelerate():
             with torch.no_grad():
-                source = samples.Source(store, options["batch_size"], 0, encoders.context([""]).clone())
-            fresh = dataclasses.replace(architecture, **{name: None for name in ("sem_inpainter", "ref_adapter") if name != part})
+                source = samples.Source(
+                    store, options["batch_size"], 0, encoders.context([""]).clone()
+                )
+            fresh = dataclasses.replace(
+                architecture,
+                **{name: None for name in ("sem_inpainter", "ref_adapter") if name != part},
+            )
             modules = start.trainable_parts(fresh, {}, 0)
             if diffusion:
                 modules["unet"] = trainable_unet(models.file)
-                objective = objectives.Diffusion(Denoiser(modules["unet"], modules[part]), objectives.stable_diffusion_schedule())
+                objective = objectives.Diffusion(
+                    Denoiser(modules["unet"], modules[part]), objectives.stable_diffusion_schedule()
+                )
             else:
                 objective = objectives.Distillation(modules[part])
 
@@ -98,34 +147,50 @@ def direct(models, place, nodes):
                     return {key: value.clone() for key, value in source(step, positions).items()}
 
             losses = []
-            file = loop.train(dataclasses.replace(stage, rates=((part, options["learning_rate"]),)), objective, modules, encoded,
-                              place / "run", loop.Settings(options["steps"], options["batch_size"], micro), fresh,
-                              provenance="x", licence="x", cpu=True, on_step=lambda step, figures: losses.append(figures["loss"]))
+            file = loop.train(
+                dataclasses.replace(stage, rates=((part, options["learning_rate"]),)),
+                objective,
+                modules,
+                encoded,
+                place / "run",
+                loop.Settings(options["steps"], options["batch_size"], micro),
+                fresh,
+                provenance="x",
+                licence="x",
+                cpu=True,
+                on_step=lambda step, figures: losses.append(figures["loss"]),
+            )
         return weights.read(file).parts[part], losses
 
     return direct
 
 
-def test_sem_inpainter_is_what_the_loop_makes_and_learns(sem, direct, place, host):
+def test_sem_inpainter_is_what_the_loop_makes_and_learns(sem, direct, place):
     cat_model, plot = sem()
     expected, losses = direct("sem-inpainter", SEM, 4)
-    found = host.read_path(place / "models/sem_00001_.safetensors")
+    found = model_files.read_path(place / "models/sem_00001_.safetensors")
     assert list(found.parts) == ["sem_inpainter"] and equal(found.parts["sem_inpainter"], expected)
     assert equal(cat_model.sem_inpainter.model.state_dict(), expected)
     assert losses[-1] < 0.9 * losses[0]
     assert found.metadata["license"] == "CC0"
-    assert found.metadata["provenance"] == "trained in ComfyUI on folder things; stage sem-inpainter, 6 steps"
+    assert (
+        found.metadata["provenance"]
+        == "trained in ComfyUI on folder things; stage sem-inpainter, 6 steps"
+    )
     assert plot.shape == (1, 480, 640, 3) and 0.5 < plot.mean() < 1 and plot.std() > 0.05
 
 
-def test_ref_adapter_is_what_the_loop_makes_and_the_model_stays(ref, direct, place, host, models):
+def test_ref_adapter_is_what_the_loop_makes_and_the_model_stays(ref, direct, place, models):
     patchers = models.model, models.clip.patcher, models.clip_vision.patcher, models.vae.patcher
     kept = [patcher.model.state_dict() for patcher in patchers]
     before = [{key: tensor.clone() for key, tensor in tensors.items()} for tensors in kept]
     cat_model, plot = ref()
     assert all(equal(a, b) for a, b in zip(kept, before))
     expected, losses = direct("ref-adapter", REF, 1)
-    assert equal(host.read_path(place / "models/ref_00001_.safetensors").parts["ref_adapter"], expected)
+    assert equal(
+        model_files.read_path(place / "models/ref_00001_.safetensors").parts["ref_adapter"],
+        expected,
+    )
     assert len(losses) == 3 and plot.shape == (1, 240, 640, 3) and cat_model.sem_inpainter is None
 
 
@@ -134,10 +199,13 @@ def test_the_ref_adapters_loss_falls(direct):
     assert sum(losses[-10:]) < 0.98 * sum(losses[:10])
 
 
-def test_accumulation_and_checkpointing_change_nothing(ref, place, host):
+def test_accumulation_and_checkpointing_change_nothing(ref, place):
     ref()
     ref(micro_batch_size=2, checkpointing=True)
-    one, two = (host.read_path(place / f"models/ref_{i:05}_.safetensors").parts["ref_adapter"] for i in (1, 2))
+    one, two = (
+        model_files.read_path(place / f"models/ref_{i:05}_.safetensors").parts["ref_adapter"]
+        for i in (1, 2)
+    )
     assert all((one[key] - two[key]).abs().max() < 1e-4 for key in one)  # Adam's steps are 1e-3
 
 
@@ -151,26 +219,41 @@ def test_results_work_at_once_and_load_again(sem, ref, models, picture, apply, s
     latent = sample(apply(visual_prompt=visual_prompt, cat_model=both))
     assert latent.isfinite().all() and not torch.equal(latent, sample(models.model))
     loaded = CATLoadWeights.execute("ref_00001_.safetensors").args[0]
-    assert torch.equal(CATSemanticInpaint.execute(loaded, *arguments).args[0].tokens, visual_prompt.tokens)
+    assert torch.equal(
+        CATSemanticInpaint.execute(loaded, *arguments).args[0].tokens, visual_prompt.tokens
+    )
     assert torch.equal(sample(apply(visual_prompt=visual_prompt, cat_model=loaded)), latent)
 
 
-def test_a_run_goes_on_from_a_cat_model_and_keeps_its_other_part(sem, models, place, host):
-    before = {part: {key: tensor.clone() for key, tensor in getattr(models.cat_model, part).model.state_dict().items()}
-              for part in ("sem_inpainter", "ref_adapter")}
+def test_a_run_goes_on_from_a_cat_model_and_keeps_its_other_part(sem, models, place):
+    before = {
+        part: {
+            key: tensor.clone()
+            for key, tensor in getattr(models.cat_model, part).model.state_dict().items()
+        }
+        for part in ("sem_inpainter", "ref_adapter")
+    }
     sem(cat_model=models.cat_model, steps=1, learning_rate=1e-6)
-    file = host.read_path(place / "models/sem_00001_.safetensors")
+    file = model_files.read_path(place / "models/sem_00001_.safetensors")
     assert equal(file.parts["ref_adapter"], before["ref_adapter"])
-    moved = [(file.parts["sem_inpainter"][key] - tensor).abs().max() for key, tensor in before["sem_inpainter"].items()]
+    moved = [
+        (file.parts["sem_inpainter"][key] - tensor).abs().max()
+        for key, tensor in before["sem_inpainter"].items()
+    ]
     assert 0 < max(moved) < 1e-5 and "from tiny.safetensors" in file.metadata["provenance"]
-    assert all(equal(getattr(models.cat_model, part).model.state_dict(), before[part]) for part in before)
+    assert all(
+        equal(getattr(models.cat_model, part).model.state_dict(), before[part]) for part in before
+    )
 
 
-def test_the_same_run_again_is_the_same_under_another_name(sem, place, host):
+def test_the_same_run_again_is_the_same_under_another_name(sem, place):
     sem(steps=2)
     sem(steps=1, precision="bf16")  # another precision in the same process
     sem(steps=2)
-    first, _, again = (host.read_path(place / f"models/sem_{i:05}_.safetensors").parts["sem_inpainter"] for i in (1, 2, 3))
+    first, _, again = (
+        model_files.read_path(place / f"models/sem_{i:05}_.safetensors").parts["sem_inpainter"]
+        for i in (1, 2, 3)
+    )
     assert equal(first, again)
     sem(steps=1, filename_prefix="sub/mine")
     assert (place / "models/sub/mine_00001_.safetensors").exists()
@@ -188,7 +271,7 @@ def test_loras_count_and_the_hosts_weights_stay(models, nodes):
     assert equal(models.model.model.state_dict(), plain)
 
 
-def test_cancel_keeps_what_was_learned_and_the_next_run_works(sem, place, host, monkeypatch, caplog):
+def test_cancel_keeps_what_was_learned_and_the_next_run_works(sem, place, monkeypatch, caplog):
     import comfy.model_management
     import comfy.utils
 
@@ -196,16 +279,25 @@ def test_cancel_keeps_what_was_learned_and_the_next_run_works(sem, place, host, 
 
     def hook(value, total, preview, node_id=None):
         shown.append(preview)
-        if value > 8 and total > 400:  # four examples with two holes each, then the steps; the host skips some
+        if (
+            value > 8 and total > 400
+        ):  # four examples with two holes each, then the steps; the host skips some
             comfy.model_management.interrupt_current_processing()
 
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
-    with caplog.at_level("INFO"), pytest.raises(comfy.model_management.InterruptProcessingException):
+    with (
+        caplog.at_level("INFO"),
+        pytest.raises(comfy.model_management.InterruptProcessingException),
+    ):
         sem(steps=500, batch_size=1)
     files = list((place / "models").iterdir())
     assert [file.name for file in files] == ["sem_00001_.safetensors"]
-    done = int(host.read_path(files[0]).metadata["provenance"].split(", ")[-1].split()[0])
-    assert 0 < done < 50 and f"Cancelled after {done} of 500 steps" in caplog.text and "sem_00001_" in caplog.text
+    done = int(model_files.read_path(files[0]).metadata["provenance"].split(", ")[-1].split()[0])
+    assert (
+        0 < done < 50
+        and f"Cancelled after {done} of 500 steps" in caplog.text
+        and "sem_00001_" in caplog.text
+    )
     sem(steps=1)
     assert shown[-1][1].size == (640, 480)
 
@@ -221,7 +313,9 @@ def test_without_accelerate_the_node_says_what_to_install(sem, monkeypatch, plac
     monkeypatch.setattr(sys, "meta_path", [Blocker(), *sys.meta_path])
     with pytest.raises(ValueError) as error:
         sem()
-    assert type(error.value) is ValueError and f'"{sys.executable}" -m pip install "accelerate' in str(error.value)
+    assert type(
+        error.value
+    ) is ValueError and f'"{sys.executable}" -m pip install "accelerate' in str(error.value)
     assert not (place / "models").exists()
 
 
@@ -243,31 +337,58 @@ def test_bad_examples_are_named_and_skipped(sem, place, caplog):
     Image.new("RGB", (8, 8)).save(folder / "nameless.png")
     with caplog.at_level("INFO"):
         sem(steps=1)
-    for words in ("Skipped 5 examples", "corrupt image: p0", "corrupt mask: p2", "empty mask: red_cup_1_image",
-                  "missing mask: lonely_image", "missing label: nameless"):
+    for words in (
+        "Skipped 5 examples",
+        "corrupt image: p0",
+        "corrupt mask: p2",
+        "empty mask: red_cup_1_image",
+        "missing mask: lonely_image",
+        "missing label: nameless",
+    ):
         assert words in caplog.text
     (folder / "red_cup_3_mask.png").unlink()
-    with pytest.raises(ValueError, match="nothing to train on in .*things. Skipped 6 examples.*Expected for each example"):
+    with pytest.raises(
+        ValueError,
+        match="nothing to train on in .*things. Skipped 6 examples.*Expected for each example",
+    ):
         sem(steps=1)
 
 
 def test_a_manifest_in_the_folder_wins(sem, place):
-    from cat_core.training import manifest
+    from cat_diffusion.cat_core.data import manifest
 
     folder = place / "input/things"
-    manifest.write(folder / "manifest.jsonl", [manifest.Record("a", "p0.png", box=(0.2, 0.2, 0.7, 0.8), label="spoon")])
+    manifest.write(
+        folder / "manifest.jsonl",
+        [manifest.Record("a", "p0.png", box=(0.2, 0.2, 0.7, 0.8), label="spoon")],
+    )
     sem(steps=1)
-    (folder / "manifest.jsonl").write_text('{"id": "a", "image": "../../x.png", "mask": "y.png", "label": "z"}')
-    with pytest.raises(ValueError, match="line 1: image is .*stays in the manifest's folder") as error:
+    (folder / "manifest.jsonl").write_text(
+        '{"id": "a", "image": "../../x.png", "mask": "y.png", "label": "z"}'
+    )
+    with pytest.raises(
+        ValueError, match="line 1: image is .*stays in the manifest's folder"
+    ) as error:
         sem(steps=1)
     assert type(error.value) is ValueError
 
 
-@pytest.mark.parametrize("name, words", [
-    ("", "not a subfolder"), (".", "not a subfolder"), ("..", "not a subfolder"), ("../secret", "not a subfolder"),
-    ("things/../../secret", "not a subfolder"), ("/etc", "not a subfolder"), ("out", "not a subfolder"),
-    ("none", "There is no folder none"), ("empty", "nothing to train on.*No example was found.*Expected"),
-    ("linked", "link to something outside"), ("deep", "link to something outside")])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("", "not a subfolder"),
+        (".", "not a subfolder"),
+        ("..", "not a subfolder"),
+        ("../secret", "not a subfolder"),
+        ("things/../../secret", "not a subfolder"),
+        ("/etc", "not a subfolder"),
+        ("out", "not a subfolder"),
+        ("none", "There is no folder none"),
+        ("empty", "nothing to train on.*No example was found.*Expected"),
+        ("linked", "link to something outside"),
+        ("deep", "link to something outside"),
+    ],
+)
 def test_folders_that_cannot_be_used(sem, place, name, words):
     root = place / "input"
     examples(place / "secret")
@@ -278,7 +399,11 @@ def test_folders_that_cannot_be_used(sem, place, name, words):
     (root / "deep/sub").symlink_to(place / "secret")
     with pytest.raises(ValueError, match=words) as error:
         sem(folder=name)
-    assert type(error.value) is ValueError and "\n" not in str(error.value) and not list(place.glob("models/*"))
+    assert (
+        type(error.value) is ValueError
+        and "\n" not in str(error.value)
+        and not list(place.glob("models/*"))
+    )
 
 
 @pytest.mark.parametrize("prefix", ["../x", "/tmp/x", "", " ", "a/../../x"])
@@ -311,12 +436,15 @@ def test_models_that_cannot_be_trained(ref, models, apply):
 
 def test_kept_samples_are_the_fresh_ones(models, nodes, place):
     from cat_diffusion.cat_core.training import samples
-    from cat_diffusion.nodes.encoders import HostEncoders
+    from cat_diffusion.nodes.host.encoders import HostEncoders
 
     folder = place / "input/things"
     encoders = HostEncoders(models.clip_vision, models.clip, models.vae, models.model)
     fresh = samples.Fresh(nodes._examples(folder)[0], folder, encoders, "diffusion", 64, 8)
-    batches = [samples.Source(store, 4, 0, encoders.context([""]))(1, range(4)) for store in (fresh, samples.Kept(fresh))]
+    batches = [
+        samples.Source(store, 4, 0, encoders.context([""]))(1, range(4))
+        for store in (fresh, samples.Kept(fresh))
+    ]
     assert batches[0].keys() == batches[1].keys()
     for key, value in batches[0].items():
         assert torch.allclose(value.float(), batches[1][key].float(), atol=1e-4), key
@@ -324,9 +452,11 @@ def test_kept_samples_are_the_fresh_ones(models, nodes, place):
 
 @pytest.mark.parametrize("values", [[1.0], [2.0, float("nan"), 1.0], [3.0] * 50])
 def test_curves_of_odd_runs(pack, values):
-    from cat_diffusion.cat_core.training import plots
+    from cat_diffusion.cat_core.pictures import plots
 
-    picture = plots.curves([{"loss": value, "cosine": 0.1, "cosine_observed": 0.0} for value in values], 50)
+    picture = plots.curves(
+        [{"loss": value, "cosine": 0.1, "cosine_observed": 0.0} for value in values], 50
+    )
     assert picture.size == (640, 480)
 
 

@@ -5,8 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from paths import ROOT
+from PIL import Image
+
+from cat_diffusion.nodes.host import memory
+from cat_diffusion.nodes.host.cat_model import run_sem_inpainter
+from cat_diffusion.nodes.host.clip import encode_text, text_similarity
 
 
 @pytest.fixture(scope="module")
@@ -23,20 +27,22 @@ def predict(pack, models):
 
     def run(image, mask, text="spoon", previous=None):
         with torch.inference_mode():
-            return predict(models.cat_model, models.clip_vision, models.clip, image, mask, text, previous)
+            return predict(
+                models.cat_model, models.clip_vision, models.clip, image, mask, text, previous
+            )
 
     return run
 
 
 @pytest.fixture(scope="module")
 def demo(pack):
-    import evaluate_demo
+    from demo_model import score
 
     with torch.inference_mode():
-        return evaluate_demo.load(ROOT / "models/cat_demo_model.safetensors")
+        return score.load(ROOT / "models/cat_demo_model.safetensors")
 
 
-def test_the_second_object_builds_on_the_first(predict, models, picture, second, host):
+def test_the_second_object_builds_on_the_first(predict, models, picture, second):
     """Against SemInpainter run by hand: CLIP sees neither hole, the first hole keeps what was predicted in it."""
     from cat_diffusion.cat_core import features, preprocess
     from cat_diffusion.nodes.visual_prompt import see
@@ -50,9 +56,11 @@ def test_the_second_object_builds_on_the_first(predict, models, picture, second,
     cells_1, cells_2 = (preprocess.clip_input(image, mask).patch_mask for mask in (mask_1, mask_2))
     assert (cells_1 * cells_2).any() and (cells_1 > cells_2).any()
     patches = features.blend(first.after, patches, cells_1)
-    text = host.encode_text(models.clip, "cup")
-    predicted = host.run_sem_inpainter(models.cat_model, patches, image_feature, text, cells_2)
-    assert torch.equal(both.before, patches) and torch.equal(both.after, features.blend(predicted, patches, cells_2))
+    text = encode_text(models.clip, "cup")
+    predicted = run_sem_inpainter(models.cat_model, patches, image_feature, text, cells_2)
+    assert torch.equal(both.before, patches) and torch.equal(
+        both.after, features.blend(predicted, patches, cells_2)
+    )
     assert torch.equal(both.tokens, features.pool(both.after)) and both.text == "cup"
     kept = ((cells_1 == 1) & (cells_2 == 0)).flatten()
     assert torch.equal(both.after[:, kept], first.after[:, kept])
@@ -62,7 +70,9 @@ def test_the_second_object_builds_on_the_first(predict, models, picture, second,
 
 def test_an_empty_first_hole_changes_nothing(predict, picture, second):
     first = predict(picture[0], torch.zeros(1, 64, 64))
-    assert torch.equal(predict(picture[0], second, "cup", first).after, predict(picture[0], second, "cup").after)
+    assert torch.equal(
+        predict(picture[0], second, "cup", first).after, predict(picture[0], second, "cup").after
+    )
 
 
 def test_one_photo_with_many_first_holes(predict, picture, second):
@@ -85,11 +95,11 @@ def test_previous_that_does_not_fit(predict, picture, second):
 
 
 def test_the_preview_shows_the_grid_and_common_colours(predict, picture, second):
-    from cat_diffusion.cat_core import preview
+    from cat_diffusion.cat_core.pictures import preview
 
     prompt = predict(picture[0], torch.cat((picture[1], second)))
     shown = preview.sheet(prompt)
-    assert shown.shape == (2, 250, 704, 3) and 0 <= shown.min() and shown.max() <= 1
+    assert shown.shape == (2, 250, 704, 3) and shown.min() >= 0 and shown.max() <= 1
     assert torch.equal(shown, preview.sheet(prompt))
     before, after = preview.colours(prompt.before[0], prompt.after[0])
     outside = prompt.patch_mask[0, 0] == 0
@@ -101,52 +111,69 @@ def test_the_preview_shows_the_grid_and_common_colours(predict, picture, second)
 
 
 def test_a_flat_picture_has_a_preview(predict, picture):
-    from cat_diffusion.cat_core import preview
+    from cat_diffusion.cat_core.pictures import preview
 
     prompt = predict(picture[0], picture[1])
-    flat = dataclasses.replace(prompt, before=torch.ones_like(prompt.before), after=torch.ones_like(prompt.after))
+    flat = dataclasses.replace(
+        prompt, before=torch.ones_like(prompt.before), after=torch.ones_like(prompt.after)
+    )
     assert preview.sheet(flat).isfinite().all()
 
 
-def test_similarity_to_the_text(demo, predict, picture, host, models):
+def test_similarity_to_the_text(demo, predict, picture, models):
     """Of the demo model, which has both projections; left out where a CLIP has none, as SD 1.5's."""
-    from cat_diffusion.nodes.demo import CATDemoScene
-    from cat_diffusion.nodes.visual_prompt import CATVisualPromptPreview, predict as run
+    from cat_diffusion.nodes.demo_scene import CATDemoScene
+    from cat_diffusion.nodes.visual_prompt import CATVisualPromptPreview
+    from cat_diffusion.nodes.visual_prompt import predict as run
 
     _, clip, _, clip_vision, cat_model = demo
     image, mask = CATDemoScene.execute("square hole").args
     prompt = run(cat_model, clip_vision, clip, image, mask, "red star")
-    found = host.text_similarity(clip, clip_vision, prompt)
+    found = text_similarity(clip, clip_vision, prompt)
     vision = clip_vision.model
     cells = vision.visual_projection(vision.vision_model.post_layernorm(prompt.after))
     _, text = clip.encode_from_tokens(clip.tokenize("red star"), return_pooled=True)
-    assert (found - torch.nn.functional.cosine_similarity(cells, text.view(1, 1, -1), dim=2)).abs().max() < 1e-5
+    assert (
+        found - torch.nn.functional.cosine_similarity(cells, text.view(1, 1, -1), dim=2)
+    ).abs().max() < 1e-5
     hidden = prompt.patch_mask.flatten(1).bool()
     assert found[hidden].mean() > found[~hidden].mean() + 0.2
-    assert CATVisualPromptPreview.execute(prompt, clip, clip_vision).args[0].shape == (1, 250, 936, 3)
+    assert CATVisualPromptPreview.execute(prompt, clip, clip_vision).args[0].shape == (
+        1,
+        250,
+        936,
+        3,
+    )
     assert CATVisualPromptPreview.execute(prompt).args[0].shape == (1, 250, 704, 3)
-    assert host.text_similarity(models.clip, models.clip_vision, predict(*picture)) is None
+    assert text_similarity(models.clip, models.clip_vision, predict(*picture)) is None
 
 
-def test_of_a_long_batch_the_first_pictures_are_drawn(models, picture, host, monkeypatch):
+def test_of_a_long_batch_the_first_pictures_are_drawn(models, picture, monkeypatch):
     from cat_diffusion.nodes.visual_prompt import CATSemanticInpaint
 
-    monkeypatch.setattr(host, "BATCH", 2)
+    monkeypatch.setattr(memory, "BATCH", 2)
     masks = picture[1].repeat(3, 1, 1)
-    output = CATSemanticInpaint.execute(models.cat_model, models.clip_vision, models.clip, picture[0], masks, "spoon")
-    assert len(output.args[0].tokens) == len(output.ui["cat_cells"]) == 3 and len(output.ui["images"]) == 2
+    output = CATSemanticInpaint.execute(
+        models.cat_model, models.clip_vision, models.clip, picture[0], masks, "spoon"
+    )
+    assert (
+        len(output.args[0].tokens) == len(output.ui["cat_cells"]) == 3
+        and len(output.ui["images"]) == 2
+    )
 
 
 def test_the_node_sends_its_cells_and_a_picture(models, picture):
     from cat_diffusion.nodes.visual_prompt import CATSemanticInpaint
 
-    output = CATSemanticInpaint.execute(models.cat_model, models.clip_vision, models.clip, *picture, "spoon")
+    output = CATSemanticInpaint.execute(
+        models.cat_model, models.clip_vision, models.clip, *picture, "spoon"
+    )
     cells = output.args[0].patch_mask.flatten().tolist()
     assert output.ui["cat_cells"] == ["".join(map(str, cells))] and len(output.ui["images"]) == 1
 
 
 def test_scenes_are_what_lies_in_the_pack(pack):
-    from cat_diffusion.nodes.demo import FOLDER, CATDemoScene
+    from cat_diffusion.nodes.demo_scene import FOLDER, CATDemoScene
 
     names = CATDemoScene.define_schema().inputs[0].options
     assert names == sorted(path.stem for path in FOLDER.glob("*.png")) and len(names) == 4
@@ -155,4 +182,7 @@ def test_scenes_are_what_lies_in_the_pack(pack):
         rgba = np.asarray(Image.open(FOLDER / f"{name}.png"))
         assert image.shape == (1, 128, 128, 3) and mask.shape == (1, 128, 128)
         assert np.array_equal((image[0] * 255).round().numpy(), rgba[..., :3])
-        assert np.array_equal((mask[0] * 255).round().numpy(), 255 - rgba[..., 3]) and 0.02 < mask.mean() < 0.3
+        assert (
+            np.array_equal((mask[0] * 255).round().numpy(), 255 - rgba[..., 3])
+            and 0.02 < mask.mean() < 0.3
+        )

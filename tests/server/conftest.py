@@ -6,17 +6,18 @@ import shutil
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from paths import ROOT
+from PIL import Image
 
 
 @pytest.fixture(scope="session")
 def base(pack, tiny, tiny_file, tmp_path_factory):
     """ComfyUI's user folder: checkpoints good and bad, a photograph, a LoRA."""
     import torch
-    from cat_core import weights
     from safetensors.torch import save_file
-    from comfy_server import make_base
+
+    from cat_diffusion.cat_core import weights
+    from comfyui.local_server import make_base
 
     base = tmp_path_factory.mktemp("base")
     make_base(base)
@@ -27,10 +28,20 @@ def base(pack, tiny, tiny_file, tmp_path_factory):
     shutil.copy(tiny_file, folder / "sub/tiny.safetensors")
     parts, architecture = tiny
     for part in ("sem_inpainter", "ref_adapter"):
-        weights.write_cat_weights(folder / f"{part}.safetensors", {part: parts[part]}, architecture,
-                                  licence="MIT", provenance="x")
-    weights.write_cat_weights(folder / "cat.safetensors", {part: parts[part] for part in ("sem_inpainter", "ref_adapter")},
-                              architecture, licence="MIT", provenance="x")
+        weights.write_cat_weights(
+            folder / f"{part}.safetensors",
+            {part: parts[part]},
+            architecture,
+            licence="MIT",
+            provenance="x",
+        )
+    weights.write_cat_weights(
+        folder / "cat.safetensors",
+        {part: parts[part] for part in ("sem_inpainter", "ref_adapter")},
+        architecture,
+        licence="MIT",
+        provenance="x",
+    )
     official = weights.flat(parts)
     (folder / "cut.safetensors").write_bytes(tiny_file.read_bytes()[:100_000])
     (folder / "empty.safetensors").touch()
@@ -38,21 +49,40 @@ def base(pack, tiny, tiny_file, tmp_path_factory):
     save_file({"lora_unet_x.lora_up.weight": torch.rand(3)}, folder / "lora.safetensors")
     gone = "model.diffusion_model.out.2.bias"
     header = weights.cat_metadata(parts, architecture, licence="MIT", provenance="x")
-    save_file({key: tensor for key, tensor in official.items() if key != gone}, folder / "missing.safetensors", header)
-    save_file(official | {"first_stage_model.extra.bias": torch.rand(3)}, folder / "extra.safetensors", header)
+    save_file(
+        {key: tensor for key, tensor in official.items() if key != gone},
+        folder / "missing.safetensors",
+        header,
+    )
+    save_file(
+        official | {"first_stage_model.extra.bias": torch.rand(3)},
+        folder / "extra.safetensors",
+        header,
+    )
     broken = official["fusion_model.post_layernorm.bias"].clone()
     broken[3] = float("nan")
-    save_file(official | {"fusion_model.post_layernorm.bias": broken}, folder / "nan.safetensors", header)
+    save_file(
+        official | {"fusion_model.post_layernorm.bias": broken}, folder / "nan.safetensors", header
+    )
     torch.save({"state_dict": official, "callbacks": Evil(base / "ran")}, folder / "evil.ckpt")
-    torch.save({"state_dict": official, "epoch": 7, "global_step": 40_000}, folder / "lightning.ckpt")
+    torch.save(
+        {"state_dict": official, "epoch": 7, "global_step": 40_000}, folder / "lightning.ckpt"
+    )
     save_file({"x": torch.rand(1)}, base / "models/outside.safetensors")
 
     name = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q"
     (base / "models/loras").mkdir()
-    save_file({f"{name}.lora_up.weight": torch.randn(64, 4), f"{name}.lora_down.weight": torch.randn(4, 64)},
-              base / "models/loras/tiny.safetensors")
+    save_file(
+        {
+            f"{name}.lora_up.weight": torch.randn(64, 4),
+            f"{name}.lora_down.weight": torch.randn(4, 64),
+        },
+        base / "models/loras/tiny.safetensors",
+    )
 
-    photo, mask = (Image.open(ROOT / "tools/demo" / name) for name in ("photo.jpg", "mask.png"))
+    photo, mask = (
+        Image.open(ROOT / "tools/photograph" / name) for name in ("photo.jpg", "mask.png")
+    )
     for name, size in (("photo.png", (64, 64)), ("odd.png", (75, 101)), ("large.png", (512, 512))):
         picture = photo.resize(size).convert("RGBA")
         picture.putalpha(mask.resize(size).point(lambda value: 255 - value))
@@ -74,9 +104,9 @@ class Evil:
 @pytest.fixture(scope="session")
 def server(base):
     """The running server."""
-    from comfy_server import Server
+    from comfyui.local_server import LocalServer
 
-    with Server(base, "--cpu") as server:
+    with LocalServer(base, "--cpu") as server:
         yield server
 
 
@@ -91,7 +121,10 @@ def prompt():
     by_class["LoadImage"]["image"] = "photo.png"
     by_class["ImageScaleToTotalPixels"]["megapixels"] = 0.01
     by_class["KSampler"]["steps"] = 2
-    prompt["latent"] = {"class_type": "SaveLatent", "inputs": {"samples": ["10", 0], "filename_prefix": "latent"}}
+    prompt["latent"] = {
+        "class_type": "SaveLatent",
+        "inputs": {"samples": ["10", 0], "filename_prefix": "latent"},
+    }
     return Prompt(prompt)
 
 
@@ -118,9 +151,13 @@ def run(server, base):
 
     def run(prompt, **kwargs):
         result = server.run(prompt, **kwargs)
-        assert result.error is None, result.error["exception_message"] + "\n" + "".join(result.error["traceback"])
+        assert result.error is None, (
+            result.error["exception_message"] + "\n" + "".join(result.error["traceback"])
+        )
         latent = result.outputs.get("latent")
-        return result, load_file(server.image_path(latent["latents"][0]))["latent_tensor"] if latent else None
+        return result, load_file(server.image_path(latent["latents"][0]))[
+            "latent_tensor"
+        ] if latent else None
 
     run.server = server
     return run
@@ -129,10 +166,13 @@ def run(server, base):
 @pytest.fixture
 def error(server):
     """Run a prompt that must fail; returns (class of the node, message) as the error dialog shows them."""
+
     def error(prompt):
         result = server.run(prompt)
         assert result.error is not None
-        assert result.error["exception_type"] == "ValueError"  # the dialog shows the full path of any other class
+        assert (
+            result.error["exception_type"] == "ValueError"
+        )  # the dialog shows the full path of any other class
         return result.error["node_type"], result.error["exception_message"].strip()
 
     return error

@@ -2,6 +2,8 @@
 
 import pytest
 
+from cat_diffusion.nodes.host import model_files
+
 
 def check(error, prompt, node, *words):
     node_type, message = error(prompt)
@@ -14,43 +16,72 @@ def check(error, prompt, node, *words):
 # Models that do not belong together -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind, words", [
-    ("sd15", ("not for inpainting", "takes 4 channels, expected 9", "SD 1.5 inpainting checkpoint")),
-    ("sdxl", ("SDXL", "does not fit", "SD 1.5 inpainting checkpoint")),
-    ("flux", ("Flux", "does not fit", "SD 1.5 inpainting checkpoint")),
-    ("wide", ("does not fit", "SD 1.5 inpainting checkpoint")),
-])
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        (
+            "sd15",
+            ("not for inpainting", "takes 4 channels, expected 9", "SD 1.5 inpainting checkpoint"),
+        ),
+        ("sdxl", ("SDXL", "does not fit", "SD 1.5 inpainting checkpoint")),
+        ("flux", ("Flux", "does not fit", "SD 1.5 inpainting checkpoint")),
+        ("wide", ("does not fit", "SD 1.5 inpainting checkpoint")),
+    ],
+)
 def test_another_model_on_apply_ref_adapter(error, prompt, kind, words):
     prompt.inputs("CATApplyRefAdapter")["model"] = prompt.add("other", "HelperModel", kind=kind)
     check(error, prompt, "CATApplyRefAdapter", *words)
 
 
-@pytest.mark.parametrize("inputs, words", [
-    (dict(width=48, patch=14, size=224), ("48 features", "expected", "32 features on a 16x16 grid", "ViT-L/14")),
-    (dict(width=32, patch=16, size=224), ("14x14 grid", "16x16 grid")),
-    (dict(width=32, patch=14, size=336), ("24x24 grid", "16x16 grid")),
-])
+@pytest.mark.parametrize(
+    "inputs, words",
+    [
+        (
+            dict(width=48, patch=14, size=224),
+            ("48 features", "expected", "32 features on a 16x16 grid", "ViT-L/14"),
+        ),
+        (dict(width=32, patch=16, size=224), ("14x14 grid", "16x16 grid")),
+        (dict(width=32, patch=14, size=336), ("24x24 grid", "16x16 grid")),
+    ],
+)
 def test_another_clip_vision(error, prompt, inputs, words):
-    prompt.inputs("CATSemanticInpaint")["clip_vision"] = prompt.add("other", "HelperClipVision", **inputs)
+    prompt.inputs("CATSemanticInpaint")["clip_vision"] = prompt.add(
+        "other", "HelperClipVision", **inputs
+    )
     check(error, prompt, "CATSemanticInpaint", *words)
 
 
 def test_a_visual_prompt_of_another_width(error, prompt):
     vision = prompt.add("other", "HelperClipVision", width=48, patch=14, size=224)
-    prompt.inputs("CATApplyRefAdapter")["visual_prompt"] = prompt.add("wide", "CATEncodeVisualPrompt", clip_vision=vision,
-                                                                      image=["2", 0])
-    check(error, prompt, "CATApplyRefAdapter", "visual prompt is 48 wide", "expects 32", "one CAT file")
+    prompt.inputs("CATApplyRefAdapter")["visual_prompt"] = prompt.add(
+        "wide", "CATEncodeVisualPrompt", clip_vision=vision, image=["2", 0]
+    )
+    check(
+        error,
+        prompt,
+        "CATApplyRefAdapter",
+        "visual prompt is 48 wide",
+        "expects 32",
+        "one CAT file",
+    )
 
 
 def test_another_grid_on_encode_visual_prompt(error, prompt):
     vision = prompt.add("other", "HelperClipVision", width=32, patch=16, size=224)
-    prompt.inputs("CATApplyRefAdapter")["visual_prompt"] = prompt.add("x", "CATEncodeVisualPrompt", clip_vision=vision,
-                                                                      image=["2", 0])
+    prompt.inputs("CATApplyRefAdapter")["visual_prompt"] = prompt.add(
+        "x", "CATEncodeVisualPrompt", clip_vision=vision, image=["2", 0]
+    )
     check(error, prompt, "CATEncodeVisualPrompt", "14x14 grid", "16x16 grid")
 
 
-@pytest.mark.parametrize("kind, words", [("sdxl", ("g, l", "SD 1.5")), ("t5", ("t5xxl", "SD 1.5")),
-                                         ("wide", ("32 wide", "expects 24"))])
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("sdxl", ("g, l", "SD 1.5")),
+        ("t5", ("t5xxl", "SD 1.5")),
+        ("wide", ("32 wide", "expects 24")),
+    ],
+)
 def test_another_clip(error, prompt, kind, words):
     prompt.inputs("CATSemanticInpaint")["clip"] = prompt.add("other", "HelperClip", kind=kind)
     check(error, prompt, "CATSemanticInpaint", *words)
@@ -64,54 +95,94 @@ def test_another_vae(error, prompt):
 def test_the_schedule_of_another_family(error, prompt):
     model = prompt.add("other", "HelperModel", kind="flux")
     sigmas = prompt.add("sigmas", "CATScheduler", model=model, steps=4, denoise=1.0)
-    prompt.add("10", "SamplerCustom", model=["8", 0], add_noise=True, noise_seed=1, cfg=7.5, positive=["9", 0],
-               negative=["9", 1], sampler=prompt.add("s", "KSamplerSelect", sampler_name="ddim"), sigmas=sigmas,
-               latent_image=["9", 2])
+    prompt.add(
+        "10",
+        "SamplerCustom",
+        model=["8", 0],
+        add_noise=True,
+        noise_seed=1,
+        cfg=7.5,
+        positive=["9", 0],
+        negative=["9", 1],
+        sampler=prompt.add("s", "KSamplerSelect", sampler_name="ddim"),
+        sigmas=sigmas,
+        latent_image=["9", 2],
+    )
     check(error, prompt, "CATScheduler", "discrete noise levels", "Flux")
 
 
 # Files ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("needs, has, node", [("SemInpainter", "ref_adapter", "CATSemanticInpaint"),
-                                              ("RefAdapter", "sem_inpainter", "CATApplyRefAdapter")])
+@pytest.mark.parametrize(
+    "needs, has, node",
+    [
+        ("SemInpainter", "ref_adapter", "CATSemanticInpaint"),
+        ("RefAdapter", "sem_inpainter", "CATApplyRefAdapter"),
+    ],
+)
 def test_a_cat_file_without_the_part(error, prompt, needs, has, node):
-    prompt.inputs(node)["cat_model"] = prompt.add("part", "CATLoadWeights", weights=f"{has}.safetensors")
+    prompt.inputs(node)["cat_model"] = prompt.add(
+        "part", "CATLoadWeights", weights=f"{has}.safetensors"
+    )
     check(error, prompt, node, f"no {needs}", f"{has}.safetensors", "Load a file that has one")
 
 
 def test_a_weights_file_as_a_full_checkpoint(error, prompt):
     prompt.inputs("CATLoadCheckpoint")["checkpoint"] = "cat.safetensors"
-    check(error, prompt, "CATLoadCheckpoint", "holds SemInpainter and RefAdapter, but no U-Net", "VAE")
+    check(
+        error, prompt, "CATLoadCheckpoint", "holds SemInpainter and RefAdapter, but no U-Net", "VAE"
+    )
 
 
-@pytest.mark.parametrize("name, words", [
-    ("cut.safetensors", ("cut.safetensors is damaged or cut short", "again")),
-    ("empty.safetensors", ("empty (0 bytes)",)),
-    ("mislabelled.safetensors", ("mislabelled", "pickle", "Rename it")),
-    ("lora.safetensors", ("not a CAT-Diffusion file", "lora_unet_x")),
-    ("missing.safetensors", ("U-Net in missing.safetensors", "1 missing: out.2.bias")),
-    ("extra.safetensors", ("VAE in extra.safetensors", "1 unknown: extra.bias")),
-    ("nan.safetensors", ("post_layernorm.bias", "SemInpainter", "NaN or Inf")),
-    ("evil.ckpt", ("could run code", "nothing was run", "tools/convert.py")),
-])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("cut.safetensors", ("cut.safetensors is damaged or cut short", "again")),
+        ("empty.safetensors", ("empty (0 bytes)",)),
+        ("mislabelled.safetensors", ("mislabelled", "pickle", "Rename it")),
+        ("lora.safetensors", ("not a CAT-Diffusion file", "lora_unet_x")),
+        ("missing.safetensors", ("U-Net in missing.safetensors", "1 missing: out.2.bias")),
+        ("extra.safetensors", ("VAE in extra.safetensors", "1 unknown: extra.bias")),
+        ("nan.safetensors", ("post_layernorm.bias", "SemInpainter", "NaN or Inf")),
+        ("evil.ckpt", ("could run code", "nothing was run", "tools/convert.py")),
+    ],
+)
 def test_a_broken_checkpoint(error, prompt, base, name, words):
     prompt.inputs("CATLoadCheckpoint")["checkpoint"] = name
     check(error, prompt, "CATLoadCheckpoint", *words)
     assert not (base / "ran").exists()
 
 
-@pytest.mark.parametrize("name", ["cut.safetensors", "empty.safetensors", "mislabelled.safetensors", "lora.safetensors",
-                                  "nan.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cut.safetensors",
+        "empty.safetensors",
+        "mislabelled.safetensors",
+        "lora.safetensors",
+        "nan.safetensors",
+    ],
+)
 def test_a_broken_weights_file(error, prompt, name):
-    prompt.inputs("CATSemanticInpaint")["cat_model"] = prompt.add("weights", "CATLoadWeights", weights=name)
+    prompt.inputs("CATSemanticInpaint")["cat_model"] = prompt.add(
+        "weights", "CATLoadWeights", weights=name
+    )
     check(error, prompt, "CATLoadWeights", name)
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "../../models/outside.safetensors", "/etc/passwd",
-                                  "..\\outside.safetensors", "no such file.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside.safetensors",
+        "../../models/outside.safetensors",
+        "/etc/passwd",
+        "..\\outside.safetensors",
+        "no such file.safetensors",
+    ],
+)
 def test_a_name_outside_the_folder_is_refused_before_anything_runs(server, prompt, name):
-    from comfy_server import ServerError
+    from comfyui.local_server import ServerError
 
     prompt.inputs("CATLoadCheckpoint")["checkpoint"] = name
     with pytest.raises(ServerError, match="There is no"):
@@ -120,12 +191,10 @@ def test_a_name_outside_the_folder_is_refused_before_anything_runs(server, promp
 
 def test_a_name_outside_the_folder_is_refused_by_the_node_itself(pack):
     """Even if the host's check were not there."""
-    from cat_diffusion.nodes import host
-
-    host.register_folder()
+    model_files.register_folder()
     for name in ("../outside.safetensors", "/etc/passwd", "../../../../etc/passwd"):
         with pytest.raises(FileNotFoundError):
-            host.read(name)
+            model_files.read(name)
 
 
 # Pictures, masks, text --------------------------------------------------------------------------------------------
@@ -138,11 +207,15 @@ def test_empty_text(error, prompt, text):
 
 
 def test_a_one_pixel_photo(error, prompt):
-    prompt.inputs("CATInpaintConditioning")["image"] = prompt.add("dot", "EmptyImage", width=1, height=1, batch_size=1, color=0)
+    prompt.inputs("CATInpaintConditioning")["image"] = prompt.add(
+        "dot", "EmptyImage", width=1, height=1, batch_size=1, color=0
+    )
     check(error, prompt, "CATInpaintConditioning", "1x1 pixels", "at least 8x8", "Scale it up")
 
 
-@pytest.mark.parametrize("kind, words", [("nan", ("image contains NaN",)), ("grey", ("(1, 64, 64, 1)", "expected"))])
+@pytest.mark.parametrize(
+    "kind, words", [("nan", ("image contains NaN",)), ("grey", ("(1, 64, 64, 1)", "expected"))]
+)
 @pytest.mark.parametrize("node", ["CATSemanticInpaint", "CATInpaintConditioning"])
 def test_a_picture_that_is_none(error, prompt, kind, words, node):
     prompt.inputs(node)["image"] = prompt.add("odd", "HelperImage", kind=kind)
@@ -150,10 +223,14 @@ def test_a_picture_that_is_none(error, prompt, kind, words, node):
 
 
 def test_more_masks_than_images(error, prompt):
-    prompt.inputs("CATSemanticInpaint")["image"] = prompt.add("two", "RepeatImageBatch", image=["2", 0], amount=2)
+    prompt.inputs("CATSemanticInpaint")["image"] = prompt.add(
+        "two", "RepeatImageBatch", image=["2", 0], amount=2
+    )
     as_image = prompt.add("mask image", "MaskToImage", mask=["2", 1])
     three = prompt.add("three", "RepeatImageBatch", image=as_image, amount=3)
-    prompt.inputs("CATSemanticInpaint")["mask"] = prompt.add("masks", "ImageToMask", image=three, channel="red")
+    prompt.inputs("CATSemanticInpaint")["mask"] = prompt.add(
+        "masks", "ImageToMask", image=three, channel="red"
+    )
     check(error, prompt, "CATSemanticInpaint", "2 images and 3 masks")
 
 
@@ -162,10 +239,16 @@ def test_a_range_that_ends_before_it_starts(error, prompt):
     check(error, prompt, "CATApplyRefAdapter", "start_percent is 0.8", "end_percent 0.2")
 
 
-@pytest.mark.parametrize("node, name, value", [("CATApplyRefAdapter", "strength", 99.0), ("CATApplyRefAdapter", "start_percent", -1.0),
-                                               ("CATInpaintConditioning", "fill", "pink")])
+@pytest.mark.parametrize(
+    "node, name, value",
+    [
+        ("CATApplyRefAdapter", "strength", 99.0),
+        ("CATApplyRefAdapter", "start_percent", -1.0),
+        ("CATInpaintConditioning", "fill", "pink"),
+    ],
+)
 def test_values_out_of_range_are_refused_by_the_host(server, prompt, node, name, value):
-    from comfy_server import ServerError
+    from comfyui.local_server import ServerError
 
     prompt.inputs(node)[name] = value
     with pytest.raises(ServerError, match=name):

@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from paths import ROOT
+from PIL import Image
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.full
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.full
 @pytest.fixture(scope="module")
 def full(full_file, tmp_path_factory):
     """A server whose folders hold the checkpoint whole, and split by tools/convert.py."""
-    from comfy_server import Server, make_base
+    from comfyui.local_server import LocalServer, make_base
 
     base = tmp_path_factory.mktemp("full")
     make_base(base)
@@ -26,16 +26,31 @@ def full(full_file, tmp_path_factory):
         whole.symlink_to(full_file)
     except OSError:
         shutil.copy(full_file, whole)
-    run = subprocess.run([sys.executable, ROOT / "tools/convert.py", full_file,
-                          "--base", base / "models/checkpoints/base.safetensors",
-                          "--cat-weights", base / "models/cat_diffusion/cat.safetensors",
-                          "--clip-vision", base / "models/clip_vision/vision.safetensors"], capture_output=True, text=True)
+    run = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "tools/convert.py",
+            full_file,
+            "--base",
+            base / "models/checkpoints/base.safetensors",
+            "--cat-weights",
+            base / "models/cat_diffusion/cat.safetensors",
+            "--clip-vision",
+            base / "models/clip_vision/vision.safetensors",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
-    photo, mask = (Image.open(ROOT / "tools/demo" / name) for name in ("photo.jpg", "mask.png"))
+    photo, mask = (
+        Image.open(ROOT / "tools/photograph" / name) for name in ("photo.jpg", "mask.png")
+    )
     photo = photo.convert("RGBA")
     photo.putalpha(mask.point(lambda value: 255 - value))
     photo.save(base / "input/photo.png")
-    with Server(base, "--cpu", "--use-pytorch-cross-attention", "--verbose", "DEBUG") as server:
+    with LocalServer(
+        base, "--cpu", "--use-pytorch-cross-attention", "--verbose", "DEBUG"
+    ) as server:
         yield server
     shutil.rmtree(base)  # gigabytes
 
@@ -53,7 +68,9 @@ def test_the_example_workflow_at_512_pixels(full, prompt):
     run = finished(full, prompt)
     latent = load_file(full.image_path(run.outputs["latent"]["latents"][0]))["latent_tensor"]
     assert latent.shape == (1, 4, 64, 64) and latent.isfinite().all()
-    made = np.asarray(Image.open(full.image_path(run.outputs["17"]["images"][0])).convert("RGB")).astype(int)
+    made = np.asarray(
+        Image.open(full.image_path(run.outputs["17"]["images"][0])).convert("RGB")
+    ).astype(int)
     rgba = np.asarray(Image.open(full.base / "input/photo.png")).astype(int)
     outside, inside = rgba[..., 3] == 255, rgba[..., 3] == 0
     assert made.shape == (512, 512, 3)
@@ -79,10 +96,25 @@ def test_the_split_checkpoint_loads_with_stock_loaders_and_gives_the_same_latent
             if isinstance(value, list) and value[0] == "1":
                 node["inputs"][name] = links[value[1]]
     split = finished(full, stock)
-    latents = [load_file(full.image_path(run.outputs["latent"]["latents"][0]))["latent_tensor"] for run in (whole, split)]
+    latents = [
+        load_file(full.image_path(run.outputs["latent"]["latents"][0]))["latent_tensor"]
+        for run in (whole, split)
+    ]
     assert torch.equal(*latents)
     log = full.log.read_text()
     for line in log.splitlines():
-        for word in ("left over keys", "unet unexpected", "unet missing", "clip missing", "clip unexpected", "Missing VAE", "Leftover VAE"):
-            assert word not in line or not any(key in line for key in ("attn3", "norm4", "fusion_model", "cond_stage_model2")), line
-    assert "unet unexpected" not in log and "unet missing" not in log and "Missing VAE keys" not in log
+        for word in (
+            "left over keys",
+            "unet unexpected",
+            "unet missing",
+            "clip missing",
+            "clip unexpected",
+            "Missing VAE",
+            "Leftover VAE",
+        ):
+            assert word not in line or not any(
+                key in line for key in ("attn3", "norm4", "fusion_model", "cond_stage_model2")
+            ), line
+    assert (
+        "unet unexpected" not in log and "unet missing" not in log and "Missing VAE keys" not in log
+    )

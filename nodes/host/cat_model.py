@@ -1,0 +1,60 @@
+"""What travels on a CAT_MODEL wire."""
+
+from dataclasses import dataclass
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+
+from ...cat_core import weights
+from ...cat_core.config import Architecture
+from .memory import BATCH, chunks
+
+
+@dataclass(frozen=True)
+class CatModel:
+    """What travels on a CAT_MODEL wire: the parts of one file, each in a ModelPatcher, or None."""
+
+    name: str
+    architecture: Architecture
+    sem_inpainter: comfy.model_patcher.ModelPatcher | None = None
+    ref_adapter: comfy.model_patcher.ModelPatcher | None = None
+
+    def __str__(self):
+        return f"{self.name}: {weights.describe(part for part in ('sem_inpainter', 'ref_adapter') if getattr(self, part))}"
+
+
+def require_part(cat_model: CatModel, part: str) -> None:
+    """Raise unless `cat_model` has the part."""
+    if getattr(cat_model, part) is None:
+        raise ValueError(
+            f"This CAT model has no {weights.TITLES[part]}: {cat_model}. Load a file that has one."
+        )
+
+
+def part_tensors(
+    cat_model: CatModel | None, part: str, dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
+    """Copies of a part's tensors on the CPU; empty where there is no such part."""
+    patcher = cat_model and getattr(cat_model, part)
+    tensors = patcher.model.state_dict() if patcher else {}
+    return {key: tensor.detach().to("cpu", dtype, copy=True) for key, tensor in tensors.items()}
+
+
+def run_sem_inpainter(cat_model: CatModel, patches, image, text, patch_mask) -> torch.Tensor:
+    """Predicted patch features (B, N, D), computed where the host wants it, returned where it keeps results.
+
+    Takes SemInpainter's own inputs; one text for all pictures.
+    """
+    patcher = cat_model.sem_inpainter
+    config = cat_model.architecture.sem_inpainter
+    activations = (
+        8 * min(BATCH, len(patches)) * (config.grid_size**2 + 2) * config.intermediate_size * 4
+    )  # bytes
+    comfy.model_management.load_models_gpu([patcher], memory_required=activations)
+    predicted = []
+    for rows in chunks(len(patches)):
+        inputs = (patches[rows], image[rows], text.expand(len(patches[rows]), -1), patch_mask[rows])
+        output = patcher.model(*(t.to(patcher.load_device) for t in inputs))
+        predicted.append(output.patches.to(comfy.model_management.intermediate_device()))
+    return torch.cat(predicted)

@@ -1,0 +1,49 @@
+"""The host's memory: batches that can be cancelled, models that leave the GPU, the garbage collector."""
+
+import gc
+from contextlib import contextmanager
+
+import comfy.model_management
+
+from .messages import progress_bar
+
+Cancelled = comfy.model_management.InterruptProcessingException
+BATCH = 16  # pictures that go through CLIP and SemInpainter at once
+
+
+def chunks(total: int):
+    """Slices of at most BATCH rows, with progress on the node; raises where the user has pressed Cancel."""
+    bar = progress_bar(total)
+    for start in range(0, total, BATCH):
+        raise_if_cancelled()
+        yield slice(start, min(start + BATCH, total))
+        bar.update(BATCH)
+
+
+def raise_if_cancelled() -> None:
+    """Raise Cancelled where the user has pressed Cancel."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def on_cpu() -> bool:
+    """Whether the host computes on the CPU."""
+    return comfy.model_management.get_torch_device().type == "cpu"
+
+
+def clear_memory() -> None:
+    """Take all models off the GPU; the host loads them again when it needs them."""
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()
+
+
+@contextmanager
+def collector_paused():
+    """Without Python's garbage collector: building makes many objects that stay, and a full pass over all of the host's takes
+    a fifth of a second."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()

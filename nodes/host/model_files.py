@@ -1,0 +1,144 @@
+"""The host's folders: weight files in models/cat_diffusion, examples in the input folder."""
+
+import logging
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import comfy.memory_management
+import comfy.utils
+import folder_paths
+
+from ...cat_core import weights
+from ...cat_core.weights import Checkpoint
+
+FOLDER = "cat_diffusion"
+
+log = logging.getLogger(__name__)
+
+
+def register_folder() -> None:
+    """Make models/cat_diffusion known, keeping paths that the user configured for it, and the pack's own demo model."""
+    own = os.path.join(folder_paths.models_dir, FOLDER)
+    bundled = os.path.join(str(Path(__file__).resolve().parents[2]), "models")
+    paths = folder_paths.folder_names_and_paths.get(FOLDER, ([],))[0]
+    folder_paths.folder_names_and_paths[FOLDER] = (
+        list(dict.fromkeys([*paths, own, bundled])),
+        {".safetensors", ".ckpt"},
+    )
+    try:
+        os.makedirs(own, exist_ok=True)
+    except OSError as error:
+        log.warning(
+            "CAT-Diffusion: cannot create %s (%s); create it yourself for CAT files.", own, error
+        )
+
+
+def list_files(usable: Callable[[set[str]], bool], pickles: bool = False) -> list[str]:
+    """Names of the files in models/cat_diffusion whose parts are `usable`; what a pickle holds only reading it tells."""
+
+    def fits(name: str) -> bool:
+        path = folder_paths.get_full_path(FOLDER, name)
+        if path is None or not name.lower().endswith(".safetensors"):
+            return pickles and path is not None
+        status = os.stat(path)
+        return usable(_parts_inside(path, status.st_mtime_ns, status.st_size))
+
+    return [name for name in folder_paths.get_filename_list(FOLDER) if fits(name)]
+
+
+@lru_cache(maxsize=1000)
+def _parts_inside(path: str, mtime: int, size: int) -> set[str]:
+    return weights.parts_inside(path)
+
+
+def missing_file(name: str | None, what: str) -> str | None:
+    """A sentence about a file that is not there, or None. `name` is None where another node supplies it."""
+    if name is None or folder_paths.get_full_path(FOLDER, name) is not None:
+        return None
+    return (
+        f"There is no {name} in {' or '.join(folder_paths.get_folder_paths(FOLDER))}. Put {what} there and press R, or choose "
+        "another file; cat_demo_model.safetensors, a small demo model, comes with the pack."
+    )
+
+
+def fingerprint(name: str) -> tuple:
+    """Changes when the file does."""
+    status = os.stat(_path(name))
+    return _path(name), status.st_mtime_ns, status.st_size
+
+
+def read(name: str) -> Checkpoint:
+    """Read and check a file of models/cat_diffusion; raises WeightsError."""
+    return read_path(_path(name))
+
+
+def _path(name: str) -> str:
+    return folder_paths.get_full_path_or_raise(FOLDER, name)
+
+
+def new_path(filename_prefix: str) -> str:
+    """A name in models/cat_diffusion that no file has yet, counted up as the host's own savers do."""
+    root = folder_paths.get_folder_paths(FOLDER)[0]
+    if os.path.basename(os.path.normpath(filename_prefix)).strip(". ") == "":
+        raise ValueError(
+            f"filename_prefix is {filename_prefix!r}; expected the beginning of a file's name, such as my_cat."
+        )
+    try:
+        os.makedirs(root, exist_ok=True)
+        folder, name, counter, *_ = folder_paths.get_save_image_path(filename_prefix, root)
+    except OSError as error:
+        raise ValueError(
+            f"Cannot write to {root} ({error.strerror}). Check the folder's permissions."
+        ) from error
+    except Exception as error:  # the host's way to refuse a path
+        raise ValueError(
+            f"filename_prefix {filename_prefix!r} leads out of {root}. Give a name, or subfolder/name."
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder} is read-only; the weights go there. Check its permissions.")
+    return os.path.join(folder, f"{name}_{counter:05}_.safetensors")
+
+
+def input_folders() -> list[str]:
+    """All subfolders of the host's input folder."""
+    return folder_paths.get_input_subfolders()
+
+
+def input_folder(name: str) -> tuple[Path, tuple]:
+    """A subfolder of the host's input folder, and a fingerprint of the files below it; nothing may lead out of it."""
+    root = Path(folder_paths.get_input_directory()).resolve()
+    path, files = Path(root, name), []
+    if not name.strip() or path.resolve() == root or not path.resolve().is_relative_to(root):
+        raise ValueError(
+            f"{name!r} is not a subfolder of {root}. Put the examples into a folder of their own in there."
+        )
+    if not path.is_dir():
+        raise ValueError(
+            f"There is no folder {name} in {root}. Put the examples there and press R to refresh the list."
+        )
+    path = path.resolve()
+    for parent, folders, names in os.walk(path):
+        for found in (Path(parent, name) for name in folders + names):
+            if not found.resolve().is_relative_to(path):
+                raise ValueError(
+                    f"{found} is a link to something outside of {path}. Copy the files into the folder instead."
+                )
+        for found in (Path(parent, name) for name in names):
+            status = found.lstat()
+            files.append((str(found.relative_to(path)), status.st_size, status.st_mtime_ns))
+    return path, tuple(sorted(files))
+
+
+def read_path(path) -> Checkpoint:
+    """As `read`, by path; NaN and Inf show when a part is built. The host's own reader where it streams weights to the GPU
+    itself, or was told not to map files."""
+    copies = comfy.utils.DISABLE_MMAP
+    own = copies or comfy.memory_management.aimdo_enabled
+    return weights.read(
+        path,
+        (lambda path: comfy.utils.load_torch_file(path, return_metadata=True)) if own else None,
+        mapped=not copies,
+        numbers=False,
+    )

@@ -1,0 +1,214 @@
+"""A ComfyUI server with this pack in it, on loopback, driven over HTTP and websocket as a browser would.
+
+Runs in ComfyUI's Python (needs aiohttp, which ComfyUI brings).
+"""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+
+from comfyui import ROOT, launch
+
+PACK_FOLDER = "cat-diffusion"
+
+
+class ServerError(RuntimeError):
+    """The server did not start, refused a prompt, or a node failed; the message says which and why."""
+
+
+@dataclass
+class Run:
+    """What came of one prompt."""
+
+    outputs: dict = field(default_factory=dict)  # node id -> its ui outputs
+    seconds: dict[str, float] = field(default_factory=dict)  # node id -> time in it
+    texts: dict[str, str] = field(default_factory=dict)  # node id -> sentence shown on it
+    error: dict | None = None  # the execution_error message
+    interrupted: bool = False
+
+
+def make_base(base: Path) -> None:
+    """Lay out a user folder for ComfyUI with this pack as its only custom node."""
+    for folder in ("custom_nodes", "input", "output", "user", "models/cat_diffusion"):
+        (base / folder).mkdir(parents=True, exist_ok=True)
+    pack = base / "custom_nodes" / PACK_FOLDER
+    if pack.is_symlink() or not pack.exists():
+        pack.unlink(missing_ok=True)
+        try:
+            pack.symlink_to(ROOT, target_is_directory=True)
+            return
+        except OSError:
+            pass  # Windows without the right to make links
+    shutil.rmtree(pack, ignore_errors=True)
+    shutil.copytree(ROOT, pack, ignore=shutil.ignore_patterns(".git", "__pycache__"))
+
+
+class LocalServer:
+    """`with LocalServer(base) as server: server.run(prompt)`; the process ends with the block.
+
+    Args:
+        base: folder made by `make_base`; models, input and output live there.
+        arguments: more arguments for ComfyUI's main.py.
+    """
+
+    def __init__(self, base: Path, *arguments: str, comfyui: str | None = None):
+        self.base = base
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = base / "server.log"
+        self.client = uuid.uuid4().hex
+        root = Path(comfyui or os.environ[launch.COMFYUI])
+        self.command = [
+            sys.executable,
+            str(root / "main.py"),
+            "--listen",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--base-directory",
+            str(base),
+            "--disable-auto-launch",
+            "--database-url",
+            "sqlite:///:memory:",
+            *arguments,
+        ]
+
+    def __enter__(self):
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self.base,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
+        try:
+            self._wait()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT if os.name != "nt" else signal.SIGTERM)
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+    def _wait(self, seconds: int = 180) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                raise ServerError(f"ComfyUI ended while starting. Its log ends:\n{self.tail()}")
+            try:
+                self.get("/system_stats")
+                return
+            except (aiohttp.ClientError, OSError):
+                time.sleep(0.2)
+        raise ServerError(
+            f"ComfyUI did not answer within {seconds} s. Its log ends:\n{self.tail()}"
+        )
+
+    def tail(self, lines: int = 30) -> str:
+        """The end of the server's log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def get(self, path: str):
+        """GET as JSON."""
+        return asyncio.run(self._request("GET", path))
+
+    def post(self, path: str, body: dict | None = None):
+        """POST JSON, get JSON (None for an empty answer); a refused prompt raises ServerError."""
+        return asyncio.run(self._request("POST", path, body or {}))
+
+    async def _request(self, method, path, body=None):
+        async with (
+            aiohttp.ClientSession() as session,
+            session.request(method, self.url + path, json=body) as answer,
+        ):
+            content = await answer.read()
+            if answer.status >= 400:
+                raise ServerError(content.decode(errors="replace"))
+            return json.loads(content) if content.strip() else None
+
+    def run(self, prompt: dict, on_event: Callable[[str, dict], None] | None = None) -> Run:
+        """Queue an API-format prompt and wait until it has ended, however it does.
+
+        Args:
+            on_event: called with every message of this prompt, (type, data).
+        """
+        return asyncio.run(self._run(prompt, on_event or (lambda kind, data: None)))
+
+    async def _run(self, prompt, on_event) -> Run:
+        run, running, since = Run(), None, 0.0
+        url = f"{self.url}/ws?clientId={self.client}"
+        async with (
+            aiohttp.ClientSession() as session,
+            session.ws_connect(url, max_msg_size=0) as socket_,
+        ):
+            queued = await self._request(
+                "POST", "/prompt", {"prompt": prompt, "client_id": self.client}
+            )
+            async for message in socket_:
+                if message.type == aiohttp.WSMsgType.BINARY:
+                    if int.from_bytes(message.data[:4], "big") == 3:  # text shown on a node
+                        length = int.from_bytes(message.data[4:8], "big")
+                        run.texts[message.data[8 : 8 + length].decode()] = message.data[
+                            8 + length :
+                        ].decode()
+                    continue
+                if message.type != aiohttp.WSMsgType.TEXT:
+                    raise ServerError(
+                        f"ComfyUI closed the connection. Its log ends:\n{self.tail()}"
+                    )
+                event = json.loads(message.data)
+                kind, data = event["type"], event["data"]
+                if data.get("prompt_id") not in (None, queued["prompt_id"]):
+                    continue
+                on_event(kind, data)
+                if kind in (
+                    "executing",
+                    "execution_error",
+                    "execution_interrupted",
+                    "execution_success",
+                ):
+                    if running is not None:
+                        run.seconds[running] = (
+                            run.seconds.get(running, 0) + time.monotonic() - since
+                        )
+                    running, since = (
+                        data.get("node") if kind == "executing" else None,
+                        time.monotonic(),
+                    )
+                if kind == "executed" and data.get("output"):
+                    run.outputs[data["node"]] = data["output"]
+                elif kind == "execution_error":
+                    run.error = data
+                    return run
+                elif kind == "execution_interrupted":
+                    run.interrupted = True
+                    return run
+                elif kind == "execution_success":
+                    return run
+        raise ServerError(f"ComfyUI closed the connection. Its log ends:\n{self.tail()}")
+
+    def image_path(self, image: dict) -> Path:
+        """Where a picture of `Run.outputs[...]["images"]` lies."""
+        return self.base / image["type"] / image["subfolder"] / image["filename"]

@@ -1,0 +1,192 @@
+"""The demo model's networks: every part of CAT-Diffusion in small, built from the host's own classes, with fresh weights.
+
+The visual grid is the real one (224 pixels, patches of 14); pictures are 128x128, latents 16x16.
+"""
+
+import json
+import math
+import os
+
+import comfy.clip_model
+import comfy.ldm.models.autoencoder
+import comfy.ldm.modules.diffusionmodules.openaimodel
+import comfy.ops
+import comfy.sd1_clip
+import torch
+from torch import nn
+
+from cat_diffusion.cat_core import weights
+from cat_diffusion.cat_core.config import Architecture, RefAdapterConfig, SemInpainterConfig
+
+SIZE = 128  # side of the demo model's pictures, in pixels
+LATENT_SCALE = 0.18215  # Stable Diffusion's: latents are multiplied by it
+_OPS = comfy.ops.disable_weight_init  # the host's layers, without an initialisation of their own
+_VISION, _TEXT, _HEADS = 64, 32, 4
+_VISUAL = {
+    "model_type": "clip_vision_model",
+    "hidden_act": "quick_gelu",
+    "hidden_size": _VISION,
+    "image_size": 224,
+    "patch_size": 14,
+    "num_channels": 3,
+    "intermediate_size": 2 * _VISION,
+    "num_hidden_layers": 4,
+    "num_attention_heads": _HEADS,
+    "projection_dim": _TEXT,
+}
+_VAE = {
+    "double_z": True,
+    "z_channels": 4,
+    "resolution": 256,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 32,
+    "ch_mult": [1, 1, 2, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+}
+_UNET = {
+    "image_size": 32,
+    "in_channels": 9,
+    "out_channels": 4,
+    "model_channels": 64,
+    "num_res_blocks": 1,
+    "channel_mult": [1, 2],
+    "num_heads": _HEADS,
+    "use_spatial_transformer": True,
+    "transformer_depth": [0, 1],
+    "transformer_depth_output": [0, 0, 1, 1],
+    "transformer_depth_middle": 1,
+    "context_dim": _TEXT,
+    "use_linear_in_transformer": False,
+    "legacy": False,
+}
+# Layers that end a residual branch start at zero, so that a fresh network passes its input on.
+_BRANCH_ENDS = (
+    "out_proj.",
+    "fc2.",
+    ".conv2.",
+    ".proj_out.",
+    ".out_layers.3.",
+    ".to_out.0.",
+    ".ff.net.2.",
+)
+
+
+def networks(generator: torch.Generator) -> dict[str, nn.Module]:
+    """Fresh modules by part (see weights.PREFIXES), in fp32."""
+    with open(
+        os.path.join(os.path.dirname(comfy.sd1_clip.__file__), "sd1_clip_config.json")
+    ) as stock:
+        text = json.load(stock) | {
+            "hidden_size": _TEXT,
+            "intermediate_size": 4 * _TEXT,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
+    unet = comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel
+    parts = {
+        "clip_text": comfy.clip_model.CLIPTextModel(text, torch.float32, None, _OPS),
+        "clip_vision": comfy.clip_model.CLIPVisionModelProjection(
+            _VISUAL, torch.float32, None, _OPS
+        ),
+        "vae": comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig=_VAE, embed_dim=4),
+        "unet": unet(**_UNET, dtype=torch.float32, operations=_OPS),
+    }
+    parts |= weights.cat_modules(architecture(parts["unet"]), dtype=torch.float32)
+    for module in parts.values():
+        fresh(module, generator)
+    parts["unet"].out[2].weight.data.zero_()
+    embeddings = parts["clip_vision"].vision_model.embeddings
+    embeddings.patch_embedding.weight.data.copy_(
+        _waves(*embeddings.patch_embedding.weight.shape[:3:2])
+    )
+    for table in (
+        parts["clip_vision"].vision_model.embeddings.position_embedding,
+        parts["sem_inpainter"].embeddings.position_embedding,
+    ):
+        table.weight.data[-256:] = _places(table.weight.shape[1])
+    return parts
+
+
+def architecture(unet: nn.Module) -> Architecture:
+    """What the file's header says of the networks."""
+    blocks = tuple(
+        (name.removesuffix(".attn2"), module.to_q.in_features)
+        for name, module in unet.named_modules()
+        if name.endswith(".attn2")
+    )
+    return Architecture(
+        SemInpainterConfig(
+            _VISION, 2 * _VISION, 4, _HEADS, 16, _TEXT, 2 * _TEXT, 2 * _VISION, 2 * _VISION
+        ),
+        RefAdapterConfig(_VISION, _HEADS, blocks),
+        _HEADS,
+        2,
+        _HEADS,
+    )
+
+
+def _waves(width: int, patch: int) -> torch.Tensor:
+    """(width, 3, patch, patch): each channel's lowest cosine components, so that tokens show edges from the start."""
+    pixels = (torch.arange(patch) + 0.5) * math.pi / patch
+    orders = sorted(
+        ((i, j) for i in range(8) for j in range(8)), key=lambda order: (sum(order), order)
+    )
+    weight = torch.zeros(width, 3, patch, patch)
+    for number in range(width // 3 * 3):
+        i, j = orders[number // 3]
+        wave = (i * pixels).cos().view(-1, 1) * (j * pixels).cos()
+        weight[number, number % 3] = (
+            wave / wave.norm() / patch * (1 + i + j)
+        )  # pictures hold less of the finer ones
+    return weight
+
+
+def _places(width: int) -> torch.Tensor:
+    """(256, width): sines and cosines of row and column, so that attention finds neighbours from the start."""
+    frequencies = math.pi * 2 ** -torch.linspace(0, 4, width // 4)  # wavelengths of 2 to 32 patches
+    waves = torch.arange(16).view(-1, 1) * frequencies
+    line = 0.3 * torch.cat((waves.sin(), waves.cos()), dim=1)  # (16, width / 2)
+    return torch.cat((line.repeat_interleave(16, 0), line.repeat(16, 1)), dim=1)
+
+
+@torch.no_grad()
+def fresh(module: nn.Module, generator: torch.Generator) -> None:
+    """Random weights of variance 1 / fan-in; branches' ends a tenth of that, RefAdapter's output zero."""
+    for name, parameter in module.named_parameters():
+        name = f".{name}"
+        if parameter.ndim < 2:
+            parameter.fill_(
+                float("norm" in name or ".layernorm" in name or ".layer_norm" in name)
+                * name.endswith("weight")
+            )
+            if name.endswith(
+                (".in_layers.0.weight", ".out_layers.0.weight", ".out.0.weight", "layrnorm.weight")
+            ):
+                parameter.fill_(1)
+            if name.endswith("class_embedding"):
+                parameter.normal_(std=0.1, generator=generator)
+        elif "embedding.weight" in name and parameter.ndim == 2:
+            parameter.normal_(std=0.1, generator=generator)
+        elif ".attn3.to_out." in name:
+            parameter.zero_()
+        else:
+            gain = 0.1 if any(end in name for end in _BRANCH_ENDS) else 1.0
+            parameter.normal_(std=gain / math.sqrt(parameter[0].numel()), generator=generator)
+
+
+@torch.no_grad()
+def scale_latents(vae: nn.Module, latent: torch.Tensor) -> None:
+    """Fold a shift and a scale into the VAE so that scaled latents (N, 4, h, w) have mean 0 and variance 1.
+
+    latent: what the VAE encodes now, unscaled. Reconstructions stay the same.
+    """
+    mean, std = latent.mean((0, 2, 3)), latent.std((0, 2, 3))
+    gain = 1 / (LATENT_SCALE * std)  # (4,)
+    vae.quant_conv.weight[:4] *= gain.view(-1, 1, 1, 1)
+    vae.quant_conv.bias[:4] = (vae.quant_conv.bias[:4] - mean) * gain
+    vae.quant_conv.bias[4:] += 2 * gain.log()  # log variance
+    vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
+    vae.post_quant_conv.weight /= gain.view(1, -1, 1, 1)

@@ -1,0 +1,1 @@
+"""Pictures made through a running ComfyUI, and what they are worth."""

@@ -1,0 +1,1 @@
+"""What meets the official implementation: its checkpoints and its tensors."""

@@ -1,0 +1,1 @@
+"""What a release carries: workflows, thumbnails and the pictures of the help pages."""

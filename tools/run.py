@@ -1,0 +1,43 @@
+"""Run one of the tools that make what the repository carries, in ComfyUI's own Python.
+
+python tools/run.py [--comfyui PATH] [--python PYTHON] NAME [its arguments]
+python tools/run.py NAME --help
+"""
+
+import argparse
+import importlib
+import sys
+
+from comfyui import launch
+
+# Name -> what it is for, and the requirements files that it needs.
+TOOLS = {
+    "demo_model.recipe": ("train the demo model from nothing", ["train"]),
+    "demo_model.score": ("let the demo model fill held-out holes, and a judge look", []),
+    "demo_model.ablation": ("the paper's ablation on drawn scenes", ["train", "evaluate"]),
+    "demo_model.scenes": ("write drawn scenes with a manifest, or a sheet of them", []),
+    "demo_model.random_checkpoint": ("write random weights in the official layout", []),
+    "benchmark.loading": ("load a checkpoint once, and say what it took", []),
+    "release.workflows": ("write the example workflows and their thumbnails", ["train"]),
+    "release.node_pictures": ("draw the pictures of the help pages", []),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="NAME is one of: "
+        + "; ".join(f"{name}, {text}" for name, (text, _) in TOOLS.items()),
+    )
+    launch.add_host_options(parser)
+    parser.add_argument("name", choices=TOOLS, metavar="NAME")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of that tool")
+    arguments = parser.parse_args()
+    launch.enter_comfyui(parser, arguments, *TOOLS[arguments.name][1])
+    launch.start_host("--cpu" in arguments.arguments or not launch.has_gpu())
+    sys.argv = [arguments.name, *arguments.arguments]
+    return importlib.import_module(arguments.name).main()
+
+
+if __name__ == "__main__":
+    launch.interruptible(main)
