@@ -1,8 +1,13 @@
-"""Run all tests on real ComfyUI releases, installing them into a cache on first use.
+"""Run the tests on real ComfyUI releases, installing them into a cache on first use.
 
-    python tools/test.py [--host 0.30.0|0.16.3] [pytest arguments]
+    python tools/test.py              everything: style, all tests, again on the older ComfyUI
+    python tools/test.py --fast       style, core and node tests: for daily work
+    python tools/test.py tests/core/test_weights.py::test_x
+    python tools/test.py -k word      or --lf, -x and whatever else pytest knows
 
-Without --host: everything on ComfyUI 0.30.0, the node tests again with its dynamic VRAM, then node and server tests on 0.16.3.
+Without arguments of pytest: ruff and pyright, everything on ComfyUI 0.30.0, the node tests again
+with its dynamic VRAM, then node and server tests on 0.16.3. With them: one run, on 0.30.0 or on
+--host.
 """
 
 import argparse
@@ -13,57 +18,104 @@ import time
 from comfyui import ROOT, install, launch
 
 TESTS = ROOT / "tests"
-# On a GPU the newer host has it on. The files left out build networks of their own, or run tools, which do without it.
+OLDER = "0.16.3"
+# The newer host turns it on by itself on a GPU. The files left out build networks of their own,
+# or run tools, which do without it.
 DYNAMIC_VRAM = [
     "nodes",
     "--dynamic-vram",
     "--ignore=nodes/test_bench.py",
     "--ignore=nodes/test_demo_model.py",
 ]
+FAST = ["core", "nodes", "-m", "not slow"]
+EVERYTHING = [
+    (install.NEWEST, []),
+    (install.NEWEST, DYNAMIC_VRAM),
+    (OLDER, ["nodes", "server", "-m", "not full"]),
+]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--host", choices=install.SOURCES, help="only this ComfyUI release, all tests"
+    usage = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=usage[0],
+        epilog=usage[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--host", choices=install.SOURCES, help="only this ComfyUI release")
+    parser.add_argument("--fast", action="store_true", help="style, core and node tests only")
     arguments, pytest_arguments = parser.parse_known_args()
-    plans = [
-        (install.NEWEST, []),
-        (install.NEWEST, DYNAMIC_VRAM),
-        ("0.16.3", ["nodes", "server", "-m", "not full"]),
-    ]
-    if arguments.host:
-        plans = [(arguments.host, [])]
+    runs = plan(arguments.host, arguments.fast, pytest_arguments)
     failed = []
-    if any((TESTS / word.split("::")[0]).exists() for word in pytest_arguments):
-        plans = [
-            (version, []) for version in dict.fromkeys(version for version, _ in plans)
-        ]  # named tests instead of the plan's
-    for version, chosen in plans:
-        start = time.monotonic()
-        try:
-            host = install.prepare_host(version)
-            install.require(host, TESTS / "requirements.txt")
-        except install.SetupError as error:
-            parser.error(str(error))
-        print(
-            f"\n===== ComfyUI {version} (ready after {time.monotonic() - start:.1f} s) =====",
-            flush=True,
-        )
-        start = time.monotonic()
-        code = subprocess.run(
-            [host.python, "-m", "pytest", *chosen, *pytest_arguments],
-            cwd=TESTS,
-            env={**os.environ, launch.COMFYUI: str(host.path)},
-        ).returncode
-        print(
-            f"===== ComfyUI {version}: {'passed' if code == 0 else f'FAILED ({code})'} "
-            f"in {time.monotonic() - start:.0f} s =====",
-            flush=True,
-        )
-        failed += [version] * (code != 0)
+    try:
+        if not pytest_arguments and not style(prepare(install.NEWEST)):
+            failed.append("style")
+        for version, selection in runs:
+            if not run_pytest(version, prepare(version), selection):
+                failed.append(version)
+    except install.SetupError as error:
+        parser.error(str(error))
+    if failed:
+        print(f"FAILED: {', '.join(failed)}")
     return int(bool(failed))
+
+
+def plan(host: str | None, fast: bool, pytest_arguments: list[str]) -> list[tuple[str, list[str]]]:
+    """Which releases run, each with arguments for pytest."""
+    if pytest_arguments:
+        inside = [below_tests(argument) for argument in pytest_arguments]
+        return [(host or install.NEWEST, FAST + inside if fast else inside)]
+    if fast:
+        return [(host or install.NEWEST, FAST)]
+    if host:
+        return [(host, [])]
+    return EVERYTHING
+
+
+def below_tests(argument: str) -> str:
+    """A path as written from the checkout -> as pytest wants it, which runs in tests/."""
+    path, separator, name = argument.partition("::")
+    if path.rstrip("/") == "tests":
+        return "."
+    inside = path.removeprefix("tests/")
+    return inside + separator + name if (TESTS / inside).exists() else argument
+
+
+def prepare(version: str) -> install.Host:
+    """The host, with what the tests need; raises SetupError."""
+    host = install.prepare_host(version)
+    install.require(host, TESTS / "requirements.txt")
+    return host
+
+
+def style(host: install.Host) -> bool:
+    """Whether ruff finds nothing to format or mend, and pyright no wrong type."""
+    environment = {**os.environ, "PYTHONPATH": str(host.path)}  # where pyright finds comfy
+    commands = (
+        ("ruff", "format", "--check", "--quiet"),
+        ("ruff", "check", "--quiet"),
+        ("basedpyright", "--level", "error", "--pythonpath", host.python),
+    )
+    clean = True
+    for program, *options in commands:
+        command = [host.python, "-m", program, *options]
+        code = subprocess.run(command, cwd=ROOT, env=environment).returncode
+        print(f"===== {program} {options[0]}: {'passed' if code == 0 else 'FAILED'} =====")
+        clean = clean and code == 0
+    return clean
+
+
+def run_pytest(version: str, host: install.Host, selection: list[str]) -> bool:
+    """Run the selected tests on a host; whether they passed."""
+    print(f"\n===== ComfyUI {version}: pytest {' '.join(selection)} =====", flush=True)
+    start = time.monotonic()
+    cache = f"cache_dir={install.cache_dir() / f'pytest-{version}'}"  # for --lf
+    command = [host.python, "-m", "pytest", "-o", cache, *selection]
+    environment = {**os.environ, launch.COMFYUI: str(host.path)}
+    code = subprocess.run(command, cwd=TESTS, env=environment).returncode
+    result = "passed" if code == 0 else f"FAILED ({code})"
+    print(f"===== ComfyUI {version}: {result} in {time.monotonic() - start:.0f} s =====")
+    return code == 0
 
 
 if __name__ == "__main__":
