@@ -8,49 +8,60 @@ from .host.cat_model import require_part
 from .host.unet import ANY_SIGMA, block_name, check_unet, compute_dtype, percent_to_sigma
 from .wires import CATEGORY, CatModelWire, VisualPromptWire
 
+POSITIVE = 0  # how the host marks the positive prompt in cond_or_uncond
+
 
 class RefAdapterPatch:
-    """Adds the RefAdapters' output between self-attention and text cross-attention (the host's `middle_patch`).
+    """Adds the RefAdapters' output between self-attention and text cross-attention.
 
-    Immutable but for what it remembers of a sampling: one object serves all clones of a model and all samplers.
+    That place is the host's `middle_patch`. The object does not change but for what it remembers
+    of a sampling: one serves all clones of a model and all samplers.
     """
 
     def __init__(self, folded, strength: float, sigma_start: float, sigma_end: float):
         self.folded = folded  # ModelPatcher around FoldedRefAdapter
         self.strength = strength
-        self.sigma_start, self.sigma_end = sigma_start, sigma_end
-        self._range: tuple[torch.Tensor | None, bool] = (None, True)
-        self._negative: set = set()  # ids of conditions that came as unconditional in this sampling
+        self.sigma_start = sigma_start
+        self.sigma_end = sigma_end
+        self._last_call: tuple[torch.Tensor | None, bool] = (None, True)  # sigmas, in range
+        self._negative_ids: set = set()  # conditions that came as negative in this sampling
 
     @torch.compiler.disable  # a compiled U-Net calls it as it is: settings must not be traced
     def __call__(self, x: torch.Tensor, extra_options: dict) -> torch.Tensor:
-        """(B, N, C) hidden states -> the same plus the adapter's output; x itself where nothing is to be added."""
+        """(B, N, C) hidden states -> the same plus the adapter's output.
+
+        Where nothing is to be added it is x itself.
+        """
         if self.strength == 0 or not self._in_range(extra_options.get("sigmas")):
             return x
         block = self.folded.model.block(block_name(extra_options))
         return block(x, self._positive(extra_options), self.strength)
 
     def _positive(self, extra_options) -> list[bool]:
-        """Which chunks belong to the positive prompt. Self-attention guidance and the like run the negative one alone,
-        as if it were the positive; its id tells."""
-        conds = extra_options.get("cond_or_uncond", [0])  # 0 is the positive prompt
+        """Which chunks of the batch belong to the positive prompt.
+
+        Self-attention guidance and the like run the negative prompt alone, as if it were the
+        positive; its id tells.
+        """
+        conds = extra_options.get("cond_or_uncond", [POSITIVE])
         ids = extra_options.get("uuids", conds)
-        self._negative.update(id for cond, id in zip(conds, ids) if cond != 0)
-        return [cond == 0 and id not in self._negative for cond, id in zip(conds, ids)]
+        chunks = list(zip(conds, ids, strict=True))
+        self._negative_ids.update(id for cond, id in chunks if cond != POSITIVE)
+        return [cond == POSITIVE and id not in self._negative_ids for cond, id in chunks]
 
     def _in_range(self, sigmas: torch.Tensor | None) -> bool:
-        if sigmas is None or (self.sigma_end <= 0 and self.sigma_start >= ANY_SIGMA):
+        always = self.sigma_end <= 0 and self.sigma_start >= ANY_SIGMA
+        if sigmas is None or always:
             return True
-        seen, inside = self._range
-        if (
-            seen is not sigmas
-        ):  # the same tensor for all blocks of a call: wait for its value only once
-            inside = self.sigma_end <= sigmas.max().item() <= self.sigma_start
-            self._range = (sigmas, inside)
-        return inside
+        last_sigmas, in_range = self._last_call
+        # All blocks of a call get the same tensor: wait for its value on the GPU only once.
+        if last_sigmas is not sigmas:
+            in_range = self.sigma_end <= sigmas.max().item() <= self.sigma_start
+            self._last_call = (sigmas, in_range)
+        return in_range
 
     def models(self):
-        """The host loads these together with the U-Net, counts them to the byte and unloads them."""
+        """The host loads and unloads these together with the U-Net, and counts their bytes."""
         return [self.folded]
 
     def to(self, device_or_dtype):
@@ -59,15 +70,15 @@ class RefAdapterPatch:
 
     def cleanup(self):
         """Called by the host after each sampling."""
-        self._negative.clear()
-        self._range = (None, True)
+        self._negative_ids.clear()
+        self._last_call = (None, True)
 
     def __deepcopy__(self, memo):
         return self
 
 
 class CATApplyRefAdapter(io.ComfyNode):
-    """Patch a clone of an SD 1.5 inpainting model with RefAdapter attention onto a visual prompt."""
+    """RefAdapter attention onto a visual prompt, in a clone of an SD 1.5 inpainting model."""
 
     @classmethod
     def define_schema(cls):
@@ -82,7 +93,8 @@ class CATApplyRefAdapter(io.ComfyNode):
                 "refadapter",
                 "视觉提示",
             ],
-            description="Let the sampler look at the visual prompt. Works with any sampler, LoRA and ControlNet.",
+            description="Let the sampler look at the visual prompt. "
+            "Works with any sampler, LoRA and ControlNet.",
             inputs=[
                 io.Model.Input("model", tooltip="An SD 1.5 inpainting model (9 input channels)."),
                 CatModelWire.Input("cat_model", tooltip="A CAT model with a RefAdapter."),
@@ -96,7 +108,8 @@ class CATApplyRefAdapter(io.ComfyNode):
                     min=-10.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="How much of the adapter's output is added. 1 as trained, 0 leaves the model alone.",
+                    tooltip="How much of the adapter's output is added. "
+                    "1 as trained, 0 leaves the model alone.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -122,21 +135,41 @@ class CATApplyRefAdapter(io.ComfyNode):
     def execute(
         cls, model, cat_model, visual_prompt, strength, start_percent, end_percent
     ) -> io.NodeOutput:
-        require_part(cat_model, "ref_adapter")
-        config = cat_model.architecture.ref_adapter
-        check_unet(model, config)
-        width = visual_prompt.tokens.shape[2]
-        if width != config.visual_size:
-            raise ValueError(
-                f"The visual prompt is {width} wide, the RefAdapter expects {config.visual_size}. "
-                "Load SemInpainter and RefAdapter from one CAT file, with the CLIP vision they were trained on."
-            )
-        if start_percent > end_percent:
-            raise ValueError(
-                f"start_percent is {start_percent}, after end_percent {end_percent}. Set it below."
-            )
-        patched = model.clone()
-        sigmas = (percent_to_sigma(model, percent) for percent in (start_percent, end_percent))
-        folded = build_folded(cat_model, visual_prompt, compute_dtype(model))
-        patched.set_model_patch(RefAdapterPatch(folded, strength, *sigmas), "middle_patch")
+        patched = apply_ref_adapter(
+            model, cat_model, visual_prompt, strength, start_percent, end_percent
+        )
         return io.NodeOutput(patched)
+
+
+def apply_ref_adapter(
+    model, cat_model, visual_prompt, strength=1.0, start_percent=0.0, end_percent=1.0
+):
+    """A clone of the MODEL that looks at the visual prompt; raises ValueError if they do not fit.
+
+    Args:
+        strength: factor of the adapter's output; 1 as trained.
+        start_percent, end_percent: the part of the sampling in which it is added, in [0, 1].
+    """
+    require_part(cat_model, "ref_adapter")
+    config = cat_model.architecture.ref_adapter
+    check_unet(model, config)
+    width = visual_prompt.tokens.shape[2]
+    if width != config.visual_size:
+        raise ValueError(
+            f"The visual prompt is {width} wide, the RefAdapter expects {config.visual_size}. "
+            "Load SemInpainter and RefAdapter from one CAT file, "
+            "with the CLIP vision they were trained on."
+        )
+    if start_percent > end_percent:
+        raise ValueError(
+            f"start_percent is {start_percent}, after end_percent {end_percent}. Set it below."
+        )
+    patch = RefAdapterPatch(
+        build_folded(cat_model, visual_prompt, compute_dtype(model)),
+        strength,
+        sigma_start=percent_to_sigma(model, start_percent),
+        sigma_end=percent_to_sigma(model, end_percent),
+    )
+    patched = model.clone()
+    patched.set_model_patch(patch, "middle_patch")
+    return patched

@@ -1,10 +1,10 @@
 """What the 9-channel U-Net sees besides the noise, and the official noise schedule."""
 
-import node_helpers
 import torch
 from comfy_api.latest import io
 
 from ..cat_core import preprocess
+from .host.stock_conditioning import stock_inpaint_conditioning, with_values
 from .host.unet import trained_sigmas, vae_cell
 from .wires import CATEGORY, to_core
 
@@ -25,7 +25,8 @@ class CATInpaintConditioning(io.ComfyNode):
                 "局部重绘",
                 "内补",
             ],
-            description="Give the inpainting model the photo and the mask. Like Inpaint Model Conditioning, but with the "
+            description="Give the inpainting model the photo and the mask. "
+            "Like Inpaint Model Conditioning, but with the "
             "hole filled black and the mask resized as CAT-Diffusion was trained.",
             inputs=[
                 io.Conditioning.Input(
@@ -46,14 +47,14 @@ class CATInpaintConditioning(io.ComfyNode):
                     "fill",
                     options=["black", "grey"],
                     default="black",
-                    tooltip="Colour of the hole before encoding. Black: CAT-Diffusion. "
-                    "Grey: stock SD 1.5 inpainting, by ComfyUI's own Inpaint Model Conditioning.",
+                    tooltip="Colour of the hole before encoding. Black: CAT-Diffusion. Grey: "
+                    "stock SD 1.5 inpainting, by ComfyUI's own Inpaint Model Conditioning.",
                 ),
                 io.Boolean.Input(
                     "noise_mask",
                     default=False,
-                    tooltip="Sample only inside the mask and keep the photo's latents outside at every step. "
-                    "Off as in the paper; turn it on for a denoise below 1.",
+                    tooltip="Sample only inside the mask and keep the photo's latents outside "
+                    "at every step. Off as in the paper; turn it on for a denoise below 1.",
                 ),
             ],
             outputs=[
@@ -67,36 +68,47 @@ class CATInpaintConditioning(io.ComfyNode):
 
     @classmethod
     def execute(cls, positive, negative, vae, image, mask, fill, noise_mask) -> io.NodeOutput:
-        cell = vae_cell(vae)
-        image, mask = to_core(image, mask)
-        height, width = image.shape[2:]
-        if min(height, width) < cell:
-            raise ValueError(
-                f"The image is {width}x{height} pixels; the VAE needs at least {cell}x{cell}. Scale it up."
-            )
-        if fill == "grey":
-            import nodes  # the host's own, which is loaded long before a prompt runs
-
-            return io.NodeOutput(
-                *nodes.InpaintModelConditioning().encode(
-                    positive, negative, image.movedim(1, -1), vae, mask.squeeze(1), noise_mask
-                )
-            )
-        mask = preprocess.resize_mask(mask, height, width)
-        image, mask = (_crop(t, cell) for t in (image, mask))
-        masked = preprocess.vae_input(image, mask)  # in [-1, 1]
-        masked_latent = vae.encode(((masked + 1) / 2).float().movedim(1, -1))  # (B, 4, h, w)
-        latent = {"samples": vae.encode(image.movedim(1, -1))}
-        if noise_mask:
-            latent["noise_mask"] = mask
-        values = {
-            "concat_latent_image": masked_latent,
-            "concat_mask": preprocess.latent_mask(mask, *masked_latent.shape[-2:]),
-        }
-        positive, negative = (
-            node_helpers.conditioning_set_values(c, values) for c in (positive, negative)
+        return io.NodeOutput(
+            *inpaint_conditioning(positive, negative, vae, image, mask, fill, noise_mask)
         )
-        return io.NodeOutput(positive, negative, latent)
+
+
+def inpaint_conditioning(
+    positive, negative, vae, image, mask, fill: str = "black", noise_mask: bool = False
+):
+    """Both CONDITIONINGs with the masked photo and the mask, and the photo's LATENT.
+
+    Args:
+        image: IMAGE (B, H, W, 3) in [0, 1].
+        mask: MASK (B, H, W), 1 = repaint.
+        fill: "black" as CAT-Diffusion was trained, "grey" as stock SD 1.5 inpainting.
+        noise_mask: also hand the sampler the mask, so that it keeps the latent outside.
+    """
+    cell = vae_cell(vae)
+    image, mask = to_core(image, mask)
+    height, width = image.shape[2:]
+    if min(height, width) < cell:
+        raise ValueError(
+            f"The image is {width}x{height} pixels; the VAE needs at least {cell}x{cell}. "
+            "Scale it up."
+        )
+    if fill == "grey":
+        return stock_inpaint_conditioning(
+            positive, negative, vae, image.movedim(1, -1), mask.squeeze(1), noise_mask
+        )
+    mask_full = preprocess.resize_mask(mask, height, width)
+    photo = _crop(image, cell)
+    hole = _crop(mask_full, cell)
+    masked_photo = (preprocess.vae_input(photo, hole) + 1) / 2  # [-1, 1] -> [0, 1], as IMAGE
+    masked_latent = vae.encode(masked_photo.float().movedim(1, -1))  # (B, 4, h, w)
+    latent = {"samples": vae.encode(photo.movedim(1, -1))}
+    if noise_mask:
+        latent["noise_mask"] = hole
+    values = {
+        "concat_latent_image": masked_latent,
+        "concat_mask": preprocess.latent_mask(hole, *masked_latent.shape[-2:]),
+    }
+    return with_values(positive, values), with_values(negative, values), latent
 
 
 def _crop(x: torch.Tensor, cell: int) -> torch.Tensor:
@@ -117,8 +129,8 @@ class CATScheduler(io.ComfyNode):
             display_name="CAT Scheduler",
             category=CATEGORY,
             search_aliases=["ddim sigmas", "official schedule", "sigmas", "调度器"],
-            description="Sigmas of the official DDIM schedule for SamplerCustom (sampler: ddim). It ends at the "
-            "smallest trained noise level, not at zero.",
+            description="Sigmas of the official DDIM schedule for SamplerCustom (sampler: ddim). "
+            "It ends at the smallest trained noise level, not at zero.",
             inputs=[
                 io.Model.Input("model", tooltip="An SD 1.5 model."),
                 io.Int.Input(
@@ -126,8 +138,8 @@ class CATScheduler(io.ComfyNode):
                     default=50,
                     min=1,
                     max=1000,
-                    tooltip="The paper uses 50. Where 1000 is not a multiple, the official code makes more steps "
-                    "(31 for 30, 999 above 500); so does this.",
+                    tooltip="The paper uses 50. Where 1000 is not a multiple, the official code "
+                    "makes more steps (31 for 30, 999 above 500); so does this.",
                 ),
                 io.Float.Input(
                     "denoise",
@@ -143,13 +155,24 @@ class CATScheduler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, steps, denoise) -> io.NodeOutput:
-        sigmas = trained_sigmas(model)
-        if denoise <= 0:
-            return io.NodeOutput(torch.FloatTensor([]))
-        stride = max(len(sigmas) // (steps if denoise == 1 else int(steps / denoise)), 1)
-        timesteps = torch.arange(
-            1, len(sigmas), stride
-        )  # ascending, the official range(0, 1000, stride) + 1
-        if denoise < 1:
-            timesteps = timesteps[: min(steps, round(len(timesteps) * denoise))]
-        return io.NodeOutput(torch.cat((sigmas[timesteps.flip(0)], sigmas[:1])))
+        return io.NodeOutput(official_sigmas(model, steps, denoise))
+
+
+def official_sigmas(model, steps: int, denoise: float = 1.0) -> torch.Tensor:
+    """Descending noise levels of the official DDIM sampler; the last is the smallest trained one.
+
+    Args:
+        steps: as the official code counts them: where 1000 is not a multiple, there are more.
+        denoise: the share of the schedule that is run, its end; at 0 there are no noise levels.
+    """
+    sigmas = trained_sigmas(model)
+    if denoise <= 0:
+        return torch.FloatTensor([])
+    steps_from_noise = steps if denoise == 1 else int(steps / denoise)
+    stride = max(len(sigmas) // steps_from_noise, 1)
+    # Ascending; the official code has range(0, 1000, stride) + 1.
+    timesteps = torch.arange(1, len(sigmas), stride)
+    if denoise < 1:
+        kept = min(steps, round(len(timesteps) * denoise))
+        timesteps = timesteps[:kept]
+    return torch.cat((sigmas[timesteps.flip(0)], sigmas[:1]))

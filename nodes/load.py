@@ -1,13 +1,55 @@
 """Loaders: a full official checkpoint, or a CAT weights file beside a stock SD 1.5 inpainting model."""
 
+from typing import NamedTuple
+
 from comfy_api.latest import io
 
 from ..cat_core.weights import PREFIXES
 from .host import memory, messages, model_files
 from .host.build import build_cat_model, build_clip, build_clip_vision, build_unet, build_vae
+from .host.cat_model import CatModel
 from .wires import CATEGORY, CatModelWire
 
 CAT_PARTS = {"sem_inpainter", "ref_adapter"}
+
+
+class Models(NamedTuple):
+    """What a full checkpoint holds, as the host's wires carry it; in the order of the outputs."""
+
+    model: object  # MODEL: the U-Net, without RefAdapter
+    clip: object
+    vae: object
+    clip_vision: object
+    cat_model: CatModel
+
+
+def load_full_checkpoint(path) -> Models:
+    """Build every part of a full checkpoint; raises ValueError for any other file."""
+    # Large parts first: the file's pages of a part are in memory, too, while the part is built.
+    builders = {
+        "unet": build_unet,
+        "cat_model": build_cat_model,
+        "clip_vision": build_clip_vision,
+        "clip_text": build_clip,
+        "vae": build_vae,
+    }
+    bar = messages.progress_bar(1 + len(builders))
+    built = {}
+    with messages.plain_errors(), memory.collector_paused():
+        file = model_files.read_path(path)
+        file.require(*PREFIXES)
+        for name, build in builders.items():
+            bar.update(1)
+            built[name] = build(file)
+            file = file.without(*(CAT_PARTS if name == "cat_model" else {name}))
+    bar.update(1)
+    return Models(
+        model=built["unet"],
+        clip=built["clip_text"],
+        vae=built["vae"],
+        clip_vision=built["clip_vision"],
+        cat_model=built["cat_model"],
+    )
 
 
 class CATLoadCheckpoint(io.ComfyNode):
@@ -63,29 +105,7 @@ class CATLoadCheckpoint(io.ComfyNode):
 
     @classmethod
     def execute(cls, checkpoint) -> io.NodeOutput:
-        # Large parts first: the file's pages of a part are in memory, too, while the part is built.
-        order = {
-            "unet": build_unet,
-            "cat_model": build_cat_model,
-            "clip_vision": build_clip_vision,
-            "clip_text": build_clip,
-            "vae": build_vae,
-        }
-        bar = messages.progress_bar(1 + len(order))
-        built = {}
-        with messages.plain_errors(), memory.collector_paused():
-            file = model_files.read(checkpoint)
-            file.require(*PREFIXES)
-            for name, build in order.items():
-                bar.update(1)
-                built[name] = build(file)
-                file = file.without(
-                    *(("sem_inpainter", "ref_adapter") if name == "cat_model" else (name,))
-                )
-        bar.update(1)
-        return io.NodeOutput(
-            *(built[name] for name in ("unet", "clip_text", "vae", "clip_vision", "cat_model"))
-        )
+        return io.NodeOutput(*load_full_checkpoint(model_files.full_path(checkpoint)))
 
 
 class CATLoadWeights(io.ComfyNode):

@@ -125,19 +125,7 @@ class CATEncodeVisualPrompt(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip_vision, image, mask=None) -> io.NodeOutput:
-        check_clip_vision(clip_vision)
-        image, mask = to_core(image, mask)
-        seen, patches, _ = see(clip_vision, image, mask)
-        return io.NodeOutput(
-            features.VisualPrompt(
-                features.pool(patches),
-                patches,
-                patches,
-                torch.zeros_like(seen.patch_mask),
-                seen.masked_image,
-                mask,
-            )
-        )
+        return io.NodeOutput(encode_visual_prompt(clip_vision, image, mask))
 
 
 class CATVisualPromptPreview(io.ComfyNode):
@@ -191,6 +179,26 @@ class CATVisualPromptPreview(io.ComfyNode):
             )
         picture = draw(visual_prompt, clip, clip_vision)
         return io.NodeOutput(picture, ui=ui.PreviewImage(picture))
+
+
+def encode_visual_prompt(clip_vision, image, mask=None) -> features.VisualPrompt:
+    """A visual prompt straight from CLIP, without SemInpainter.
+
+    Args:
+        image: IMAGE (B, H, W, 3) in [0, 1].
+        mask: MASK (B, H, W); CLIP sees grey where it is 1.
+    """
+    check_clip_vision(clip_vision)
+    pixels, hole = to_core(image, mask)
+    seen, patches, _ = see(clip_vision, pixels, hole)
+    return features.VisualPrompt(
+        features.pool(patches),
+        patches,
+        patches,
+        torch.zeros_like(seen.patch_mask),
+        seen.masked_image,
+        hole,
+    )
 
 
 def predict(

@@ -65,16 +65,17 @@ def missing_file(name: str | None, what: str) -> str | None:
 
 def fingerprint(name: str) -> tuple:
     """Changes when the file does."""
-    status = os.stat(_path(name))
-    return _path(name), status.st_mtime_ns, status.st_size
+    status = os.stat(full_path(name))
+    return full_path(name), status.st_mtime_ns, status.st_size
 
 
 def read(name: str) -> Checkpoint:
     """Read and check a file of models/cat_diffusion; raises WeightsError."""
-    return read_path(_path(name))
+    return read_path(full_path(name))
 
 
-def _path(name: str) -> str:
+def full_path(name: str) -> str:
+    """Where a file of models/cat_diffusion lies; raises FileNotFoundError."""
     return folder_paths.get_full_path_or_raise(FOLDER, name)
 
 

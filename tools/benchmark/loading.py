@@ -124,9 +124,8 @@ def main() -> None:
     import comfy.sd
     import torch
 
-    from cat_diffusion.nodes.host import model_files
     from cat_diffusion.nodes.host.build import build_cat_model
-    from cat_diffusion.nodes.load import CATLoadCheckpoint
+    from cat_diffusion.nodes.load import load_full_checkpoint
 
     for file in files:  # into the system's cache
         with open(file, "rb") as content:
@@ -158,10 +157,7 @@ def main() -> None:
     start, cpu_start = time.perf_counter(), time.process_time()
     with torch.inference_mode():
         if which == "pack":
-            model_files.read = (
-                model_files.read_path
-            )  # the node takes names of files in models/cat_diffusion
-            kept = CATLoadCheckpoint.execute(files[0])
+            kept = load_full_checkpoint(files[0])
         else:
             kept = [
                 comfy.sd.load_checkpoint_guess_config(files[0]),

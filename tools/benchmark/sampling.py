@@ -18,8 +18,8 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmark.rows import Row, rows_in_turn
-from cat_diffusion.nodes.apply_ref_adapter import CATApplyRefAdapter
-from cat_diffusion.nodes.conditioning import CATInpaintConditioning
+from cat_diffusion.nodes.apply_ref_adapter import apply_ref_adapter
+from cat_diffusion.nodes.conditioning import inpaint_conditioning
 from cat_diffusion.nodes.host import memory, model_files
 from cat_diffusion.nodes.host.build import (
     build_cat_model,
@@ -31,7 +31,7 @@ from cat_diffusion.nodes.host.build import (
 from cat_diffusion.nodes.host.cat_model import run_sem_inpainter
 from cat_diffusion.nodes.host.clip import encode_text
 from cat_diffusion.nodes.host.unet import block_name, trained_sigmas
-from cat_diffusion.nodes.visual_prompt import CATEncodeVisualPrompt, CATSemanticInpaint
+from cat_diffusion.nodes.visual_prompt import encode_visual_prompt, predict
 from comfyui import ROOT
 
 PLAIN, OFFICIAL, SHIPPED = (
@@ -109,15 +109,11 @@ class Bench:
 
     def see(self, image, mask):
         """The visual prompt."""
-        return CATSemanticInpaint.execute(
-            self.cat_model, self.vision, self.clip, image, mask, TEXT
-        ).args[0]
+        return predict(self.cat_model, self.vision, self.clip, image, mask, TEXT)
 
     def apply(self, prompt=None, model=None):
         """The model with RefAdapter as shipped."""
-        return CATApplyRefAdapter.execute(
-            model or self.model, self.cat_model, prompt or self.prompt, 1.0, 0.0, 1.0
-        ).args[0]
+        return apply_ref_adapter(model or self.model, self.cat_model, prompt or self.prompt)
 
     def official(self, **shortcuts):
         """The model with RefAdapter as in the official code."""
@@ -138,9 +134,7 @@ class Bench:
         texts = [
             self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text)) for text in (TEXT, "")
         ]
-        return CATInpaintConditioning.execute(
-            *texts, self.vae, *self.picture(size, batch), "black", False
-        ).args
+        return inpaint_conditioning(*texts, self.vae, *self.picture(size, batch))
 
     def call(self, model, size: int, batch: int = 1, inner=None) -> float:
         """Seconds of one step's work, both rows of CFG, inside the host's sampling; `inner` stands in for the timing."""
@@ -479,9 +473,7 @@ def sem_inpainter(bench: Bench, arguments):
         torch.ones(1, 1, config.grid_size, config.grid_size),
     )
     for what, function in {
-        "CLIP vision, with preprocessing": lambda: CATEncodeVisualPrompt.execute(
-            bench.vision, *picture
-        ),
+        "CLIP vision, with preprocessing": lambda: encode_visual_prompt(bench.vision, *picture),
         "CLIP text": lambda: encode_text(bench.clip, TEXT),
         "SemInpainter": lambda: run_sem_inpainter(bench.cat_model, *inputs),
         "folding": bench.apply,

@@ -308,15 +308,15 @@ def _fill(models, number: int, samples, seed: int, folder: Path) -> None:
 
 def patched(models, number: int, image, mask, label: str):
     """A row's model for these pictures: as it is, or with a RefAdapter that looks at the row's visual prompt."""
-    from cat_diffusion.nodes.apply_ref_adapter import CATApplyRefAdapter
-    from cat_diffusion.nodes.visual_prompt import CATEncodeVisualPrompt, predict
+    from cat_diffusion.nodes.apply_ref_adapter import apply_ref_adapter
+    from cat_diffusion.nodes.visual_prompt import encode_visual_prompt, predict
 
     model, clip, _, clip_vision, cat_model = models
     if number == 1:
         return model
     prompt = (
-        CATEncodeVisualPrompt.execute(clip_vision, image, mask).args[0]
+        encode_visual_prompt(clip_vision, image, mask)
         if number == 2
         else predict(cat_model, clip_vision, clip, image, mask, label)
     )
-    return CATApplyRefAdapter.execute(model, cat_model, prompt, 1.0, 0.0, 1.0).args[0]
+    return apply_ref_adapter(model, cat_model, prompt)

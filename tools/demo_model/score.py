@@ -99,14 +99,9 @@ def evaluate(arguments) -> dict:
 
 def load(checkpoint: Path):
     """The outputs of CAT Load Checkpoint: model, clip, vae, clip_vision, cat_model."""
-    import folder_paths
+    from cat_diffusion.nodes.load import load_full_checkpoint
 
-    from cat_diffusion.nodes.host import model_files
-    from cat_diffusion.nodes.load import CATLoadCheckpoint
-
-    model_files.register_folder()
-    folder_paths.add_model_folder_path(model_files.FOLDER, str(checkpoint.resolve().parent))
-    return CATLoadCheckpoint.execute(checkpoint.name).args
+    return load_full_checkpoint(checkpoint)
 
 
 def inpaint(models, scenes_, labels, kind: str, steps: int, cfg: float, strength: float, seed: int):
@@ -142,12 +137,12 @@ def inpaint(models, scenes_, labels, kind: str, steps: int, cfg: float, strength
 
 def run_nodes(models, image, mask, label: str, steps: int, cfg: float, strength: float, seed: int):
     """IMAGE (B, S, S, 3) and MASK (B, S, S) through the nodes of the demo workflow, one label for all."""
-    from cat_diffusion.nodes.apply_ref_adapter import CATApplyRefAdapter
+    from cat_diffusion.nodes.apply_ref_adapter import apply_ref_adapter
     from cat_diffusion.nodes.visual_prompt import predict
 
     model, clip, _, clip_vision, cat_model = models
     prompt = predict(cat_model, clip_vision, clip, image, mask, label)
-    patched = CATApplyRefAdapter.execute(model, cat_model, prompt, strength, 0.0, 1.0).args[0]
+    patched = apply_ref_adapter(model, cat_model, prompt, strength)
     return sample(models, patched, image, mask, label, steps, cfg, seed)
 
 
@@ -170,13 +165,11 @@ def sample(
     import torch
 
     import nodes
-    from cat_diffusion.nodes.conditioning import CATInpaintConditioning
+    from cat_diffusion.nodes.conditioning import inpaint_conditioning
 
     _, clip, vae, *_ = models
     positive, negative = (nodes.CLIPTextEncode().encode(clip, text)[0] for text in (label, ""))
-    positive, negative, latent = CATInpaintConditioning.execute(
-        positive, negative, vae, image, mask, "black", False
-    ).args
+    positive, negative, latent = inpaint_conditioning(positive, negative, vae, image, mask)
     if from_noise:
         latent = latent | {"samples": torch.zeros_like(latent["samples"])}
     latent = nodes.KSampler().sample(

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from cat_diffusion.cat_core import features, preprocess, weights
 from cat_diffusion.cat_core.config import Architecture, RefAdapterConfig, SemInpainterConfig
 from cat_diffusion.cat_core.features import VisualPrompt
-from cat_diffusion.nodes.apply_ref_adapter import CATApplyRefAdapter
-from cat_diffusion.nodes.conditioning import CATScheduler
+from cat_diffusion.nodes.apply_ref_adapter import apply_ref_adapter
+from cat_diffusion.nodes.conditioning import official_sigmas
 from cat_diffusion.nodes.host.build import build_cat_model, build_unet
 
 BOUND = 1e-5  # of the largest value, fp32
@@ -166,7 +166,7 @@ class Cases:
         positive, negative = (
             [[golden[key], dict(values)]] for key in ("context", "uncond_context")
         )
-        sigmas = CATScheduler.execute(model, len(golden["x_steps"]), 1.0).args[0]
+        sigmas = official_sigmas(model, len(golden["x_steps"]))
         # The official latents are those of the host divided by sqrt(1 + sigma^2).
         start = (1 + sigmas[0] ** 2).sqrt() / sigmas[0]
         steps = []
@@ -204,9 +204,7 @@ class Cases:
 
         file = self._file("unet_tiny.safetensors")
         prompt = VisualPrompt(*(visual_prompt,) * 5)  # only its tokens are read
-        return CATApplyRefAdapter.execute(
-            build_unet(file), build_cat_model(file), prompt, 1.0, 0.0, 1.0
-        ).args[0]
+        return apply_ref_adapter(build_unet(file), build_cat_model(file), prompt)
 
     def _file(self, name: str):
         """A golden weights file in fp32; head counts come from the index, as tensors do not tell them."""

@@ -13,13 +13,13 @@ from cat_diffusion.cat_core.data import masks
 from cat_diffusion.cat_core.pictures import plots
 from cat_diffusion.cat_core.training import samples
 from cat_diffusion.cat_core.training.objectives import masked_cosine
-from cat_diffusion.nodes.apply_ref_adapter import CATApplyRefAdapter
-from cat_diffusion.nodes.conditioning import CATInpaintConditioning
+from cat_diffusion.nodes.apply_ref_adapter import apply_ref_adapter
+from cat_diffusion.nodes.conditioning import inpaint_conditioning
 from cat_diffusion.nodes.host import memory
 from cat_diffusion.nodes.host.build import build_cat_model, build_unet
 from cat_diffusion.nodes.host.clip import plain_tokens
 from cat_diffusion.nodes.host.encoders import HostEncoders
-from cat_diffusion.nodes.visual_prompt import CATEncodeVisualPrompt, predict
+from cat_diffusion.nodes.visual_prompt import encode_visual_prompt, predict
 
 COUNT = 4  # samples on a sheet
 STEPS, CFG = 20, 7.5
@@ -161,18 +161,16 @@ class SamplePictures:
         if self.stage.prompt == "predicted":
             prompt = predict(cat_model, vision, clip, image, mask, record.label)
         elif self.stage.prompt:
-            prompt = CATEncodeVisualPrompt.execute(
+            prompt = encode_visual_prompt(
                 vision, image, mask if self.stage.prompt == "observed" else None
-            ).args[0]
+            )
         texts = (
             clip.encode_from_tokens_scheduled(plain_tokens(clip, text))
             for text in (record.caption or record.label, "")
         )
-        positive, negative, latent = CATInpaintConditioning.execute(
-            *texts, vae, image, mask, "black", False
-        ).args
+        positive, negative, latent = inpaint_conditioning(*texts, vae, image, mask)
         if self.stage.prompt:
-            model = CATApplyRefAdapter.execute(model, cat_model, prompt, 1.0, 0.0, 1.0).args[0]
+            model = apply_ref_adapter(model, cat_model, prompt)
         latent["samples"] = torch.zeros_like(
             latent["samples"]
         )  # the photo's own still holds the object
