@@ -1,6 +1,9 @@
-"""Building blocks with the parameter names of Hugging Face's CLIP, as the official checkpoint uses them.
+"""Building blocks with the parameter names of Hugging Face's CLIP.
 
-`ops` supplies Linear, LayerNorm and Embedding: `torch.nn` by default, a host's own classes inside a host.
+The official checkpoint uses the same names.
+
+`ops` supplies Linear, LayerNorm and Embedding: `torch.nn` by default, a host's own classes inside
+a host.
 `attention(q, k, v, heads)` takes (B, N, C) tensors and returns (B, N, C).
 """
 
@@ -10,11 +13,17 @@ from torch import nn
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
     """Multi-head scaled dot-product attention: (B, N, C), (B, M, C), (B, M, C) -> (B, N, C)."""
-    q, k, v = (
-        t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v)
-    )  # (B, heads, N, C / heads)
-    out = nn.functional.scaled_dot_product_attention(q, k, v)
+    out = nn.functional.scaled_dot_product_attention(
+        _by_head(q, heads),
+        _by_head(k, heads),
+        _by_head(v, heads),
+    )
     return out.transpose(1, 2).flatten(2)
+
+
+def _by_head(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """(B, N, C) -> (B, heads, N, C / heads)."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -39,16 +48,18 @@ class SelfAttention(nn.Module):
 
     def __init__(self, hidden_size, heads, ops, attention, **kwargs):
         super().__init__()
-        self.heads, self.attention = heads, attention
+        self.heads = heads
+        self.attention = attention
         self.k_proj = ops.Linear(hidden_size, hidden_size, **kwargs)
         self.v_proj = ops.Linear(hidden_size, hidden_size, **kwargs)
         self.q_proj = ops.Linear(hidden_size, hidden_size, **kwargs)
         self.out_proj = ops.Linear(hidden_size, hidden_size, **kwargs)
 
     def forward(self, x):
-        return self.out_proj(
-            self.attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads)
-        )
+        q = self.q_proj(x)
+        k = self.k_proj(x)
+        v = self.v_proj(x)
+        return self.out_proj(self.attention(q, k, v, self.heads))
 
 
 class EncoderLayer(nn.Module):

@@ -26,6 +26,7 @@ class Embeddings(nn.Module):
         self.mask_embedding = ops.Embedding(2, config.hidden_size, **kwargs)
 
     def forward(self, patches, masked):
+        # A host may compute in another type than it stores the embeddings in.
         positions = torch.arange(patches.shape[1], device=patches.device)
         return (
             patches
@@ -39,18 +40,18 @@ class Encoder(nn.Module):
 
     def __init__(self, config: SemInpainterConfig, ops, attention, **kwargs):
         super().__init__()
-        self.layers = nn.ModuleList(
-            layers.EncoderLayer(
+        self.layers = nn.ModuleList()
+        for _ in range(config.num_hidden_layers):
+            layer = layers.EncoderLayer(
                 config.hidden_size,
                 config.intermediate_size,
-                config.num_attention_heads,
-                config.layer_norm_eps,
-                ops,
-                attention,
+                heads=config.num_attention_heads,
+                eps=config.layer_norm_eps,
+                ops=ops,
+                attention=attention,
                 **kwargs,
             )
-            for _ in range(config.num_hidden_layers)
-        )
+            self.layers.append(layer)
 
     def forward(self, x):
         for layer in self.layers:
@@ -91,7 +92,8 @@ class SemInpainter(nn.Module):
         """Predict the features of the whole picture from those of the picture with a hole.
 
         Args:
-            patches: (B, G*G, D) CLIP patch features of the grey-filled picture, before post-layernorm.
+            patches: (B, G*G, D) CLIP patch features of the grey-filled picture, before
+                post-layernorm.
             image: (B, D) CLIP's pooled image feature, post-layernormed, not projected.
             text: (B, T) CLIP's pooled text feature, not projected.
             patch_mask: (B, 1, G, G), 1 where the patch is to be repainted.
@@ -102,4 +104,8 @@ class SemInpainter(nn.Module):
         label = self.label_mlp(text).unsqueeze(1)  # (B, 1, D)
         x = torch.cat((image, patches, label), dim=1)  # (B, G*G + 2, D)
         x = self.encoder(x)
-        return SemInpainterOutput(x[:, 1:-1], self.post_layernorm(x[:, 0]), x[:, -1])
+        return SemInpainterOutput(
+            patches=x[:, 1:-1],
+            image=self.post_layernorm(x[:, 0]),
+            label=x[:, -1],
+        )

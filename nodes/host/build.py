@@ -26,7 +26,7 @@ import torch
 from ...cat_core import weights
 from ...cat_core.config import HEAD_WIDTH
 from ...cat_core.features import VisualPrompt
-from ...cat_core.models.ref_adapter import FoldedRefAdapter
+from ...cat_core.models.folded import FoldedRefAdapter
 from ...cat_core.weights import Checkpoint, WeightsError
 from .cat_model import CatModel
 from .model_files import read_path

@@ -15,10 +15,21 @@ from cat_diffusion.cat_core.config import (
     RefAdapterConfig,
     SemInpainterConfig,
 )
-from cat_diffusion.cat_core.models.ref_adapter import FoldedBlock, RefAdapter, RefAdapterBlock
+from cat_diffusion.cat_core.models.folded import FoldedBlock, fold
+from cat_diffusion.cat_core.models.ref_adapter import RefAdapter, RefAdapterBlock
 from cat_diffusion.cat_core.models.sem_inpainter import SemInpainter
 
-TINY = SemInpainterConfig(32, 64, 2, 4, 16, 24, 48, 64, 64)
+TINY = SemInpainterConfig(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    grid_size=16,
+    text_size=24,
+    text_intermediate_size=48,
+    spatial_intermediate_size=64,
+    global_intermediate_size=64,
+)
 BLOCKS = RefAdapterConfig(
     32,
     4,
@@ -88,7 +99,7 @@ def test_a_zero_visual_prompt_adds_exactly_the_bias():
     x = torch.randn(2, 9, 40)
     bias = block.attn3.to_out[0].bias
     assert torch.equal(block(x, torch.zeros(2, 64, 32)), bias.expand(2, 9, 40))
-    folded = FoldedBlock(block, torch.zeros(1, 64, 32), torch.float32)
+    folded = fold(block, torch.zeros(1, 64, 32), torch.float32)
     assert torch.equal(folded(x, [False]), x + bias) and torch.allclose(
         folded(x, [True]), x + bias, atol=1e-6
     )
@@ -130,8 +141,8 @@ def test_folding_changes_nothing(width, tokens, heads, prompts, latents, conditi
     block, unfolded, _ = block_and_reference(
         width, tokens, heads, torch.float32, x, prompts, conditional, -0.7
     )
-    folded = FoldedBlock(block, prompts, torch.float32)
-    assert (folded.keys is None) == ((width, tokens, heads) != SHAPES[2])
+    folded = fold(block, prompts, torch.float32)
+    assert isinstance(folded, FoldedBlock) == ((width, tokens, heads) != SHAPES[2])
     out = folded(x, conditional, -0.7)
     assert torch.equal(x, before)
     assert (out - unfolded).abs().max() <= 1e-5 * (unfolded - x).abs().max()
@@ -154,7 +165,7 @@ def test_folding_is_no_worse_in_half_precision(width, tokens, heads, dtype, scal
     block, unfolded, exact = block_and_reference(
         width, tokens, heads, dtype, x, prompts, [True], 1.0
     )
-    out = FoldedBlock(block, prompts, dtype)(x, [True])
+    out = fold(block, prompts, dtype)(x, [True])
     assert out.dtype == dtype
     errors = [(found.double() - exact).norm().item() for found in (out, unfolded)]
     print(f"folded / unfolded error {errors[0] / errors[1]:.2f}")
@@ -164,7 +175,7 @@ def test_folding_is_no_worse_in_half_precision(width, tokens, heads, dtype, scal
 
 
 def test_hidden_states_may_be_of_another_type_and_layout_than_the_folded_matrices():
-    folded = FoldedBlock(random_(RefAdapterBlock(80, 32, 4)), torch.randn(1, 16, 32), torch.float32)
+    folded = fold(random_(RefAdapterBlock(80, 32, 4)), torch.randn(1, 16, 32), torch.float32)
     x = torch.randn(2, 80, 9)
     whole = folded(x.transpose(1, 2), [True, False])
     assert torch.equal(whole, folded(x.transpose(1, 2).contiguous(), [True, False]))

@@ -7,27 +7,30 @@ import weakref
 import pytest
 import torch
 
+from cat_diffusion.cat_core.models import folded
 from cat_diffusion.nodes.host.build import build_unet
 
 
 @pytest.fixture
 def counted(pack, monkeypatch):
     """Counts calls: `folds` of blocks, `rows` of each attention."""
-    from cat_diffusion.cat_core.models.ref_adapter import FoldedBlock
-
     counts = {"folds": 0, "rows": []}
-    fold, attend = FoldedBlock.__init__, FoldedBlock.attend
+    prepare = folded.PromptedBlock.__init__
 
     def count_folds(self, *args):
         counts["folds"] += 1
-        fold(self, *args)
+        prepare(self, *args)
 
-    def count_rows(self, x, *args, **kwargs):
-        counts["rows"].append(len(x))
-        attend(self, x, *args, **kwargs)
+    def counting(attend):
+        def count_rows(self, x, *args):
+            counts["rows"].append(len(x))
+            attend(self, x, *args)
 
-    monkeypatch.setattr(FoldedBlock, "__init__", count_folds)
-    monkeypatch.setattr(FoldedBlock, "attend", count_rows)
+        return count_rows
+
+    monkeypatch.setattr(folded.PromptedBlock, "__init__", count_folds)
+    for form in (folded.FoldedBlock, folded.CachedBlock):
+        monkeypatch.setattr(form, "attend", counting(form.attend))
     return counts
 
 
