@@ -286,4 +286,4 @@ def draw(prompt: features.VisualPrompt, clip=None, clip_vision=None) -> torch.Te
     similarity = (
         text_similarity(clip, clip_vision, prompt) if prompt.text and clip and clip_vision else None
     )
-    return preview.sheet(prompt, similarity)
+    return preview.preview_rows(prompt, similarity)

@@ -2,78 +2,123 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 from .. import preprocess
+from .axis import Axis
+from .tensors import to_picture
 
-WIDTH, PANEL, MARGIN = 640, 240, 44  # pixels
-RED, BLUE, GREY, PALE = (200, 60, 40), (40, 90, 180), (140, 140, 140), (238, 200, 192)
+WIDTH = 640  # pixels of a panel
+PANEL = 240  # its height
+LEFT = 56  # inside of it, the frame of a curve or a histogram
+RIGHT = WIDTH - 12
+TOP = 28
+BOTTOM = PANEL - 24
+LINE = 20  # height of a line of text on a sheet
+
+RED = (200, 60, 40)
+BLUE = (40, 90, 180)
+GREY = (140, 140, 140)
+PALE = (238, 200, 192)
+GRID = (228, 228, 228)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A number of every step so far."""
+
+    name: str
+    values: Sequence[float]
+    colour: tuple[int, int, int]
+
+    @property
+    def finite(self) -> list[float]:
+        """The values that can be drawn."""
+        return [value for value in self.values if math.isfinite(value)]
 
 
 def curves(history: Sequence[Mapping[str, float]], steps: int) -> Image.Image:
-    """A run's figures of each step so far: the loss, and SemInpainter's cosine similarity to CLIP where it was watched."""
-    loss = [figures["loss"] for figures in history]
-    panels = [{"loss of each step": (loss, PALE), "mean": (_smooth(loss), RED)}]
+    """A run's figures of each step so far.
+
+    These are the loss, and SemInpainter's cosine similarity to CLIP where it was watched.
+    """
+    loss = _column(history, "loss")
+    panels = [[Curve("loss of each step", loss, PALE), Curve("mean", _smooth(loss), RED)]]
     if history and "cosine" in history[0]:
+        observed = _smooth(_column(history, "cosine_observed"))
+        predicted = _smooth(_column(history, "cosine"))
         panels.append(
-            {
-                "cosine in the hole, observed": (
-                    _smooth([f["cosine_observed"] for f in history]),
-                    GREY,
-                ),
-                "predicted": (_smooth([f["cosine"] for f in history]), BLUE),
-            }
+            [
+                Curve("cosine in the hole, observed", observed, GREY),
+                Curve("predicted", predicted, BLUE),
+            ]
         )
     picture = Image.new("RGB", (WIDTH, PANEL * len(panels)), "white")
     for i, panel in enumerate(panels):
-        _panel(ImageDraw.Draw(picture), i * PANEL, panel, steps)
+        _draw_curves(ImageDraw.Draw(picture), i * PANEL, panel, steps)
     return picture
+
+
+def _column(history: Sequence[Mapping[str, float]], name: str) -> list[float]:
+    return [figures[name] for figures in history]
 
 
 def _smooth(values: list[float]) -> list[float]:
     """Mean over the last twentieth of the run, so far."""
     window = max(len(values) // 20, 1)
     sums = [0.0, *itertools.accumulate(values)]
-    return [(sums[i] - sums[max(i - window, 0)]) / min(window, i) for i in range(1, len(sums))]
+    means = []
+    for end in range(1, len(sums)):
+        start = max(end - window, 0)
+        means.append((sums[end] - sums[start]) / (end - start))
+    return means
 
 
-def _panel(
-    draw: ImageDraw.ImageDraw, top: int, lines: Mapping[str, tuple[list[float], tuple]], steps: int
-) -> None:
-    left, right, top, bottom = MARGIN + 12, WIDTH - 12, top + 28, top + PANEL - 24
-    values = [value for line, _ in lines.values() for value in line if math.isfinite(value)] or [
-        0.0
-    ]
-    low, high = min(values), max(values)
-    spread = (high - low) or abs(high) or 1.0
-    x = left
-    for name, (_, colour) in lines.items():
-        draw.line((x, top - 14, x + 14, top - 14), fill=colour, width=3)
-        draw.text((x + 18, top - 20), name, fill="black")
-        x += 34 + int(draw.textlength(name))
+def _draw_curves(draw: ImageDraw.ImageDraw, top: int, panel: Sequence[Curve], steps: int) -> None:
+    """One panel: a legend above, three lines of the grid, and the curves."""
+    values = []
+    for curve in panel:
+        values += curve.finite
+    low = min(values, default=0.0)
+    spread = (max(values, default=0.0) - low) or abs(low) or 1.0
+    x = Axis(0, max(steps, 1), LEFT, RIGHT)
+    y = Axis(low, low + spread, top + BOTTOM, top + TOP)
+    _legend(draw, top + 14, [(curve.name, curve.colour) for curve in panel])
     for value in (low, low + spread / 2, low + spread):
-        y = bottom - (value - low) / spread * (bottom - top)
-        draw.line((left, y, right, y), fill=(228, 228, 228))
-        draw.text((4, y - 6), f"{value:.3g}", fill="black")
+        draw.line((LEFT, y(value), RIGHT, y(value)), fill=GRID)
+        draw.text((4, y(value) - 6), f"{value:.3g}", fill="black")
     for step in (0, steps // 2, steps):
-        x = left + step / max(steps, 1) * (right - left)
-        draw.text((x - draw.textlength(str(step)) / 2, bottom + 6), str(step), fill="black")
-    for line, colour in lines.values():
-        points = [
-            (
-                left + (i + 1) / max(steps, 1) * (right - left),
-                bottom - (value - low) / spread * (bottom - top),
-            )
-            for i, value in enumerate(line)
-            if math.isfinite(value)
-        ]
-        draw.line(
-            [(x - 2, y) for x, y in points[:1]] + points, fill=colour, width=2
-        )  # a dot where there is one point
+        _centred(draw, (x(step), top + BOTTOM + 6), str(step))
+    for curve in panel:
+        points = []
+        for step, value in enumerate(curve.values, 1):
+            if math.isfinite(value):
+                points.append((x(step), y(value)))
+        # A single point becomes a short line, and is seen.
+        before = [(across - 2, down) for across, down in points[:1]]
+        draw.line(before + points, fill=curve.colour, width=2)
+
+
+def _legend(
+    draw: ImageDraw.ImageDraw, y: float, entries: Iterable[tuple[str, tuple[int, int, int]]]
+) -> None:
+    """Names side by side, each behind a stroke of its colour."""
+    x = LEFT
+    for name, colour in entries:
+        draw.line((x, y, x + 14, y), fill=colour, width=3)
+        draw.text((x + 18, y - 6), name, fill="black")
+        x += 34 + int(draw.textlength(name))
+
+
+def _centred(draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str) -> None:
+    """A text below a point."""
+    x, y = place
+    draw.text((x - draw.textlength(text) / 2, y), text, fill="black")
 
 
 def histogram(series: Mapping[str, Sequence[float]], bins: int = 40) -> Image.Image:
@@ -83,69 +128,68 @@ def histogram(series: Mapping[str, Sequence[float]], bins: int = 40) -> Image.Im
         series: for one to three names, values in [-1, 1].
         bins: of equal width, over the tenths that hold all values, up to 1.
     """
-    low = math.floor(10 * min(min(values) for values in series.values())) / 10
+    least = min(map(min, series.values()))
+    low = math.floor(10 * least) / 10
     high = max(1.0, low + 0.1)
-    left, right, top, bottom = MARGIN + 12, WIDTH - 12, 28, PANEL - 24
+    shares = {}
+    for name, values in series.items():
+        counts, _ = np.histogram(values, bins, (low, high))
+        shares[name] = counts / len(values)
+    most = max(map(max, shares.values()))
+
+    x = Axis(low, high, LEFT, RIGHT)
+    bin_axis = Axis(0, bins, LEFT, RIGHT)
+    # Whole pixels; what rounding in floating point takes off them is given back.
+    edges = [math.floor(bin_axis(i) + 1e-9) for i in range(bins + 1)]
+    y = Axis(0, most, BOTTOM, TOP)
     picture = Image.new("RGB", (WIDTH, PANEL), "white")
     draw = ImageDraw.Draw(picture, "RGBA")
-    shares = {
-        name: np.histogram(values, bins, (low, high))[0] / len(values)
-        for name, values in series.items()
-    }
-    most, x = max(share.max() for share in shares.values()), left
-    for (name, share), colour in zip(shares.items(), (GREY, BLUE, RED)):
-        for i, value in enumerate(share):
-            first, after = (left + (right - left) * place // bins for place in (i, i + 1))
-            draw.rectangle(
-                (first, bottom - value / most * (bottom - top), after - 1, bottom),
-                fill=(*colour, 110),
-            )
-        mean = sum(series[name]) / len(series[name])
-        across = left + (mean - low) / (high - low) * (right - left)
-        for y in range(top, bottom, 8):
-            draw.line((across, y, across, y + 4), fill=colour, width=2)
-        text = f"{name}, mean {mean:.3f}"
-        draw.line((x, 14, x + 14, 14), fill=colour, width=3)
-        draw.text((x + 18, 8), text, fill="black")
-        x += 34 + int(draw.textlength(text))
-    for place in (0, 0.5, 1):
-        text = f"{low + place * (high - low):.2f}"
-        draw.text(
-            (left + place * (right - left) - draw.textlength(text) / 2, bottom + 6),
-            text,
-            fill="black",
-        )
+    entries = []
+    for (name, values), colour in zip(series.items(), (GREY, BLUE, RED), strict=False):
+        for share, (left, right) in zip(shares[name], itertools.pairwise(edges), strict=True):
+            draw.rectangle((left, y(share), right - 1, BOTTOM), fill=(*colour, 110))
+        mean = sum(values) / len(values)
+        for dash in range(TOP, BOTTOM, 8):
+            draw.line((x(mean), dash, x(mean), dash + 4), fill=colour, width=2)
+        entries.append((f"{name}, mean {mean:.3f}", colour))
+    _legend(draw, 14, entries)
+    for value in (low, low + 0.5 * (high - low), high):
+        _centred(draw, (x(value), BOTTOM + 6), f"{value:.2f}")
     for share in (0, most):
-        draw.text((4, bottom - share / most * (bottom - top) - 6), f"{share:.1%}", fill="black")
+        draw.text((4, y(share) - 6), f"{share:.1%}", fill="black")
     return picture
 
 
 def similarity(patches: torch.Tensor, teacher: torch.Tensor) -> Image.Image:
-    """Cosine similarity of each patch to the teacher's, (N, D) x 2 -> a grey square: black 0 or below, white 1."""
+    """Cosine similarity of each patch to the teacher's, as a grey square.
+
+    Args:
+        patches: (N, D), and so is `teacher`.
+    Returns:
+        Black is 0 or below, white is 1.
+    """
     side = math.isqrt(len(patches))
-    cosine = torch.nn.functional.cosine_similarity(patches.float(), teacher.float(), dim=1).reshape(
-        side, side
-    )
-    grey = cosine.clamp(0, 1).mul(255).round().to(torch.uint8).cpu().numpy()
-    return Image.fromarray(grey).resize((preprocess.CLIP_SIZE,) * 2, Image.Resampling.NEAREST)
+    cosine = torch.nn.functional.cosine_similarity(patches.float(), teacher.float(), dim=1)
+    picture = to_picture(cosine.reshape(side, side))
+    size = (preprocess.CLIP_SIZE, preprocess.CLIP_SIZE)
+    return picture.resize(size, Image.Resampling.NEAREST)
 
 
 def sheet(
     rows: Sequence[tuple[str, Sequence[Image.Image]]], titles: Sequence[str], side: int = 256
 ) -> Image.Image:
     """Rows of pictures under column titles, each row with a line of text below it."""
-    picture = Image.new("RGB", (side * len(titles), 20 + (side + 20) * len(rows)), "white")
-    draw = ImageDraw.Draw(picture)
+    size = (side * len(titles), LINE + (side + LINE) * len(rows))
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
     for column, title in enumerate(titles):
         draw.text((column * side + 4, 4), title, fill="black")
     for row, (text, pictures) in enumerate(rows):
-        top = 20 + row * (side + 20)
-        for column, found in enumerate(pictures):
-            picture.paste(
-                found.convert("RGB").resize((side, side), Image.Resampling.BICUBIC),
-                (column * side, top),
-            )
-        draw.text(
-            (4, top + side + 4), text.encode("latin-1", "replace").decode("latin-1"), fill="black"
-        )
-    return picture
+        top = LINE + row * (side + LINE)
+        for column, picture in enumerate(pictures):
+            cell = picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+            canvas.paste(cell, (column * side, top))
+        # Pillow's own font knows no letters beyond Latin-1.
+        known = text.encode("latin-1", "replace").decode("latin-1")
+        draw.text((4, top + side + 4), known, fill="black")
+    return canvas

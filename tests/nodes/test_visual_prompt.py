@@ -98,9 +98,9 @@ def test_the_preview_shows_the_grid_and_common_colours(predict, picture, second)
     from cat_diffusion.cat_core.pictures import preview
 
     prompt = predict(picture[0], torch.cat((picture[1], second)))
-    shown = preview.sheet(prompt)
+    shown = preview.preview_rows(prompt)
     assert shown.shape == (2, 250, 704, 3) and shown.min() >= 0 and shown.max() <= 1
-    assert torch.equal(shown, preview.sheet(prompt))
+    assert torch.equal(shown, preview.preview_rows(prompt))
     before, after = preview.colours(prompt.before[0], prompt.after[0])
     outside = prompt.patch_mask[0, 0] == 0
     assert before.shape == (16, 16, 3) and torch.equal(before[outside], after[outside])
@@ -117,7 +117,7 @@ def test_a_flat_picture_has_a_preview(predict, picture):
     flat = dataclasses.replace(
         prompt, before=torch.ones_like(prompt.before), after=torch.ones_like(prompt.after)
     )
-    assert preview.sheet(flat).isfinite().all()
+    assert preview.preview_rows(flat).isfinite().all()
 
 
 def test_similarity_to_the_text(demo, predict, picture, models):
