@@ -6,23 +6,21 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from .errors import CatError
 
 Tensors = Mapping[str, torch.Tensor]
+Blocks = tuple[tuple[str, int], ...]  # (transformer block of a U-Net, its width C)
 
 HEAD_WIDTH = 64  # CLIP's attention heads, when nothing says otherwise
+UNET_HEADS = 8  # in every block of SD 1.5
 
 
 class ArchitectureError(CatError):
     """Tensors or metadata that do not describe a CAT-Diffusion model."""
-
-
-def _check_heads(width: int, heads: int | None) -> None:
-    if heads is not None and not (isinstance(heads, int) and heads > 0 and width % heads == 0):
-        raise ArchitectureError(f"{heads!r} attention heads do not divide a width of {width}")
 
 
 @dataclass(frozen=True)
@@ -45,27 +43,26 @@ class SemInpainterConfig:
         cls, tensors: Tensors, num_attention_heads: int | None = None
     ) -> "SemInpainterConfig":
         """Read every size off the parameters; the head count cannot be seen in them."""
+        layers = {key.split(".")[2] for key in tensors if key.startswith("encoder.layers.")}
         try:
-            positions, hidden = tensors["embeddings.position_embedding.weight"].shape
-            intermediate = tensors["encoder.layers.0.mlp.fc1.weight"].shape[0]
-            text_intermediate, text = tensors["label_mlp.fc1.weight"].shape
-            spatial_intermediate = tensors["spatial_mlp.fc1.weight"].shape[0]
-            global_intermediate = tensors["global_mlp.fc1.weight"].shape[0]
+            positions, hidden_size = tensors["embeddings.position_embedding.weight"].shape
+            intermediate_size = tensors["encoder.layers.0.mlp.fc1.weight"].shape[0]
+            text_intermediate_size, text_size = tensors["label_mlp.fc1.weight"].shape
+            config = cls(
+                hidden_size=hidden_size,
+                intermediate_size=intermediate_size,
+                num_hidden_layers=len(layers),
+                num_attention_heads=num_attention_heads or max(hidden_size // HEAD_WIDTH, 1),
+                grid_size=math.isqrt(positions),
+                text_size=text_size,
+                text_intermediate_size=text_intermediate_size,
+                spatial_intermediate_size=tensors["spatial_mlp.fc1.weight"].shape[0],
+                global_intermediate_size=tensors["global_mlp.fc1.weight"].shape[0],
+            )
         except KeyError as error:
             raise ArchitectureError(f"the SemInpainter lacks {error.args[0]}") from None
-        layers = {key.split(".")[2] for key in tensors if key.startswith("encoder.layers.")}
-        _check_heads(hidden, num_attention_heads)
-        return cls(
-            hidden,
-            intermediate,
-            len(layers),
-            num_attention_heads or max(hidden // HEAD_WIDTH, 1),
-            math.isqrt(positions),
-            text,
-            text_intermediate,
-            spatial_intermediate,
-            global_intermediate,
-        )
+        _check_heads(hidden_size, num_attention_heads)
+        return config
 
 
 @dataclass(frozen=True)
@@ -74,23 +71,25 @@ class RefAdapterConfig:
 
     visual_size: int  # D
     num_heads: int
-    blocks: tuple[tuple[str, int], ...]  # (transformer block of the U-Net, its width C)
+    blocks: Blocks
 
     @classmethod
     def from_tensors(cls, tensors: Tensors, num_heads: int | None = None) -> "RefAdapterConfig":
         """Read blocks and widths off the parameters; SD 1.5 has 8 heads in every block."""
-        keys = [key for key in tensors if key.endswith(".attn3.to_k.weight")]
-        if not keys:
+        blocks = _blocks_with("attn3.to_k.weight", tensors)
+        if not blocks:
             raise ArchitectureError("the RefAdapter has no attn3.to_k.weight")
-        blocks = [(key.removesuffix(".attn3.to_k.weight"), tensors[key].shape[0]) for key in keys]
-        visual = {tensors[key].shape[1] for key in keys}
-        for _, width in blocks:
-            _check_heads(width, num_heads or 8)
-        if len(visual) != 1:
+        num_heads = num_heads or UNET_HEADS
+        visual_sizes = set()
+        for name, width in blocks:
+            _check_heads(width, num_heads)
+            visual_sizes.add(tensors[f"{name}.attn3.to_k.weight"].shape[1])
+        if len(visual_sizes) != 1:
             raise ArchitectureError(
-                f"the RefAdapter's blocks expect visual prompts of different widths {sorted(visual)}"
+                "the RefAdapter's blocks expect visual prompts of different widths "
+                f"{sorted(visual_sizes)}"
             )
-        return cls(visual.pop(), num_heads or 8, tuple(sorted(blocks, key=block_order)))
+        return cls(visual_size=visual_sizes.pop(), num_heads=num_heads, blocks=blocks)
 
 
 @dataclass(frozen=True)
@@ -99,43 +98,67 @@ class Architecture:
 
     sem_inpainter: SemInpainterConfig | None = None
     ref_adapter: RefAdapterConfig | None = None
-    unet_num_heads: int = 8
+    unet_num_heads: int = UNET_HEADS
     clip_text_num_heads: int | None = None  # None: width / 64
     clip_vision_num_heads: int | None = None
 
     def to_json(self) -> str:
         """Text for a safetensors header."""
-        return json.dumps(
-            {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
-        )
+        facts = dataclasses.asdict(self)
+        return json.dumps({name: fact for name, fact in facts.items() if fact is not None})
 
     @classmethod
     def from_json(cls, text: str) -> "Architecture":
         """Inverse of `to_json`; raises ArchitectureError on anything else."""
         try:
-            fields = json.loads(text)
-            if "sem_inpainter" in fields:
-                fields["sem_inpainter"] = SemInpainterConfig(**fields["sem_inpainter"])
-            if "ref_adapter" in fields:
-                adapter = fields["ref_adapter"]
-                blocks = tuple((str(name), int(width)) for name, width in adapter["blocks"])
-                fields["ref_adapter"] = RefAdapterConfig(
-                    adapter["visual_size"], adapter["num_heads"], blocks
-                )
-            for name in ("unet_num_heads", "clip_text_num_heads", "clip_vision_num_heads"):
-                if not isinstance(fields.get(name, 1), int) or fields.get(name, 1) < 1:
-                    raise ArchitectureError(
-                        f"{name} is {fields[name]!r}, expected a positive number"
-                    )
-            return cls(**fields)
-        except ArchitectureError:
-            raise
+            return cls(**_described(json.loads(text)))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ArchitectureError(
                 f"the architecture in the metadata cannot be read ({error})"
             ) from None
 
 
-def block_order(block: tuple[str, int]) -> list:
+def unet_blocks(unet: Tensors) -> Blocks:
+    """Every transformer block of a U-Net with these tensors, and its width, in natural order."""
+    return _blocks_with("norm1.weight", unet)
+
+
+def _blocks_with(parameter: str, tensors: Tensors) -> Blocks:
+    """Name of every block that has such a parameter, and the parameter's first dimension."""
+    suffix = f".{parameter}"
+    blocks = []
+    for key, tensor in tensors.items():
+        if key.endswith(suffix):
+            blocks.append((key.removesuffix(suffix), tensor.shape[0]))
+    return tuple(sorted(blocks, key=_natural_order))
+
+
+def _natural_order(block: tuple[str, int]) -> list:
     """Sort key that puts input_blocks.10 after input_blocks.9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", block[0])]
+    parts = re.split(r"(\d+)", block[0])
+    return [int(part) if part.isdigit() else part for part in parts]
+
+
+def _check_heads(width: int, heads: int | None) -> None:
+    if heads is None:
+        return
+    if not (isinstance(heads, int) and heads > 0 and width % heads == 0):
+        raise ArchitectureError(f"{heads!r} attention heads do not divide a width of {width}")
+
+
+def _described(facts: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of Architecture out of its JSON; raises whatever malformed JSON leads to."""
+    if "sem_inpainter" in facts:
+        facts["sem_inpainter"] = SemInpainterConfig(**facts["sem_inpainter"])
+    if "ref_adapter" in facts:
+        adapter = facts["ref_adapter"]
+        facts["ref_adapter"] = RefAdapterConfig(
+            visual_size=adapter["visual_size"],
+            num_heads=adapter["num_heads"],
+            blocks=tuple((str(name), int(width)) for name, width in adapter["blocks"]),
+        )
+    for name in ("unet_num_heads", "clip_text_num_heads", "clip_vision_num_heads"):
+        heads = facts.get(name, 1)
+        if not isinstance(heads, int) or heads < 1:
+            raise ArchitectureError(f"{name} is {heads!r}, expected a positive number")
+    return facts

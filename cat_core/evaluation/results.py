@@ -1,8 +1,11 @@
-"""What is compared: a manifest's pictures and holes, and folders of finished pictures made for them."""
+"""What is compared: a manifest's pictures and holes, and folders of finished pictures.
+
+One such folder is made by tools/generate.py for one method.
+"""
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +13,19 @@ from pathlib import Path
 from PIL import Image
 
 from ..data import manifest, masks
+from ..errors import few
 from .metrics import EvaluationError
 
-RUN, FAILED = "run.json", "failed.jsonl"
-_BICUBIC = Image.Resampling.BICUBIC
+RUN = "run.json"
+FAILED = "failed.jsonl"
 
 
 @dataclass(frozen=True)
 class Results:
-    """A folder with `<id>.png` for each sample, in `run.json` how they were made and in `failed.jsonl` what could not be."""
+    """A folder with `<id>.png` for each sample.
+
+    Its `run.json` says how they were made, `failed.jsonl` what could not be.
+    """
 
     folder: Path
     run: dict
@@ -32,14 +39,16 @@ class Results:
                 "Make them with tools/generate.py."
             )
         path = folder / RUN
+        if not path.exists():
+            return cls(folder, {})
         try:
-            run = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            run = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(run, dict):
                 raise ValueError(f"found a {type(run).__name__}")
         except (OSError, ValueError) as error:
             raise EvaluationError(
-                f"{path} cannot be read ({error}), expected a JSON object. Delete it and give --manifest, "
-                "--split, --hole and --size yourself."
+                f"{path} cannot be read ({error}), expected a JSON object. Delete it and give "
+                "--manifest, --split, --hole and --size yourself."
             ) from error
         return cls(folder, run)
 
@@ -47,23 +56,22 @@ class Results:
     def failed(self) -> set[str]:
         """Ids of the samples that could not be made; raises EvaluationError."""
         path = self.folder / FAILED
+        if not path.exists():
+            return set()
         try:
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            lines = path.read_text(encoding="utf-8").splitlines()
             return {json.loads(line)["id"] for line in lines}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise EvaluationError(
-                f'{path} cannot be read ({error}), expected lines such as {{"id": "611c"}}. Delete it and '
-                "let tools/generate.py write it again."
+                f'{path} cannot be read ({error}), expected lines such as {{"id": "611c"}}. '
+                "Delete it and let tools/generate.py write it again."
             ) from error
 
     @property
     def ids(self) -> set[str]:
         """Of the pictures that are there."""
-        return {
-            path.name.removesuffix(".png")
-            for path in self.folder.iterdir()
-            if path.name.endswith(".png")
-        }
+        names = (path.name for path in self.folder.iterdir())
+        return {name.removesuffix(".png") for name in names if name.endswith(".png")}
 
     def picture(self, id: str, size: int) -> Image.Image:
         """The finished picture, RGB, size x size; raises EvaluationError."""
@@ -71,7 +79,10 @@ class Results:
             return file.convert("RGB")
 
     def check(self, id: str, size: int) -> None:
-        """Raise EvaluationError unless the file's header tells of a picture of that size; its pixels are not read."""
+        """Raise EvaluationError unless the file's header tells of a picture of that size.
+
+        Its pixels are not read.
+        """
         with self._open(id, size):
             pass
 
@@ -82,16 +93,18 @@ class Results:
             with Image.open(path) as file:
                 if file.size != (size, size):
                     raise EvaluationError(
-                        f"{path} is {file.width}x{file.height}, expected {size}x{size}. Give the --size that "
-                        "it was made with, or delete it and let tools/generate.py make it again."
+                        f"{path} is {file.width}x{file.height}, expected {size}x{size}. Give the "
+                        "--size that it was made with, or delete it and let tools/generate.py "
+                        "make it again."
                     )
                 yield file
         except EvaluationError:
             raise
-        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... for what is broken
+        # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... for what is broken.
+        except Exception as error:
             raise EvaluationError(
-                f"{path} cannot be decoded ({error}), expected a PNG. Delete it and let tools/generate.py "
-                "make it again."
+                f"{path} cannot be decoded ({error}), expected a PNG. Delete it and let "
+                "tools/generate.py make it again."
             ) from error
 
 
@@ -121,10 +134,12 @@ class SampleSet:
 
     def read(self) -> "SampleSet":
         """With the manifest's records that have an object; raises manifest.ManifestError."""
-        records = tuple(
-            record for record in manifest.stream(self.manifest, self.split) if record.hole
-        )
-        return dataclasses.replace(self, records=records)
+        records = manifest.stream(self.manifest, self.split)
+        return self.with_records(record for record in records if record.hole)
+
+    def with_records(self, records: Iterable[manifest.Record]) -> "SampleSet":
+        """The same holes, cut into other pictures."""
+        return dataclasses.replace(self, records=tuple(records))
 
     def sample(self, record: manifest.Record) -> Sample:
         """Open a record's files; raises EvaluationError."""
@@ -133,88 +148,110 @@ class SampleSet:
             hole = masks.training_mask(mask, self.hole)
         except masks.SampleError as error:
             raise EvaluationError(
-                f"{record.id} of {self.manifest} cannot be used: {error}. Repair the data, or delete the "
-                "pictures made from it and give --common."
+                f"{record.id} of {self.manifest} cannot be used: {error}. Repair the data, or "
+                "delete the pictures made from it and give --common."
             ) from error
         size = (self.size, self.size)
-        return Sample(record, picture.resize(size, _BICUBIC), hole.resize(size, _BICUBIC))
+        return Sample(
+            record,
+            picture.resize(size, Image.Resampling.BICUBIC),
+            hole.resize(size, Image.Resampling.BICUBIC),
+        )
 
     def of_all(self, folders: Sequence[Results], common: bool) -> tuple["SampleSet", list[str]]:
-        """With the records that every folder has a picture of, each checked by its header, and notes on what was left out.
+        """With the records that every folder has a picture of, and notes on what was left out.
 
-        What failed in one folder is left out of all.
+        Each picture is checked by its header. What failed in one folder is left out of all.
 
         Args:
             common: leave out what is missing for other reasons, too. Without it that is an error.
         Raises:
-            EvaluationError: pictures are missing, belong to no record, are of another size or fewer than 2.
+            EvaluationError: pictures are missing, belong to no record, are of another size or
+                fewer than 2.
         """
-        wanted, found, notes, problems = {record.id: record for record in self.records}, [], [], []
+        shared = list(self.records)
+        notes = []
+        problems = []
         for results in folders:
-            failed, ids = results.failed, results.ids
-            missing, unknown = (
-                [id for id in wanted if id not in ids | failed],
-                sorted(ids - set(wanted)),
-            )
-            if missing and not common:
-                problems.append(
-                    f"{results.folder} lacks {len(missing)} of {len(wanted)} pictures: {_few(missing)}."
-                )
-            if unknown and not common:
-                problems.append(
-                    f"{results.folder} has {len(unknown)} pictures that no record asks for: {_few(unknown)}."
-                )
-            if lost := [id for id in wanted if id in failed - ids]:
+            ids = results.ids
+            lost = self._lost(results, ids)
+            shared = [record for record in shared if record.id in ids]
+            if not common:
+                problems += self._mismatches(results, ids, lost)
+            if lost:
                 notes.append(
-                    f"{len(lost)} samples are left out, since they failed in {results.folder}: {_few(lost)}."
+                    f"{len(lost)} samples are left out, since they failed in {results.folder}: "
+                    f"{few(lost)}."
                 )
-            found.append(ids)
-        shared = [id for id in wanted if all(id in ids for ids in found)]
         if problems:
             raise EvaluationError(
-                f"The pictures do not match {self._name()}. {' '.join(problems)} Let tools/generate.py finish, "
-                f"give the manifest and split they were made from, or evaluate the {len(shared)} that all "
-                "have with --common."
+                f"The pictures do not match {self._name()}. {' '.join(problems)} Let "
+                "tools/generate.py finish, give the manifest and split they were made from, or "
+                f"evaluate the {len(shared)} that all have with --common."
             )
         if len(shared) < 2:
             raise EvaluationError(
-                f"{len(shared)} of {len(wanted)} pictures of {self._name()} to evaluate; FID and intervals need "
-                "at least 2. Evaluate more pictures."
+                f"{len(shared)} of {len(self.records)} pictures of {self._name()} to evaluate; "
+                "FID and intervals need at least 2. Evaluate more pictures."
             )
-        if common and len(shared) < len(wanted):
+        if common and len(shared) < len(self.records):
             notes.append(
-                f"Only the {len(shared)} of {len(wanted)} pictures that all folders have were evaluated."
+                f"Only the {len(shared)} of {len(self.records)} pictures that all folders have "
+                "were evaluated."
             )
         for results in folders:
-            for id in shared:
-                results.check(id, self.size)
-        return dataclasses.replace(self, records=tuple(wanted[id] for id in shared)), notes
+            for record in shared:
+                results.check(record.id, self.size)
+        return self.with_records(shared), notes
+
+    def _lost(self, results: Results, ids: set[str]) -> list[str]:
+        """Ids of the records that failed in a folder and have no picture there."""
+        failed = results.failed - ids
+        return [record.id for record in self.records if record.id in failed]
+
+    def _mismatches(self, results: Results, ids: set[str], lost: Sequence[str]) -> list[str]:
+        """Sentences on the pictures that a folder lacks or has too many."""
+        wanted = [record.id for record in self.records]
+        settled = ids.union(lost)
+        missing = [id for id in wanted if id not in settled]
+        unknown = sorted(ids.difference(wanted))
+        sentences = []
+        if missing:
+            sentences.append(
+                f"{results.folder} lacks {len(missing)} of {len(wanted)} pictures: {few(missing)}."
+            )
+        if unknown:
+            sentences.append(
+                f"{results.folder} has {len(unknown)} pictures that no record asks for: "
+                f"{few(unknown)}."
+            )
+        return sentences
 
     def _name(self) -> str:
-        return f"{self.manifest} ({f'split {self.split}' if self.split else 'all splits'})"
+        split = f"split {self.split}" if self.split else "all splits"
+        return f"{self.manifest} ({split})"
 
 
 def square_around_hole(hole: Image.Image, enlarge: float) -> tuple[int, int, int, int]:
-    """The crop around an object: the smallest square over the hole's bounding box, its side times `enlarge`.
+    """The crop around an object: the smallest square over the hole's bounding box, enlarged.
 
-    The square has the box's centre, is moved inside the picture where it sticks out, and is as large as the picture at most.
+    The square has the box's centre, is moved inside the picture where it sticks out, and is as
+    large as the picture at most.
 
     Args:
         hole: L, white = repaint; 128 and above counts.
-        enlarge: 1 or more.
+        enlarge: how much longer its side becomes, 1 or more.
     Returns:
         left, top, right, bottom in pixels; always a square.
     """
-    x0, y0, x1, y1 = hole.point(lambda value: 255 * (value >= masks.MASKED)).getbbox() or (
-        0,
-        0,
-        *hole.size,
-    )
-    side = min(round(max(x1 - x0, y1 - y0) * enlarge), *hole.size)
-    left = min(max(round((x0 + x1 - side) / 2), 0), hole.width - side)
-    top = min(max(round((y0 + y1 - side) / 2), 0), hole.height - side)
-    return left, top, left + side, top + side
+    box = hole.point(lambda level: 255 * (level >= masks.MASKED)).getbbox()
+    left, top, right, bottom = box or (0, 0, *hole.size)
+    longest = max(right - left, bottom - top)
+    side = min(round(longest * enlarge), *hole.size)
+    x = _inside(round((left + right - side) / 2), hole.width - side)
+    y = _inside(round((top + bottom - side) / 2), hole.height - side)
+    return x, y, x + side, y + side
 
 
-def _few(ids: Sequence[str], most: int = 5) -> str:
-    return ", ".join(ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")
+def _inside(value: int, most: int) -> int:
+    return min(max(value, 0), most)

@@ -1,104 +1,73 @@
-"""Read weight files: official CAT-Diffusion checkpoints, CAT weights files and ordinary inpainting checkpoints.
+"""Read official CAT-Diffusion checkpoints, CAT weights files and ordinary inpainting checkpoints.
 
-Every reader returns the same thing, a Checkpoint of named parts. Loading is strict and never runs code.
+Every reader returns the same thing, a Checkpoint of named parts. Loading is strict and never runs
+code.
 """
 
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import safetensors
 import torch
 
 from ..config import Architecture, ArchitectureError, RefAdapterConfig, SemInpainterConfig, Tensors
+from ..errors import few
 from .checkpoint import Checkpoint, WeightsError, cat_modules, check_keys
-from .keys import DTYPES, TITLES, few, sort_keys
+from .keys import DTYPES, TITLES, sort_keys
 from .pickles import load_pickle
 from .writing import FORMAT, FORMAT_VERSION
+
+Reader = Callable[[str], tuple[Tensors, Mapping[str, str] | None]]
+
+_CONFIGS = {"sem_inpainter": SemInpainterConfig, "ref_adapter": RefAdapterConfig}
+_HEADER_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PICKLE_STARTS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04")  # a zip, or protocols 2 to 4
 
 
 def read(
     path: str | os.PathLike,
-    reader: Callable | None = None,
+    reader: Reader | None = None,
     mapped: bool = True,
     inert_objects: bool = False,
     numbers: bool = True,
 ) -> Checkpoint:
     """Read any file this module knows, check it and sort it into parts.
 
-    A mapped file is mapped once a part, when the part is wanted, so that its pages are in memory only while it is built.
+    A mapped file is mapped once a part, when the part is wanted, so that its pages are in memory
+    only while it is built.
 
     Args:
-        path: `.safetensors`, or a PyTorch pickle (`.ckpt`, `.pt`, `.pth`, `.bin`), bare or Lightning's.
+        path: `.safetensors`, or a PyTorch pickle (`.ckpt`, `.pt`, `.pth`, `.bin`), bare or
+            Lightning's.
         reader: a host's own reader of safetensors, path -> (tensors, metadata).
         mapped: whether the reader maps the file; False if it copies.
-        inert_objects: read a pickle with foreign objects by putting empty placeholders in their place.
-            Nothing named in the file is imported or called either way.
+        inert_objects: read a pickle with foreign objects by putting empty placeholders in their
+            place. Nothing named in the file is imported or called either way.
         numbers: look for NaN and Inf now; False if each part's Checkpoint.checked will.
     Raises:
-        WeightsError: missing, empty, truncated, mislabelled, with code in it, with unknown, missing or
-            misshapen keys, with NaN or Inf, or of another kind altogether.
+        WeightsError: missing, empty, truncated, mislabelled, with code in it, with unknown,
+            missing or misshapen keys, with NaN or Inf, or of another kind altogether.
     """
     path = Path(path)
-
-    def load(keys=None):
-        if kind == "pickle":
-            return load_pickle(path, inert_objects)
-        return (reader(str(path)) if reader else load_safetensors(str(path), keys))[0]
-
-    kind = _kind(path)
-    try:
-        tensors, metadata = _header(str(path)) if kind == "safetensors" else (load(), {})
-    except safetensors.SafetensorError as error:
-        raise WeightsError(
-            f"{path.name} is damaged or cut short ({error}). Download or copy it again."
-        ) from error
-    parts, unknown = sort_keys(tensors)
-    if not parts:
-        raise WeightsError(
-            f"{path.name} is not a CAT-Diffusion file: none of its {len(tensors)} tensors belongs to a "
-            f"SemInpainter, RefAdapter or Stable Diffusion checkpoint ({few(unknown) or 'it is empty'})."
-        )
-    if unknown:
-        raise WeightsError(
-            f"{path.name} has {len(unknown)} keys that are not part of CAT-Diffusion: {few(unknown)}. "
-            "It may belong to another model."
-        )
-    try:
-        architecture = _architecture(parts, metadata or {}, path.name)
-    except ArchitectureError as error:
-        raise WeightsError(
-            f"{path.name}: {error}. The file is incomplete or of another model."
-        ) from error
-    for part, found in parts.items():
-        _check_types(found, path.name, part)
-    for part, module in cat_modules(architecture, device="meta").items():
-        check_keys(
-            {key: value.shape for key, value in module.state_dict().items()},
-            parts[part],
-            path.name,
-            part,
-        )
-    if kind == "safetensors" or mapped and zipfile.is_zipfile(path):
-        names = sort_keys({key: key for key in tensors})[0]
-        if mapped:
-            parts = {part: _Mapped(path, names[part], load) for part in parts}
-        else:
-            found = load()
-            parts = {
-                part: {key: found[name] for key, name in names[part].items()} for part in parts
-            }
-    file = Checkpoint(path, parts, architecture, metadata or {})
-    for part in parts if numbers else ():
-        file.checked(part)
+    if _kind(path) == "safetensors":
+        file = _read_safetensors(path, reader, mapped)
+    else:
+        file = _read_pickle(path, inert_objects, mapped)
+    if numbers:
+        for part in file.parts:
+            file.checked(part)
     return file
 
 
 def parts_inside(path: str | os.PathLike) -> set[str]:
-    """Which parts a safetensors file holds, by its header alone; none where it is damaged or holds other things, too."""
+    """Which parts a safetensors file holds, by its header alone.
+
+    None where it is damaged or holds other things, too.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             parts, unknown = sort_keys(dict.fromkeys(file.keys()))
@@ -107,75 +76,138 @@ def parts_inside(path: str | os.PathLike) -> set[str]:
     return set() if unknown else set(parts)
 
 
+def load_safetensors(
+    path: str, keys: Iterable[str] | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
+    """Tensors, all or those of `keys`, memory-mapped, and the header's metadata."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        wanted = file.keys() if keys is None else keys
+        tensors = {key: file.get_tensor(key) for key in wanted}
+        return tensors, file.metadata()
+
+
+# Two kinds of files -------------------------------------------------------------------------------
+
+
 def _kind(path: Path) -> str:
     """ "safetensors" or "pickle", by content; a name that says otherwise is an error."""
     if not path.is_file():
         raise WeightsError(f"{path} does not exist or is not a file.")
     try:
         with open(path, "rb") as file:
-            head = file.read(64)
+            start = file.read(64)
     except OSError as error:
         raise WeightsError(
             f"{path.name} cannot be opened ({error.strerror}). Check its permissions."
         ) from error
-    if not head:
+    if not start:
         raise WeightsError(f"{path.name} is empty (0 bytes). Download or copy it again.")
-    if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000:
+    # Safetensors start with the length of their header, 8 bytes, and the header, a JSON object.
+    header_size = int.from_bytes(start[:8], "little")
+    if start[8:9] == b"{" and header_size < 100_000_000:
         kind = "safetensors"
-    elif head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04"):
+    elif start[:2] in _PICKLE_STARTS:
         kind = "pickle"
     else:
         raise WeightsError(
-            f"{path.name} is not a weights file: it starts with {head[:24]!r}. "
+            f"{path.name} is not a weights file: it starts with {start[:24]!r}. "
             "Expected safetensors or a PyTorch checkpoint; download it again."
         )
     labelled = "safetensors" if path.suffix.lower() in (".safetensors", ".sft") else "pickle"
     if kind != labelled:
+        ending = ".safetensors" if kind == "safetensors" else ".ckpt"
         raise WeightsError(
             f"{path.name} is mislabelled: its content is a {kind} file. "
-            f"Rename it to end in {'.safetensors' if kind == 'safetensors' else '.ckpt'}."
+            f"Rename it to end in {ending}."
         )
     return kind
 
 
-def load_safetensors(
-    path: str, keys: Iterable[str] | None = None
-) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
-    """Tensors, all or those of `keys`, memory-mapped, and the header's metadata."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        return {
-            key: file.get_tensor(key) for key in (file.keys() if keys is None else keys)
-        }, file.metadata()
+def _read_safetensors(path: Path, reader: Reader | None, mapped: bool) -> Checkpoint:
+    """By the header first: what does not fit is refused before any weight is read."""
+    try:
+        header, metadata = _header(path)
+    except safetensors.SafetensorError as error:
+        raise WeightsError(
+            f"{path.name} is damaged or cut short ({error}). Download or copy it again."
+        ) from error
+    architecture = _validated(_sorted(header, path.name), metadata, path.name)
+    names = _names(header)
+    parts: dict[str, Tensors] = {}
+    if mapped:
+        for part, names_of_part in names.items():
+            load = partial(_load_safetensors, path, reader, names_of_part.values())
+            parts[part] = _MappedPart(path, names_of_part, load)
+    else:
+        tensors = _load_safetensors(path, reader)
+        for part, names_of_part in names.items():
+            parts[part] = _renamed(tensors, names_of_part)
+    return Checkpoint(path, parts, architecture, metadata)
 
 
-def _header(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
-    """As `load_safetensors`, but the weights are on the meta device: their shapes and types alone."""
-    types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    with safetensors.safe_open(path, framework="pt") as file:
-        slices = {key: file.get_slice(key) for key in file.keys()}
-        return {
-            key: torch.empty(found.get_shape(), dtype=types[found.get_dtype()], device="meta")
-            if found.get_dtype() in types
-            else file.get_tensor(key)
-            for key, found in slices.items()
-        }, file.metadata()
+def _read_pickle(path: Path, inert_objects: bool, mapped: bool) -> Checkpoint:
+    """Whole at first, as a pickle has no header; a zipped one is mapped and costs no memory."""
+    tensors = load_pickle(path, inert_objects)
+    parts: dict[str, Tensors] = dict(_sorted(tensors, path.name))
+    architecture = _validated(parts, {}, path.name)
+    if mapped and zipfile.is_zipfile(path):
+        load = partial(load_pickle, path, inert_objects)
+        for part, names_of_part in _names(tensors).items():
+            parts[part] = _MappedPart(path, names_of_part, load)
+    return Checkpoint(path, parts, architecture)
 
 
-class _Mapped(Mapping):
-    """A part's tensors, in a mapping of the file of their own, made when the first of them is wanted."""
+def _header(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors of safetensors on the meta device, that is their shapes and types, and the metadata.
 
-    def __init__(self, path: Path, names: Mapping[str, str], load: Callable):
-        self._path, self._names, self._load = path, names, load  # names: key -> name in the file
+    Tensors that hold no weights, such as indices, are read.
+    """
+    tensors = {}
+    with safetensors.safe_open(str(path), framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 - the file is no mapping
+            slice_ = file.get_slice(key)
+            dtype = _HEADER_DTYPES.get(slice_.get_dtype())
+            if dtype is None:
+                tensors[key] = file.get_tensor(key)
+            else:
+                tensors[key] = torch.empty(slice_.get_shape(), dtype=dtype, device="meta")
+        return tensors, file.metadata() or {}
+
+
+def _load_safetensors(
+    path: Path, reader: Reader | None, keys: Iterable[str] | None = None
+) -> Tensors:
+    """By a host's reader, which reads all, or those of `keys`."""
+    if reader is not None:
+        return reader(str(path))[0]
+    return load_safetensors(str(path), keys)[0]
+
+
+# Parts --------------------------------------------------------------------------------------------
+
+
+class _MappedPart(Mapping):
+    """A part's tensors, in a mapping of the file of their own, made when one of them is wanted.
+
+    Args:
+        names: of the tensors in the file, by key.
+        load: the file's tensors, at least those of `names`.
+    """
+
+    def __init__(self, path: Path, names: Mapping[str, str], load: Callable[[], Tensors]):
+        self._path = path
+        self._names = names
+        self._load = load
 
     @cached_property
-    def _tensors(self):
+    def _tensors(self) -> Tensors:
         try:
-            found = self._load(self._names.values())
+            return _renamed(self._load(), self._names)
         except (OSError, safetensors.SafetensorError) as error:
             raise WeightsError(
-                f"{self._path.name} was changed or removed while it was read ({error}). Load it again."
+                f"{self._path.name} was changed or removed while it was read ({error}). "
+                "Load it again."
             ) from error
-        return {key: found[name] for key, name in self._names.items()}
 
     def __getitem__(self, key):
         return self._tensors[key]
@@ -187,49 +219,115 @@ class _Mapped(Mapping):
         return len(self._names)
 
 
-def _architecture(
-    parts: Mapping[str, Tensors], metadata: Mapping[str, str], name: str
+def _names(tensors: Tensors) -> dict[str, dict[str, str]]:
+    """By part, the name in the file for each key."""
+    return sort_keys({name: name for name in tensors})[0]
+
+
+def _renamed(tensors: Tensors, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    return {key: tensors[name] for key, name in names.items()}
+
+
+def _sorted(tensors: Tensors, file_name: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Parts of a file; raises WeightsError unless all tensors belong to some part."""
+    parts, unknown = sort_keys(tensors)
+    if not parts:
+        raise WeightsError(
+            f"{file_name} is not a CAT-Diffusion file: none of its {len(tensors)} tensors belongs "
+            "to a SemInpainter, RefAdapter or Stable Diffusion checkpoint "
+            f"({few(unknown) or 'it is empty'})."
+        )
+    if unknown:
+        raise WeightsError(
+            f"{file_name} has {len(unknown)} keys that are not part of CAT-Diffusion: "
+            f"{few(unknown)}. It may belong to another model."
+        )
+    return parts
+
+
+# What is checked ----------------------------------------------------------------------------------
+
+
+def _validated(
+    parts: Mapping[str, Tensors], metadata: Mapping[str, str], file_name: str
 ) -> Architecture:
-    if metadata.get("format") == FORMAT:
-        version = metadata.get("format_version", "")
-        if not version.isdigit() or int(version) > FORMAT_VERSION:
-            raise WeightsError(
-                f"{name} has format version {version or 'none'}, this pack reads up to "
-                f"{FORMAT_VERSION}. Update the pack."
+    """The architecture of a file whose tensors are complete and of the right shapes and types."""
+    try:
+        if metadata.get("format") == FORMAT:
+            architecture = _stated_architecture(parts, metadata, file_name)
+        else:
+            architecture = _seen_architecture(parts)
+    except ArchitectureError as error:
+        raise WeightsError(
+            f"{file_name}: {error}. The file is incomplete or of another model."
+        ) from error
+    for part, tensors in parts.items():
+        _check_types(tensors, file_name, part)
+    for part, module in cat_modules(architecture, device="meta").items():
+        shapes = {key: tensor.shape for key, tensor in module.state_dict().items()}
+        check_keys(shapes, parts[part], file_name, part)
+    return architecture
+
+
+def _seen_architecture(parts: Mapping[str, Tensors]) -> Architecture:
+    """What tensors tell by themselves."""
+    seen = {}
+    for part, config in _CONFIGS.items():
+        if part in parts:
+            seen[part] = config.from_tensors(parts[part])
+    return Architecture(**seen)
+
+
+def _stated_architecture(
+    parts: Mapping[str, Tensors], metadata: Mapping[str, str], file_name: str
+) -> Architecture:
+    """What a CAT weights file's header says.
+
+    Raises ArchitectureError where the tensors say otherwise.
+    """
+    version = metadata.get("format_version", "")
+    if not version.isdigit() or int(version) > FORMAT_VERSION:
+        raise WeightsError(
+            f"{file_name} has format version {version or 'none'}, this pack reads up to "
+            f"{FORMAT_VERSION}. Update the pack."
+        )
+    stated = Architecture.from_json(metadata.get("architecture", ""))
+    for part, config in _CONFIGS.items():
+        stated_config = getattr(stated, part)
+        seen_config = None
+        if part in parts:
+            seen_config = config.from_tensors(parts[part], _heads(stated_config))
+        if stated_config != seen_config:
+            different = _different_fields(config, stated_config, seen_config)
+            raise ArchitectureError(
+                f"metadata and tensors disagree about the {TITLES[part]} ({few(different)})"
             )
-        architecture = Architecture.from_json(metadata.get("architecture", ""))
-        for part, config in (
-            ("sem_inpainter", SemInpainterConfig),
-            ("ref_adapter", RefAdapterConfig),
-        ):
-            described, heads = getattr(architecture, part), None
-            if described is not None:
-                heads = getattr(described, "num_attention_heads", None) or getattr(
-                    described, "num_heads", None
-                )
-            found = config.from_tensors(parts[part], heads) if part in parts else None
-            if described != found:
-                wrong = [
-                    field.name
-                    for field in fields(config)
-                    if getattr(described, field.name, None) != getattr(found, field.name, None)
-                ]
-                raise ArchitectureError(
-                    f"metadata and tensors disagree about the {TITLES[part]} ({few(wrong)})"
-                )
-        return architecture
-    return Architecture(
-        SemInpainterConfig.from_tensors(parts["sem_inpainter"])
-        if "sem_inpainter" in parts
-        else None,
-        RefAdapterConfig.from_tensors(parts["ref_adapter"]) if "ref_adapter" in parts else None,
-    )
+    return stated
 
 
-def _check_types(tensors: Tensors, name: str, part: str) -> None:
+def _heads(config: SemInpainterConfig | RefAdapterConfig | None) -> int | None:
+    """Attention heads, which no tensor tells; None if the header does not tell either."""
+    if isinstance(config, SemInpainterConfig):
+        return config.num_attention_heads or None
+    if isinstance(config, RefAdapterConfig):
+        return config.num_heads or None
+    return None
+
+
+def _different_fields(config: type, stated: object, seen: object) -> list[str]:
+    """Names of the fields that differ, all of them where one of the two is None."""
+    different = []
+    for field in fields(config):
+        if getattr(stated, field.name, None) != getattr(seen, field.name, None):
+            different.append(field.name)
+    return different
+
+
+def _check_types(tensors: Tensors, file_name: str, part: str) -> None:
+    """Raise WeightsError for a tensor that is not in a type of weights."""
     for key, tensor in tensors.items():
         if tensor.dtype not in DTYPES.values():
             raise WeightsError(
-                f"{key} of the {TITLES[part]} in {name} is {str(tensor.dtype).removeprefix('torch.')}, "
-                "expected fp32, fp16 or bf16."
+                f"{key} of the {TITLES[part]} in {file_name} is "
+                f"{str(tensor.dtype).removeprefix('torch.')}, expected fp32, fp16 or bf16."
             )

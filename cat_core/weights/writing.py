@@ -4,13 +4,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 
 from ..config import Architecture, Tensors
-from .checkpoint import WeightsError, finite
+from ..files import replacing
+from .checkpoint import CAT_PARTS, WeightsError, finite
 from .keys import TITLES, describe, flat
 
 FORMAT = "cat-diffusion"
@@ -20,26 +22,22 @@ FORMAT_VERSION = 1
 def header(
     parts: Mapping[str, Tensors], architecture: Architecture, *, licence: str, provenance: str
 ) -> dict[str, str]:
-    """Header of a file that holds `parts`: what they are, who may use them, and where they come from.
+    """Header of a file that holds `parts`.
 
-    Raises WeightsError if a part of CAT-Diffusion has no description.
+    It says what they are, who may use them, and where they come from. Raises WeightsError if a
+    part of CAT-Diffusion has no description.
     """
-    described = {
-        part: getattr(architecture, part)
-        for part in ("sem_inpainter", "ref_adapter")
-        if part in parts
-    }
-    if None in described.values():
-        raise WeightsError(
-            f"The architecture of the {' and the '.join(TITLES[part] for part in described)} is not given."
-        )
-    architecture = replace(
-        architecture, **{"sem_inpainter": None, "ref_adapter": None, **described}
-    )
+    described: dict[str, Any] = dict.fromkeys(CAT_PARTS)
+    inside = [part for part in CAT_PARTS if part in parts]
+    for part in inside:
+        described[part] = getattr(architecture, part)
+        if described[part] is None:
+            titles = " and the ".join(TITLES[part] for part in inside)
+            raise WeightsError(f"The architecture of the {titles} is not given.")
     return {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
-        "architecture": architecture.to_json(),
+        "architecture": replace(architecture, **described).to_json(),
         "license": licence,
         "provenance": provenance,
     }
@@ -48,11 +46,14 @@ def header(
 def cat_metadata(
     parts: Mapping[str, Tensors], architecture: Architecture, **facts: str
 ) -> dict[str, str]:
-    """Header of a CAT weights file, see `header`; raises WeightsError if there is nothing of CAT-Diffusion in `parts`."""
-    if not {"sem_inpainter", "ref_adapter"} & set(parts):
+    """Header of a CAT weights file, see `header`.
+
+    Raises WeightsError if there is nothing of CAT-Diffusion in `parts`.
+    """
+    if not set(CAT_PARTS) & set(parts):
         raise WeightsError(
-            f"Not a CAT weights file: the tensors are {describe(parts)}, expected a SemInpainter or "
-            "RefAdapter and its architecture."
+            f"Not a CAT weights file: the tensors are {describe(parts)}, expected a SemInpainter "
+            "or RefAdapter and its architecture."
         )
     return header(parts, architecture, **facts)
 
@@ -67,14 +68,12 @@ def write_cat_weights(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a CAT weights file: `parts` under their official prefixes, see `cat_metadata` and `save`."""
-    save(
-        path,
-        flat(parts),
-        cat_metadata(parts, architecture, licence=licence, provenance=provenance),
-        dtype,
-        overwrite,
-    )
+    """Write a CAT weights file: `parts` under their official prefixes.
+
+    See `cat_metadata` for the header and `save` for the rest.
+    """
+    metadata = cat_metadata(parts, architecture, licence=licence, provenance=provenance)
+    save(path, flat(parts), metadata, dtype, overwrite)
 
 
 def save(
@@ -84,33 +83,46 @@ def save(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write safetensors to a temporary name beside `path`, then rename it; an old file stays whole until then."""
+    """Write safetensors; an older file stays whole until the new one is.
+
+    Args:
+        dtype: what the tensors are stored as; as they are without it.
+        overwrite: replace an older file at `path`.
+    Raises:
+        WeightsError: there is a file, numbers do not fit into fp16, or the disk does not take them.
+    """
     path = Path(path)
     if path.exists() and not overwrite:
         raise WeightsError(
             f"{path} exists already and was not touched. Choose another name or allow overwriting."
         )
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()
-        }
-        for key, tensor in tensors.items():
-            if dtype == torch.float16 and not finite(tensor):
-                raise WeightsError(
-                    f"{key} does not fit into fp16: it holds numbers beyond 65504 or none at all. Use bf16."
-                )
-        safetensors.torch.save_file(tensors, partial, metadata=dict(metadata))
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)  # safetensors makes its files private
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            stored = _stored(tensors, dtype)
+            safetensors.torch.save_file(stored, partial, metadata=dict(metadata))
+            partial.chmod(0o666 & ~_umask())  # safetensors makes its files private
     except (OSError, safetensors.SafetensorError) as error:
         raise WeightsError(
             f"Cannot write {path}: {error}. Check free space and permissions; "
             "no other file was touched."
         ) from error
-    finally:
-        if partial.exists():
-            partial.unlink()
+
+
+def _stored(tensors: Tensors, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """The tensors as they are written, on the CPU; raises WeightsError for an overflow."""
+    stored = {}
+    for key, tensor in tensors.items():
+        stored[key] = tensor.detach().to("cpu", dtype).contiguous()
+        if dtype == torch.float16 and not finite(stored[key]):
+            raise WeightsError(
+                f"{key} does not fit into fp16: it holds numbers beyond 65504 or none at all. "
+                "Use bf16."
+            )
+    return stored
+
+
+def _umask() -> int:
+    """The permissions that this process takes from new files; it can only be read by setting it."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask

@@ -1,30 +1,25 @@
 """The host's U-Net, its noise levels and its VAE: what they must be like to fit."""
 
-import comfy.ldm.modules.attention
 import comfy.ldm.modules.diffusionmodules.openaimodel
 import comfy.model_sampling
 import comfy.supported_models
 import torch
 
-from ...cat_core.config import RefAdapterConfig
+from ...cat_core.config import RefAdapterConfig, unet_blocks
 
 ANY_SIGMA = 999999999  # what the host calls the noise level before sampling starts
 
 
 def check_unet(model, config: RefAdapterConfig) -> None:
     """Raise unless `model` is an SD 1.5 inpainting model whose transformer blocks are those of the adapter."""
-    unet, kind = model.model.diffusion_model, type(model.model).__name__
-    blocks = {
-        name: module.norm1.normalized_shape[0]
-        for name, module in unet.named_modules()
-        if isinstance(module, comfy.ldm.modules.attention.BasicTransformerBlock)
-    }
-    if not isinstance(
-        unet, comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel
-    ) or blocks != dict(config.blocks):
+    unet = model.model.diffusion_model
+    blocks = unet_blocks(dict(unet.named_parameters()))
+    is_unet = isinstance(unet, comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel)
+    if not is_unet or dict(blocks) != dict(config.blocks):
         raise ValueError(
-            f"RefAdapter does not fit this model ({kind}, {len(blocks)} transformer blocks); it was made for "
-            f"a U-Net with {len(config.blocks)} blocks. Load an SD 1.5 inpainting checkpoint."
+            f"RefAdapter does not fit this model ({type(model.model).__name__}, {len(blocks)} "
+            "transformer blocks); it was made for a U-Net with "
+            f"{len(config.blocks)} blocks. Load an SD 1.5 inpainting checkpoint."
         )
     channels = unet.in_channels
     if channels != 9:

@@ -16,7 +16,12 @@ import torch
 from torch import nn
 
 from cat_diffusion.cat_core import weights
-from cat_diffusion.cat_core.config import Architecture, RefAdapterConfig, SemInpainterConfig
+from cat_diffusion.cat_core.config import (
+    Architecture,
+    RefAdapterConfig,
+    SemInpainterConfig,
+    unet_blocks,
+)
 
 SIZE = 128  # side of the demo model's pictures, in pixels
 LATENT_SCALE = 0.18215  # Stable Diffusion's: latents are multiplied by it
@@ -112,19 +117,26 @@ def networks(generator: torch.Generator) -> dict[str, nn.Module]:
 
 def architecture(unet: nn.Module) -> Architecture:
     """What the file's header says of the networks."""
-    blocks = tuple(
-        (name.removesuffix(".attn2"), module.to_q.in_features)
-        for name, module in unet.named_modules()
-        if name.endswith(".attn2")
-    )
     return Architecture(
-        SemInpainterConfig(
-            _VISION, 2 * _VISION, 4, _HEADS, 16, _TEXT, 2 * _TEXT, 2 * _VISION, 2 * _VISION
+        sem_inpainter=SemInpainterConfig(
+            hidden_size=_VISION,
+            intermediate_size=2 * _VISION,
+            num_hidden_layers=4,
+            num_attention_heads=_HEADS,
+            grid_size=16,
+            text_size=_TEXT,
+            text_intermediate_size=2 * _TEXT,
+            spatial_intermediate_size=2 * _VISION,
+            global_intermediate_size=2 * _VISION,
         ),
-        RefAdapterConfig(_VISION, _HEADS, blocks),
-        _HEADS,
-        2,
-        _HEADS,
+        ref_adapter=RefAdapterConfig(
+            visual_size=_VISION,
+            num_heads=_HEADS,
+            blocks=unet_blocks(unet.state_dict()),
+        ),
+        unet_num_heads=_HEADS,
+        clip_text_num_heads=2,
+        clip_vision_num_heads=_HEADS,
     )
 
 

@@ -4,17 +4,20 @@ Runs in ComfyUI's Python; shapes come from the host's own classes and the pack's
 """
 
 import argparse
-from dataclasses import replace
 
 import torch
 from comfy.clip_model import CLIPTextModel, CLIPVisionModelProjection
 from comfy.ldm.models.autoencoder import AutoencoderKL
-from comfy.ldm.modules.attention import BasicTransformerBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.ops import disable_weight_init
 
 from cat_diffusion.cat_core import weights
-from cat_diffusion.cat_core.config import Architecture, RefAdapterConfig, SemInpainterConfig
+from cat_diffusion.cat_core.config import (
+    Architecture,
+    RefAdapterConfig,
+    SemInpainterConfig,
+    unet_blocks,
+)
 
 # The sizes that differ; "full" is SD 1.5 with CLIP ViT-L/14, "tiny" runs in milliseconds.
 SIZES = {
@@ -56,28 +59,26 @@ def random_checkpoint(size: str = "tiny", seed: int = 0, dtype: torch.dtype = to
     sizes = SIZES[size]
     with torch.device("meta"):
         modules = _modules(sizes)
-        blocks = tuple(
-            (name, module.norm1.normalized_shape[0])
-            for name, module in modules["unet"].named_modules()
-            if isinstance(module, BasicTransformerBlock)
-        )
-        sem_inpainter = SemInpainterConfig(
-            sizes["vision"],
-            4 * sizes["vision"],
-            sizes["layers"],
-            sizes["clip_heads"] or sizes["vision"] // 64,
-            16,
-            sizes["text"],
-            4 * sizes["text"],
-            4 * sizes["vision"],
-            4 * sizes["vision"],
-        )
         architecture = Architecture(
-            sem_inpainter,
-            RefAdapterConfig(sizes["vision"], sizes["heads"], blocks),
-            sizes["heads"],
-            sizes["clip_heads"],
-            sizes["clip_heads"],
+            sem_inpainter=SemInpainterConfig(
+                hidden_size=sizes["vision"],
+                intermediate_size=4 * sizes["vision"],
+                num_hidden_layers=sizes["layers"],
+                num_attention_heads=sizes["clip_heads"] or sizes["vision"] // 64,
+                grid_size=16,
+                text_size=sizes["text"],
+                text_intermediate_size=4 * sizes["text"],
+                spatial_intermediate_size=4 * sizes["vision"],
+                global_intermediate_size=4 * sizes["vision"],
+            ),
+            ref_adapter=RefAdapterConfig(
+                visual_size=sizes["vision"],
+                num_heads=sizes["heads"],
+                blocks=unet_blocks(modules["unet"].state_dict()),
+            ),
+            unet_num_heads=sizes["heads"],
+            clip_text_num_heads=sizes["clip_heads"],
+            clip_vision_num_heads=sizes["clip_heads"],
         )
         modules |= weights.cat_modules(architecture)
     generator = torch.Generator().manual_seed(seed)
@@ -89,11 +90,7 @@ def random_checkpoint(size: str = "tiny", seed: int = 0, dtype: torch.dtype = to
         }
         for part in weights.PREFIXES
     }
-    # The official file's own order of blocks is by name; reading it gives natural order.
-    return parts, replace(
-        architecture,
-        ref_adapter=RefAdapterConfig.from_tensors(parts["ref_adapter"], sizes["heads"]),
-    )
+    return parts, architecture
 
 
 def _modules(sizes: dict) -> dict[str, torch.nn.Module]:
