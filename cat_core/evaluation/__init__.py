@@ -1,1 +1,1 @@
-"""How good inpainted pictures are: metrics on features, the networks that make the features, and reports."""
+"""How good inpainted pictures are: metrics on features, networks that make them, and reports."""

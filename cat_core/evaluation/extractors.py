@@ -1,14 +1,17 @@
-"""Networks that turn pictures into features, and a place to keep the features of any number of pictures.
+"""Networks that turn pictures into features, and a place to keep the features of many pictures.
 
-An extractor is called with pictures (RGB, of any size) and returns their features (B, D); it does its own resizing.
+An extractor is called with pictures (RGB, of any size) and returns their features (B, D); it does
+its own resizing.
 """
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 
 from .metrics import EvaluationError, Missing
@@ -17,15 +20,20 @@ Extractor = Callable[[Sequence[Image.Image]], torch.Tensor]
 
 
 class FeatureFile:
-    """Features (N, D) of pictures in order, float32 in a temporary file, so that memory does not grow with N."""
+    """Features (N, D) of pictures in order, float32.
+
+    They lie in a temporary file, so that memory does not grow with N.
+    """
 
     def __init__(self):
-        self.file = tempfile.TemporaryFile()
-        self.count = self.width = 0
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the features live
+        self.count = 0
+        self.width = 0
 
     def append(self, features: torch.Tensor) -> None:
         """Add (B, D)."""
-        self.count, self.width = self.count + len(features), features.shape[1]
+        self.count += len(features)
+        self.width = features.shape[1]
         self.file.write(features.float().cpu().numpy().tobytes())
 
     def batches(self, rows: np.ndarray | None = None, size: int = 256) -> Iterator[torch.Tensor]:
@@ -37,22 +45,23 @@ class FeatureFile:
 
 
 class Inception:
-    """FID's own network, Inception v3 with TensorFlow's weights of 2015 as torch-fidelity converted them: (B, 2048).
+    """FID's own network: Inception v3 with TensorFlow's weights of 2015, (B, 2048).
 
-    Pictures are resized to 299x299 by Pillow's bicubic filter, which clean-fid found to matter least.
+    torch-fidelity converted the weights. Pictures are resized to 299x299 by Pillow's bicubic
+    filter, which clean-fid found to matter least.
 
     Args:
-        path: torch-fidelity's weights file (pt_inception-2015-12-05), which this never downloads.
+        path: torch-fidelity's file (pt_inception-2015-12-05), which this never downloads.
     Raises:
         Missing: torchmetrics or torch-fidelity is not installed.
         EvaluationError: the file is missing or not that network's.
     """
 
-    SIZE = 299  # pixels
+    SIZE = (299, 299)  # pixels
 
     def __init__(self, path: Path, device: torch.device):
         try:
-            import torch_fidelity
+            import torch_fidelity  # noqa: F401 - torchmetrics needs it without saying so
             from torchmetrics.image.fid import NoTrainInceptionV3
         except ImportError as error:
             raise Missing(
@@ -65,39 +74,38 @@ class Inception:
                 "weights-inception-2015-12-05-6726825d.pth from torch-fidelity's releases."
             )
         try:
-            torch.load(
-                path, weights_only=True, mmap=True
-            )  # torch-fidelity would run what a pickle says
+            # A first look at the file, since torch-fidelity would run what a pickle says.
+            torch.load(path, weights_only=True, mmap=True)
             network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
-        except (
-            Exception
-        ) as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for what is broken
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+        # torch raises RuntimeError, UnpicklingError, EOFError, ... for what is broken.
+        except Exception as error:
             raise EvaluationError(
-                f"{path} is not torch-fidelity's Inception file ({reason}). "
+                f"{path} is not torch-fidelity's Inception file ({_reason(error)}). "
                 "Download weights-inception-2015-12-05-6726825d.pth again."
             ) from error
-        self.network, self.device = network.to(device), device
+        self.network = network.to(device)
+        self.device = device
 
     @torch.inference_mode()
     def __call__(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
-        resized = [
-            np.asarray(picture.resize((self.SIZE, self.SIZE), Image.Resampling.BICUBIC))
-            for picture in pictures
-        ]
-        return self.network(
-            torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).to(self.device)
-        ).cpu()
+        resized = []
+        for picture in pictures:
+            resized.append(np.asarray(picture.resize(self.SIZE, Image.Resampling.BICUBIC)))
+        levels = rearrange(torch.from_numpy(np.stack(resized)), "b h w c -> b c h w")
+        return self.network(levels.to(self.device)).cpu()
 
 
 class OpenClip:
-    """Image and text features (B, D) of an open_clip model, with that model's own preprocessing and tokenizer.
+    """Image and text features (B, D) of an open_clip model, with its own preprocessing.
 
     Args:
-        name: as open_clip calls it (ViT-L-14), or local-dir:FOLDER with open_clip_config.json and weights.
-        pretrained: a weights file, or the tag of weights that open_clip has downloaded before. None with local-dir.
+        name: as open_clip calls it (ViT-L-14), or local-dir:FOLDER with open_clip_config.json and
+            weights.
+        pretrained: a weights file, or the tag of weights that open_clip has downloaded before.
+            None with local-dir.
     Raises:
-        Missing: open_clip is not installed, or the tag's weights are not on this machine. Nothing is downloaded.
+        Missing: open_clip is not installed, or the tag's weights are not on this machine. Nothing
+            is downloaded.
         EvaluationError: open_clip cannot make the model of these.
     """
 
@@ -106,68 +114,82 @@ class OpenClip:
             import open_clip
         except ImportError as error:
             raise Missing(
-                f"open_clip is not installed ({error}). Install requirements-evaluate.txt with ComfyUI's "
-                "Python."
+                f"open_clip is not installed ({error}). Install requirements-evaluate.txt with "
+                "ComfyUI's Python."
             ) from error
-        file, settings = pretrained, {}
+        file = pretrained
+        settings = {}
         if pretrained is not None and not Path(pretrained).is_file():
-            file, settings = _downloaded(open_clip, name, pretrained)
+            file, settings = downloaded(open_clip, name, pretrained)
         try:
-            model, _, self.preprocess = open_clip.create_model_and_transforms(
+            model, _, preprocess = open_clip.create_model_and_transforms(
                 name, file, device=device, require_pretrained=True, **settings
             )
-        except (
-            Exception
-        ) as error:  # open_clip raises RuntimeError, FileNotFoundError, KeyError, ...
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+        # open_clip raises RuntimeError, FileNotFoundError, KeyError, ...
+        except Exception as error:
             raise EvaluationError(
-                f"open_clip cannot make {name} of {pretrained or 'that folder'}: {reason}. Give MODEL:FILE "
-                "with a model of open_clip and weights that belong to it."
+                f"open_clip cannot make {name} of {pretrained or 'that folder'}: "
+                f"{_reason(error)}. Give MODEL:FILE with a model of open_clip and weights that "
+                "belong to it."
             ) from error
-        self.model, self.tokenize, self.device = (
-            model.eval().requires_grad_(False),
-            open_clip.get_tokenizer(name),
-            device,
-        )
+        self.model: Any = model.eval().requires_grad_(False)
+        self.preprocess: Any = preprocess
+        self.tokenize = open_clip.get_tokenizer(name)
+        self.device = device
 
     @torch.inference_mode()
     def image(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
         """RGB pictures of any size -> (B, D)."""
-        return self.model.encode_image(
-            torch.stack([self.preprocess(picture) for picture in pictures]).to(self.device)
-        ).cpu()
+        pixels = torch.stack([self.preprocess(picture) for picture in pictures])
+        return self.model.encode_image(pixels.to(self.device)).cpu()
 
     @torch.inference_mode()
     def text(self, texts: Sequence[str]) -> torch.Tensor:
         """-> (B, D)."""
-        return self.model.encode_text(self.tokenize(list(texts)).to(self.device)).cpu()
+        tokens = self.tokenize(list(texts))
+        return self.model.encode_text(tokens.to(self.device)).cpu()
 
 
-def _downloaded(open_clip, name: str, tag: str) -> tuple[str, dict]:
-    """The file of a tag's weights in Hugging Face's cache, and what else the tag says about preparing pictures."""
+def downloaded(open_clip, name: str, tag: str) -> tuple[str, dict]:
+    """A tag's weights in Hugging Face's cache, and the settings that go with them.
+
+    Returns:
+        the file, and what else the tag says: about preparing pictures, and quick GELU.
+    Raises:
+        EvaluationError: open_clip knows no such tag.
+        Missing: the weights are not on this machine.
+    """
     from huggingface_hub import try_to_load_from_cache
 
-    found = open_clip.get_pretrained_cfg(name.replace("/", "-"), tag)
-    if not found:
-        known = (
-            ", ".join(open_clip.list_pretrained_tags_by_model(name))
-            or f"none, since open_clip has no model {name}"
-        )
+    described = open_clip.get_pretrained_cfg(name.replace("/", "-"), tag)
+    if not described:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
+        if not tags:
+            tags = f"none, since open_clip has no model {name}"
         raise EvaluationError(
-            f"{tag} is neither a file nor a tag of open_clip's {name}. Its tags: {known}."
+            f"{tag} is neither a file nor a tag of open_clip's {name}. Its tags: {tags}."
         )
-    repository, _, file = found.get("hf_hub", "").rpartition("/")
-    for file in [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]:
+    # open_clip.pretrained writes "owner/name/" where the file has one of its usual names.
+    repository, _, file = described.get("hf_hub", "").rpartition("/")
+    names = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+    for file in names:
         path = try_to_load_from_cache(repository, file) if repository else None
         if isinstance(path, str):
             return path, {
-                "image_mean": found.get("mean"),
-                "image_std": found.get("std"),
-                "image_interpolation": found.get("interpolation"),
-                "image_resize_mode": found.get("resize_mode"),
-                "force_quick_gelu": found.get("quick_gelu", False),
+                "image_mean": described.get("mean"),
+                "image_std": described.get("std"),
+                "image_interpolation": described.get("interpolation"),
+                "image_resize_mode": described.get("resize_mode"),
+                "force_quick_gelu": described.get("quick_gelu", False),
             }
     raise Missing(
-        f"The weights {tag} of {name} are not in Hugging Face's cache on this machine, and nothing is downloaded here. "
-        f"Download {repository or found.get('url')} and give {name}:FILE."
+        f"The weights {tag} of {name} are not in Hugging Face's cache on this machine, and "
+        f"nothing is downloaded here. Download {repository or described.get('url')} and give "
+        f"{name}:FILE."
     )
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says, or the error's class where it says nothing."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

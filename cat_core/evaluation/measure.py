@@ -1,8 +1,12 @@
-"""Every metric of one or several result folders, in one pass over the pictures and in constant memory."""
+"""Every metric of one or several result folders, in one pass over the pictures.
+
+Memory stays the same however many pictures there are.
+"""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,61 +14,11 @@ from PIL import Image
 
 from . import metrics
 from .extractors import Extractor, FeatureFile, OpenClip
-from .metrics import Missing
 from .results import Results, Sample, SampleSet, square_around_hole
 
 LOCAL = 1.25  # side of Local FID's crop, in sides of the smallest square over the hole
 OBJECT = 1.0  # the same for CLIP score
 BATCH = 16  # pictures at once
-SMALL = 512  # widest features whose FID is resampled unless told to
-
-
-@dataclass(frozen=True)
-class Metric:
-    """What a number is called and how to read it."""
-
-    title: str
-    unit: str
-    better: str  # higher, lower or neither
-
-
-METRICS = {
-    "fid": Metric("FID", "", "lower"),
-    "local_fid": Metric(f"Local FID (square around the hole, x {LOCAL:g})", "", "lower"),
-    "clip_score": Metric("CLIP score (object and label)", "", "higher"),
-    "object_similarity": Metric("Similarity to the original object (cosine)", "", "higher"),
-    "background_mean": Metric("Background error, mean", "levels", "lower"),
-    "background_max": Metric("Background error, largest", "levels", "lower"),
-    "background_psnr": Metric("Background PSNR", "dB", "higher"),
-    "diversity_pixels": Metric("Diversity across seeds, in the hole", "levels", "neither"),
-    "diversity_features": Metric("Diversity across seeds (1 - cosine)", "", "neither"),
-    "feature_cosine": Metric("Cosine to the true features in the hole", "", "higher"),
-}
-RANKING = (
-    "clip_score",
-    "object_similarity",
-    "background_mean",
-)  # the first that was measured ranks the pictures
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number and the 95 % interval of its resamples; None where it was not resampled."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass(frozen=True)
-class Line:
-    """One metric of one folder, and how far it lies from the first folder's (positive = larger)."""
-
-    metric: str
-    name: str
-    images: int
-    estimate: Estimate
-    difference: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -75,35 +29,22 @@ class Features:
     local: FeatureFile = field(default_factory=FeatureFile)
 
     def add(
-        self,
-        extractor: Extractor | None,
-        pictures: Sequence[Image.Image],
-        samples: Sequence[Sample],
-    ) -> torch.Tensor | None:
+        self, extractor: Extractor, pictures: Sequence[Image.Image], samples: Sequence[Sample]
+    ) -> torch.Tensor:
         """Keep the features of some more pictures; returns those of the squares (B, D)."""
-        if extractor is None:
-            return None
         self.whole.append(extractor(pictures))
-        local = extractor(
-            [
-                picture.crop(square_around_hole(s.hole, LOCAL))
-                for picture, s in zip(pictures, samples)
-            ]
-        )
+        local = extractor(squares(pictures, samples, LOCAL))
         self.local.append(local)
         return local
 
 
 @dataclass(frozen=True)
-class Folder:
+class MeasuredFolder:
     """What was measured in one folder: numbers by picture, and the features."""
 
     results: Results
     values: dict[str, list[float]] = field(default_factory=dict)
     features: Features = field(default_factory=Features)
-
-    def add(self, metric: str, values: Sequence[float]) -> None:
-        self.values.setdefault(metric, []).extend(float(value) for value in values)
 
 
 @dataclass(frozen=True)
@@ -111,11 +52,19 @@ class Measured:
     """Everything `measure` found; rows of all features and values are the records in order."""
 
     samples: SampleSet
-    folders: list[Folder]
+    folders: list[MeasuredFolder]
     real: Features = field(default_factory=Features)
-    diversity: dict[str, dict[str, list[float]]] = field(
-        default_factory=dict
-    )  # see `seeds` -> metric -> by picture
+    # By group, see `seeds`, and by metric: numbers by picture.
+    diversity: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PictureBatch:
+    """Some samples, and what one folder made of them or the originals."""
+
+    samples: Sequence[Sample]
+    pictures: Sequence[Image.Image]
+    crops: torch.Tensor | None  # features of the squares around the hole, with an extractor
 
 
 def measure(
@@ -123,7 +72,7 @@ def measure(
     folders: Sequence[Results],
     extractor: Extractor | None = None,
     clip: OpenClip | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int], object] = lambda count: None,
 ) -> Measured:
     """Open each picture once and keep numbers and features of it.
 
@@ -131,184 +80,110 @@ def measure(
         samples: records that every folder has, see SampleSet.of_all.
         extractor: network of FID, Local FID and similarity; left out without one.
         clip: network of the CLIP score; left out without one.
+        on_progress: called with the number of records that were measured since the last call.
     Raises:
         EvaluationError: a file cannot be used.
     """
-    measured = Measured(samples, [Folder(results) for results in folders])
+    measured = Measured(samples, [MeasuredFolder(results) for results in folders])
     groups = seeds(folders)
     for start in range(0, len(samples.records), BATCH):
         opened = [samples.sample(record) for record in samples.records[start : start + BATCH]]
-        originals, holes = (
-            [np.asarray(s.picture) for s in opened],
-            [np.asarray(s.hole) for s in opened],
-        )
-        crops = [measured.real.add(extractor, [s.picture for s in opened], opened)]
-        pictures = []
+        originals = [sample.picture for sample in opened]
+        real = _batch(opened, originals, measured.real, extractor)
+        made = []
         for folder in measured.folders:
-            made = [folder.results.picture(s.record.id, samples.size) for s in opened]
-            pictures.append([np.asarray(picture) for picture in made])
-            errors = map(metrics.background_error, pictures[-1], originals, holes)
-            for metric, values in zip(
-                ("background_mean", "background_max", "background_psnr"), zip(*errors)
-            ):
-                folder.add(metric, values)
-            crops.append(folder.features.add(extractor, made, opened))
-            if extractor:
-                folder.add("object_similarity", metrics.cosine(crops[-1], crops[0]))
+            pictures = [folder.results.picture(s.record.id, samples.size) for s in opened]
+            batch = _batch(opened, pictures, folder.features, extractor)
+            _append(folder.values, background_errors(batch))
+            if real.crops is not None and batch.crops is not None:
+                similarity = metrics.cosine(batch.crops, real.crops)
+                _append(folder.values, {"object_similarity": similarity})
             if clip:
-                objects = [
-                    picture.crop(square_around_hole(s.hole, OBJECT))
-                    for picture, s in zip(made, opened)
-                ]
-                folder.add(
-                    "clip_score",
-                    metrics.clip_score(
-                        clip.image(objects), clip.text([s.record.label for s in opened])
-                    ),
-                )
+                _append(folder.values, {"clip_score": clip_scores(batch, clip)})
+            made.append(batch)
         for group, members in groups.items():
-            found = measured.diversity.setdefault(group, {"diversity_pixels": []})
-            for row, hole in enumerate(holes):
-                found["diversity_pixels"].append(
-                    metrics.diversity(
-                        [pictures[member][row] for member in members],
-                        lambda a, b: metrics.hole_distance(a, b, hole),
-                    )
-                )
-                if extractor:
-                    found.setdefault("diversity_features", []).append(
-                        metrics.diversity(
-                            [crops[1 + member][row] for member in members],
-                            lambda a, b: 1 - float(metrics.cosine(a, b)),
-                        )
-                    )
-        on_progress(min(start + BATCH, len(samples.records)), len(samples.records))
+            values = measured.diversity.setdefault(group, {})
+            _append(values, diversities([made[member] for member in members]))
+        on_progress(len(opened))
     return measured
 
 
+def _batch(
+    samples: Sequence[Sample],
+    pictures: Sequence[Image.Image],
+    features: Features,
+    extractor: Extractor | None,
+) -> PictureBatch:
+    crops = features.add(extractor, pictures, samples) if extractor else None
+    return PictureBatch(samples, pictures, crops)
+
+
+def _append(values: dict[str, list[float]], more: Mapping[str, Iterable]) -> None:
+    for metric, numbers in more.items():
+        values.setdefault(metric, []).extend(map(float, numbers))
+
+
+def squares(
+    pictures: Sequence[Image.Image], samples: Sequence[Sample], enlarge: float
+) -> list[Image.Image]:
+    """The crops of pictures around the samples' holes, see square_around_hole."""
+    crops = []
+    for picture, sample in zip(pictures, samples, strict=True):
+        crops.append(picture.crop(square_around_hole(sample.hole, enlarge)))
+    return crops
+
+
+def background_errors(batch: PictureBatch) -> dict[str, list[float]]:
+    """The three background metrics of each picture."""
+    values = {"background_mean": [], "background_max": [], "background_psnr": []}
+    for sample, picture in zip(batch.samples, batch.pictures, strict=True):
+        mean, largest, psnr = metrics.background_error(
+            np.asarray(picture), np.asarray(sample.picture), np.asarray(sample.hole)
+        )
+        values["background_mean"].append(mean)
+        values["background_max"].append(largest)
+        values["background_psnr"].append(psnr)
+    return values
+
+
+def clip_scores(batch: PictureBatch, clip: OpenClip) -> torch.Tensor:
+    """How well the label describes what is in the hole of each picture, (B,)."""
+    objects = squares(batch.pictures, batch.samples, OBJECT)
+    labels = [sample.record.label or "" for sample in batch.samples]
+    return metrics.clip_score(clip.image(objects), clip.text(labels))
+
+
+def diversities(batches: Sequence[PictureBatch]) -> dict[str, list[float]]:
+    """How different the pictures of each sample are, one from each batch."""
+    pixels = []
+    for row, sample in enumerate(batches[0].samples):
+        pictures = [np.asarray(batch.pictures[row]) for batch in batches]
+        distance = partial(metrics.hole_distance, hole=np.asarray(sample.hole))
+        pixels.append(metrics.diversity(pictures, distance))
+    crops = [batch.crops for batch in batches if batch.crops is not None]
+    if not crops:
+        return {"diversity_pixels": pixels}
+    features = []
+    for crops_of_sample in zip(*crops, strict=True):
+        features.append(metrics.diversity(crops_of_sample, metrics.cosine_distance))
+    return {"diversity_pixels": pixels, "diversity_features": features}
+
+
 def seeds(folders: Sequence[Results]) -> dict[str, list[int]]:
-    """Places of folders that were made alike but for the seed, at least two of them, by a name for the group."""
-    groups: dict[str, dict] = {}
+    """Groups of folders that were made alike but for the seed, at least two of them.
+
+    Returns:
+        a name for each group, and its folders' places.
+    """
+    places_by_seed: dict[str, dict] = {}
     for place, results in enumerate(folders):
         if "seed" in results.run:
             alike = json.dumps({**results.run, "seed": None}, sort_keys=True)
-            groups.setdefault(alike, {}).setdefault(results.run["seed"], place)
-    found = (list(members.values()) for members in groups.values() if len(members) > 1)
-    return {
-        f"{name(folders[members[0]], folders)} and {len(members) - 1} more seeds": members
-        for members in found
-    }
-
-
-# The table ----------------------------------------------------------------------------------------------------------
-
-
-def summary(
-    measured: Measured, resamples: int, fid_resamples: int | None, seed: int
-) -> tuple[list[Line], list[str]]:
-    """All lines of the table, and notes on how to read them.
-
-    Differences are to the first folder and paired: a resample draws the same records from both.
-
-    Args:
-        resamples: of means; 0 means no intervals.
-        fid_resamples: of FID, which takes the features' width cubed; None means 100 up to 512 wide, else none.
-    """
-    count, lines, notes, everything = (
-        len(measured.samples.records),
-        [],
-        [],
-        [folder.results for folder in measured.folders],
-    )
-    width = measured.real.whole.width
-    if fid_resamples is None:
-        fid_resamples = 100 if width <= SMALL else 0
-        if width > SMALL:
-            notes.append(
-                f"FID has no intervals: resampling {width}-wide features takes long. Ask with --fid-resamples 100."
-            )
-    if width > 0 and count <= width:
-        notes.append(
-            f"FID of {count} pictures with {width}-wide features: their covariance is singular, and FID depends on the "
-            f"number of pictures. Compare only sets of equal size, or evaluate more than {width}."
-        )
-    for metric in METRICS:
-        firsts: tuple[float, np.ndarray] | None = None
-        for folder in measured.folders:
-            statistic, draws = statistic_of(metric, folder, measured.real), resamples
-            if statistic is None:
-                continue
-            if metric.endswith("fid"):
-                draws = fid_resamples
-            try:
-                value = statistic(np.arange(count))
-            except Missing as error:
-                notes.append(f"{METRICS[metric].title} is left out: {error}")
-                break
-            drawn = metrics.resampled(statistic, count, draws, seed)
-            lines.append(
-                Line(
-                    metric,
-                    name(folder.results, everything),
-                    count,
-                    _estimate(value, drawn),
-                    firsts and _estimate(value - firsts[0], drawn - firsts[1]),
-                )
-            )
-            firsts = firsts or (value, drawn)
-    for group, found in measured.diversity.items():
-        lines += [
-            mean_line(metric, group, values, resamples, seed) for metric, values in found.items()
-        ]
-    return lines, notes
-
-
-def mean_line(
-    metric: str, name: str, values: Sequence[float], resamples: int, seed: int, against=None
-) -> Line:
-    """The mean of numbers by picture, with the difference to those of the same pictures in `against`."""
-
-    def estimate(numbers):
-        return _estimate(
-            numbers.mean(),
-            metrics.resampled(lambda rows: numbers[rows].mean(), len(numbers), resamples, seed),
-        )
-
-    numbers = np.array(values)
-    return Line(
-        metric,
-        name,
-        len(numbers),
-        estimate(numbers),
-        None if against is None else estimate(numbers - against),
-    )
-
-
-def name(results: Results, folders: Sequence[Results]) -> str:
-    """The folder's name, or its path where another folder is called the same."""
-    same = sum(other.folder.name == results.folder.name for other in folders)
-    return results.folder.name if same == 1 else results.folder.as_posix()
-
-
-def statistic_of(
-    metric: str, folder: Folder, real: Features
-) -> Callable[[np.ndarray], float] | None:
-    """Rows -> the metric of these records; None if it was not measured."""
-    part = {"fid": "whole", "local_fid": "local"}.get(metric)
-    if part:
-        ours, theirs = getattr(folder.features, part), getattr(real, part)
-        return (
-            (lambda rows: metrics.frechet_distance(theirs.batches(rows), ours.batches(rows)))
-            if ours.count
-            else None
-        )
-    if metric not in folder.values:
-        return None
-    values = np.array(folder.values[metric])
-    return lambda rows: values[rows].mean()
-
-
-def _estimate(value: float, drawn: np.ndarray) -> Estimate:
-    return Estimate(
-        float(value), *(map(float, metrics.interval(value, drawn)) if len(drawn) else ())
-    )
+            places_by_seed.setdefault(alike, {}).setdefault(results.run["seed"], place)
+    groups = {}
+    for places in places_by_seed.values():
+        if len(places) > 1:
+            members = list(places.values())
+            title = f"{folders[members[0]].name(folders)} and {len(members) - 1} more seeds"
+            groups[title] = members
+    return groups

@@ -18,20 +18,24 @@ HISTOGRAM = np.linspace(-1, 1, 81)  # edges, of cosines
 
 
 class EvaluationError(CatError):
-    """Something that cannot be measured; the message says what was found, what was expected and what to do."""
+    """Something that cannot be measured."""
 
 
 class Missing(EvaluationError):
-    """A library that is not installed or weights that are not on this machine: one metric is left out, the others are not."""
+    """A library that is not installed, or weights that are not on this machine.
+
+    One metric is left out then, the others are not.
+    """
 
 
-# Distances between sets ---------------------------------------------------------------------------------------------
+# Distances between sets ---------------------------------------------------------------------------
 
 
 def frechet_distance(real: Iterable[torch.Tensor], made: Iterable[torch.Tensor]) -> float:
-    """FID: the Fréchet distance of two Gaussians fitted to features, 0 for equal sets (Heusel et al. 2017, eq. 6).
+    """FID: the Fréchet distance of two Gaussians fitted to features, 0 for equal sets.
 
-    torchmetrics sums in float64 and keeps D x D numbers, however many batches come.
+    Heusel et al. 2017, eq. 6. torchmetrics sums in float64 and keeps D x D numbers, however many
+    batches come.
 
     Args:
         real: features of real pictures, any number of batches (B, D).
@@ -40,19 +44,25 @@ def frechet_distance(real: Iterable[torch.Tensor], made: Iterable[torch.Tensor])
         EvaluationError: fewer than 2 features on a side.
         Missing: torchmetrics is not installed.
     """
-    distance = None
-    counts = [0, 0]
-    for side, batches in enumerate((real, made)):
+    sums = None
+    counts = {"real": 0, "made": 0}
+    for side, batches in (("real", real), ("made", made)):
         for batch in batches:
-            distance = distance or _frechet_sums(batch.shape[1])
-            distance.update(batch.double(), real=side == 0)
+            sums = sums or _frechet_sums(batch.shape[1])
+            sums.update(batch.double(), real=side == "real")
             counts[side] += len(batch)
-    if min(counts) < 2:
+    if sums is None or min(counts.values()) < 2:
         raise EvaluationError(
-            f"FID compares covariances and needs at least 2 pictures on each side; found {counts[0]} real "
-            f"and {counts[1]} made. Evaluate more pictures."
+            "FID compares covariances and needs at least 2 pictures on each side; found "
+            f"{counts['real']} real and {counts['made']} made. Evaluate more pictures."
         )
-    return float(distance.compute())
+    return float(sums.compute())
+
+
+class _ReadyFeatures(torch.nn.Identity):
+    """What torchmetrics takes for its network where the features are there already."""
+
+    num_features: int
 
 
 def _frechet_sums(width: int):
@@ -60,14 +70,15 @@ def _frechet_sums(width: int):
         from torchmetrics.image.fid import FrechetInceptionDistance
     except ImportError as error:
         raise Missing(
-            f"FID needs torchmetrics ({error}). Install requirements-evaluate.txt with ComfyUI's Python."
+            f"FID needs torchmetrics ({error}). Install requirements-evaluate.txt with ComfyUI's "
+            "Python."
         ) from error
-    features = torch.nn.Identity()
+    features = _ReadyFeatures()
     features.num_features = width
     return FrechetInceptionDistance(features)
 
 
-# Numbers of one picture ---------------------------------------------------------------------------------------------
+# Numbers of one picture ---------------------------------------------------------------------------
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -75,44 +86,60 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return F.cosine_similarity(a.float(), b.float(), dim=-1)
 
 
+def cosine_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """1 - cosine similarity of two features (D,), from 0 to 2."""
+    return 1 - float(cosine(a, b))
+
+
 def clip_score(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """CLIP score, 100 max(cos, 0), of CLIP's image and text features: (B, D) x 2 -> (B,) in [0, 100] (torchmetrics' scale)."""
+    """CLIP score, 100 max(cos, 0), of CLIP's image and text features.
+
+    (B, D) x 2 -> (B,) in [0, 100], which is torchmetrics' scale.
+    """
     return 100 * cosine(image, text).clamp(min=0)
 
 
 def background_error(
     made: np.ndarray, original: np.ndarray, hole: np.ndarray
 ) -> tuple[float, float, float]:
-    """What changed where nothing should: mean and largest absolute error (levels, 0 to 255), and PSNR (dB, at most 100).
+    """What changed where nothing should.
 
-    Background is where the hole is exactly 0: a soft edge may be repainted. Without any the error is 0.
+    Background is where the hole is exactly 0: a soft edge may be repainted. Without any the error
+    is 0.
+
+    Returns:
+        mean and largest absolute error (levels, 0 to 255), and PSNR (dB, at most 100).
     """
     outside = hole == 0
     error = np.abs(made[outside].astype(np.float64) - original[outside])
     if not error.any():
         return 0.0, 0.0, IDENTICAL
-    return (
-        error.mean(),
-        error.max(),
-        min(10 * np.log10(255**2 / np.square(error).mean()), IDENTICAL),
-    )
+    psnr = 10 * np.log10(255**2 / np.square(error).mean())
+    return error.mean(), error.max(), min(psnr, IDENTICAL)
 
 
 def hole_distance(a: np.ndarray, b: np.ndarray, hole: np.ndarray) -> float:
-    """Mean absolute difference inside the hole (all that is not background), in levels, 0 to 255."""
+    """Mean absolute difference inside the hole, in levels, 0 to 255.
+
+    Inside is all that is not background.
+    """
     inside = hole > 0
     return float(np.abs(a[inside].astype(np.float64) - b[inside]).mean())
 
 
 def diversity(items: Sequence, distance: Callable) -> float:
-    """Mean distance of all pairs: how different pictures of one sample are that were made with other seeds."""
-    return float(np.mean([distance(a, b) for a, b in itertools.combinations(items, 2)]))
+    """Mean distance of all pairs of one sample's pictures that were made with other seeds."""
+    pairs = itertools.combinations(items, 2)
+    return float(np.mean([distance(one, other) for one, other in pairs]))
 
 
 def masked_cosines(
     patches: torch.Tensor, truth: torch.Tensor, patch_mask: torch.Tensor
 ) -> torch.Tensor:
-    """Cosines of masked patches to the true ones: (B, N, D) x 2, (B, 1, G, G) -> (M,), M masked patches in all."""
+    """Cosines of masked patches to the true ones.
+
+    (B, N, D) x 2, (B, 1, G, G) -> (M,), M masked patches in all.
+    """
     return cosine(patches, truth)[patch_mask.flatten(1).bool()]
 
 
@@ -121,7 +148,7 @@ def histogram(cosines: torch.Tensor) -> np.ndarray:
     return np.histogram(cosines.double().clamp(-1, 1).numpy(), HISTOGRAM)[0]
 
 
-# How sure -----------------------------------------------------------------------------------------------------------
+# How sure -----------------------------------------------------------------------------------------
 
 
 def resampled(
@@ -129,7 +156,8 @@ def resampled(
 ) -> np.ndarray:
     """Bootstrap: `statistic` of the rows drawn with replacement, (resamples,).
 
-    Two statistics of the same count and seed see the same rows, so the difference of the results is a paired one.
+    Two statistics of the same count and seed see the same rows, so the difference of the results
+    is a paired one.
     """
     rng = np.random.default_rng(seed)
     return np.array([statistic(rng.integers(count, size=count)) for _ in range(resamples)])
@@ -138,8 +166,9 @@ def resampled(
 def interval(value: float, resamples: np.ndarray) -> tuple[float, float]:
     """The middle 95 % of the resampled values, moved so that their mean lies on `value`.
 
-    A mean's resamples lie there anyway. Those of FID lie above it, since a resample repeats pictures; only their spread counts,
-    and with few pictures it is rather too wide.
+    A mean's resamples lie there anyway. Those of FID lie above it, since a resample repeats
+    pictures; only their spread counts, and with few pictures it is rather too wide.
     """
-    low, high = np.percentile(resamples, ((100 - LEVEL) / 2, (100 + LEVEL) / 2)) - resamples.mean()
+    percentiles = ((100 - LEVEL) / 2, (100 + LEVEL) / 2)
+    low, high = np.percentile(resamples, percentiles) - resamples.mean()
     return value + low, value + high

@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..data import manifest, masks
+from ..data.manifest import Record
 from ..errors import few
 from .metrics import EvaluationError
 
@@ -73,6 +74,11 @@ class Results:
         names = (path.name for path in self.folder.iterdir())
         return {name.removesuffix(".png") for name in names if name.endswith(".png")}
 
+    def name(self, folders: Sequence["Results"]) -> str:
+        """The folder's name, or its path where another of the folders is called the same."""
+        same = sum(other.folder.name == self.folder.name for other in folders)
+        return self.folder.name if same == 1 else self.folder.as_posix()
+
     def picture(self, id: str, size: int) -> Image.Image:
         """The finished picture, RGB, size x size; raises EvaluationError."""
         with self._open(id, size) as file:
@@ -112,7 +118,7 @@ class Results:
 class Sample:
     """One record's picture and hole, as a method saw them."""
 
-    record: manifest.Record
+    record: Record
     picture: Image.Image  # RGB, size x size, nothing removed
     hole: Image.Image  # L, size x size, white = repaint
 
@@ -130,18 +136,18 @@ class SampleSet:
     split: str | None  # None = all
     hole: str
     size: int
-    records: tuple[manifest.Record, ...] = ()
+    records: tuple[Record, ...] = ()
 
     def read(self) -> "SampleSet":
         """With the manifest's records that have an object; raises manifest.ManifestError."""
         records = manifest.stream(self.manifest, self.split)
         return self.with_records(record for record in records if record.hole)
 
-    def with_records(self, records: Iterable[manifest.Record]) -> "SampleSet":
+    def with_records(self, records: Iterable[Record]) -> "SampleSet":
         """The same holes, cut into other pictures."""
         return dataclasses.replace(self, records=tuple(records))
 
-    def sample(self, record: manifest.Record) -> Sample:
+    def sample(self, record: Record) -> Sample:
         """Open a record's files; raises EvaluationError."""
         try:
             picture, mask = masks.load(record, self.manifest.parent)
@@ -244,7 +250,7 @@ def square_around_hole(hole: Image.Image, enlarge: float) -> tuple[int, int, int
     Returns:
         left, top, right, bottom in pixels; always a square.
     """
-    box = hole.point(lambda level: 255 * (level >= masks.MASKED)).getbbox()
+    box = hole.point(masks.BINARY).getbbox()
     left, top, right, bottom = box or (0, 0, *hole.size)
     longest = max(right - left, bottom - top)
     side = min(round(longest * enlarge), *hole.size)

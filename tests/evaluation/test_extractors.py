@@ -108,7 +108,7 @@ def test_tags_are_looked_up_on_this_machine_only(tmp_path, monkeypatch):
     (repository / "refs/main").write_text("abc")
     (repository / "snapshots/abc").mkdir(parents=True)
     (repository / "snapshots/abc/open_clip_model.safetensors").touch()
-    path, settings = extractors._downloaded(open_clip, "ViT-B-32-quickgelu", "openai")
+    path, settings = extractors.downloaded(open_clip, "ViT-B-32-quickgelu", "openai")
     assert path == str(repository / "snapshots/abc/open_clip_model.safetensors")
     assert settings["force_quick_gelu"] and settings["image_mean"] == open_clip.OPENAI_DATASET_MEAN
 

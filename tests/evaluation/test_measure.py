@@ -15,8 +15,8 @@ from pictures import cut, mask, picture
 from PIL import Image
 
 from cat_diffusion.cat_core.data import manifest
-from cat_diffusion.cat_core.evaluation import measure, report
-from cat_diffusion.cat_core.evaluation.measure import Estimate, Line
+from cat_diffusion.cat_core.evaluation import estimates, measure, report
+from cat_diffusion.cat_core.evaluation.estimates import Estimate, Line
 from cat_diffusion.cat_core.evaluation.metrics import EvaluationError
 from cat_diffusion.cat_core.evaluation.results import Results, SampleSet, square_around_hole
 
@@ -33,7 +33,7 @@ def measured(folders, extractor=pixels):
     opened = [Results.open(folder) for folder in folders]
     samples, notes = sample_set(folders[0]).of_all(opened, False)
     found = measure.measure(samples, opened, extractor)
-    lines, more = measure.summary(found, 200, 20, 0)
+    lines, more = estimates.summary(found, 200, 20, 0)
     return found, {(line.metric, line.name): line for line in lines}, notes + more
 
 

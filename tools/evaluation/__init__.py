@@ -1,1 +1,5 @@
-"""Pictures made through a running ComfyUI, and what they are worth."""
+"""Finished pictures: made by servers for every sample of a manifest, and measured."""
+
+from comfyui import ROOT
+
+DEMO_MODEL = ROOT / "models/cat_demo_model.safetensors"

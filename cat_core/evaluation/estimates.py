@@ -1,0 +1,188 @@
+"""What was measured, as lines of a table: means with 95 % intervals, and differences to the first.
+
+The intervals come from pictures drawn again.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from . import metrics
+from .extractors import FeatureFile
+from .measure import LOCAL, Features, Measured, MeasuredFolder
+from .metrics import Missing
+
+SMALL = 512  # widest features whose FID is resampled unless told to
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a number is called and how to read it."""
+
+    title: str
+    unit: str
+    better: str  # higher, lower or neither
+
+
+METRICS = {
+    "fid": Metric("FID", "", "lower"),
+    "local_fid": Metric(f"Local FID (square around the hole, x {LOCAL:g})", "", "lower"),
+    "clip_score": Metric("CLIP score (object and label)", "", "higher"),
+    "object_similarity": Metric("Similarity to the original object (cosine)", "", "higher"),
+    "background_mean": Metric("Background error, mean", "levels", "lower"),
+    "background_max": Metric("Background error, largest", "levels", "lower"),
+    "background_psnr": Metric("Background PSNR", "dB", "higher"),
+    "diversity_pixels": Metric("Diversity across seeds, in the hole", "levels", "neither"),
+    "diversity_features": Metric("Diversity across seeds (1 - cosine)", "", "neither"),
+    "feature_cosine": Metric("Cosine to the true features in the hole", "", "higher"),
+}
+# The first of these that was measured ranks the pictures.
+RANKING = ("clip_score", "object_similarity", "background_mean")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and the 95 % interval of its resamples; None where it was not resampled."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One metric of one folder, and how far it lies from the first folder's (positive = larger)."""
+
+    metric: str
+    name: str
+    images: int
+    estimate: Estimate
+    difference: Estimate | None = None
+
+
+def summary(
+    measured: Measured, resamples: int, fid_resamples: int | None, seed: int
+) -> tuple[list[Line], list[str]]:
+    """All lines of the table, and notes on how to read them.
+
+    Differences are to the first folder and paired: a resample draws the same records from both.
+
+    Args:
+        resamples: of means; 0 means no intervals.
+        fid_resamples: of FID, which takes the features' width cubed; None means 100 up to 512
+            wide, else none.
+    """
+    count = len(measured.samples.records)
+    width = measured.real.whole.width
+    lines = []
+    notes = _fid_notes(count, width, fid_resamples)
+    if fid_resamples is None:
+        fid_resamples = 100 if width <= SMALL else 0
+    for metric in METRICS:
+        draws = fid_resamples if metric.endswith("fid") else resamples
+        try:
+            lines += _metric_lines(metric, measured, draws, seed)
+        except Missing as error:
+            notes.append(f"{METRICS[metric].title} is left out: {error}")
+    for group, columns in measured.diversity.items():
+        for metric, values in columns.items():
+            lines.append(mean_line(metric, group, values, resamples, seed))
+    return lines, notes
+
+
+def _fid_notes(count: int, width: int, fid_resamples: int | None) -> list[str]:
+    notes = []
+    if fid_resamples is None and width > SMALL:
+        notes.append(
+            f"FID has no intervals: resampling {width}-wide features takes long. Ask with "
+            "--fid-resamples 100."
+        )
+    if 0 < width >= count:
+        notes.append(
+            f"FID of {count} pictures with {width}-wide features: their covariance is singular, "
+            "and FID depends on the number of pictures. Compare only sets of equal size, or "
+            f"evaluate more than {width}."
+        )
+    return notes
+
+
+def _metric_lines(metric: str, measured: Measured, resamples: int, seed: int) -> list[Line]:
+    """A line for each folder in which the metric was measured; raises Missing."""
+    count = len(measured.samples.records)
+    every_folder = [folder.results for folder in measured.folders]
+    lines = []
+    first = None  # the value and the resamples that the others are compared with
+    for folder in measured.folders:
+        statistic = statistic_of(metric, folder, measured.real)
+        if statistic is None:
+            continue
+        value = statistic(np.arange(count))
+        drawn = metrics.resampled(statistic, count, resamples, seed)
+        difference = None
+        if first is None:
+            first = (value, drawn)
+        else:
+            difference = _estimate(value - first[0], drawn - first[1])
+        title = folder.results.name(every_folder)
+        lines.append(Line(metric, title, count, _estimate(value, drawn), difference))
+    return lines
+
+
+def mean_line(
+    metric: str,
+    name: str,
+    values: Sequence[float],
+    resamples: int,
+    seed: int,
+    against: Sequence[float] | None = None,
+) -> Line:
+    """The mean of numbers by picture, and how far it is from that of `against`.
+
+    Args:
+        against: other numbers of the same pictures.
+    """
+
+    def estimate(numbers: np.ndarray) -> Estimate:
+        statistic = partial(_mean_of_rows, numbers)
+        drawn = metrics.resampled(statistic, len(numbers), resamples, seed)
+        return _estimate(numbers.mean(), drawn)
+
+    numbers = np.array(values)
+    difference = None if against is None else estimate(numbers - against)
+    return Line(metric, name, len(numbers), estimate(numbers), difference)
+
+
+def statistic_of(
+    metric: str, folder: MeasuredFolder, real: Features
+) -> Callable[[np.ndarray], float] | None:
+    """Rows -> the metric of these records; None if it was not measured."""
+    if metric == "fid":
+        return _fid_of_rows(real.whole, folder.features.whole)
+    if metric == "local_fid":
+        return _fid_of_rows(real.local, folder.features.local)
+    if metric not in folder.values:
+        return None
+    return partial(_mean_of_rows, np.array(folder.values[metric]))
+
+
+def _fid_of_rows(real: FeatureFile, made: FeatureFile) -> Callable[[np.ndarray], float] | None:
+    if not made.count:
+        return None
+
+    def statistic(rows: np.ndarray) -> float:
+        return metrics.frechet_distance(real.batches(rows), made.batches(rows))
+
+    return statistic
+
+
+def _mean_of_rows(numbers: np.ndarray, rows: np.ndarray) -> float:
+    return numbers[rows].mean()
+
+
+def _estimate(value: float, drawn: np.ndarray) -> Estimate:
+    if len(drawn) == 0:
+        return Estimate(float(value))
+    low, high = metrics.interval(value, drawn)
+    return Estimate(float(value), float(low), float(high))

@@ -1,0 +1,107 @@
+"""What one sample sends to a server and what comes back, checked."""
+
+import hashlib
+import io
+from pathlib import Path
+
+from PIL import Image
+
+from cat_diffusion.cat_core.data import masks
+from cat_diffusion.cat_core.data.manifest import Record
+from cat_diffusion.cat_core.data.masks import SampleError
+from comfyui.remote_server import Gone, Refused, RemoteServer
+
+ID_LENGTH = 200  # bytes; file systems end at 255
+FORBIDDEN = set('/\\:*?"<>|')  # in file names, on one system or another
+
+
+def sample_seed(seed: int, id: str) -> int:
+    """The seed of one sample, below 2**48 so that the browser shows it in full."""
+    digest = hashlib.sha256(f"{seed}:{id}".encode()).digest()
+    return int.from_bytes(digest[:6], "big")
+
+
+def check_id(id: str) -> None:
+    """Raise SampleError for an id that is no file's name on every system.
+
+    Neither may it be that of the run's own file.
+    """
+    fine = (
+        id.isprintable()
+        and FORBIDDEN.isdisjoint(id)
+        and not id.startswith(".")
+        and not id.endswith((" ", "."))
+    )
+    if not fine or id.lower() == "run" or len(id.encode()) > ID_LENGTH:
+        raise SampleError("unusable id", f"{ascii(id)[:80]} cannot be a file's name")
+
+
+def sample_pictures(
+    record: Record, folder: Path, hole: str, size: int
+) -> tuple[Image.Image, Image.Image]:
+    """Photo (RGB) and hole (L, white = repaint), `size` x `size`, made as in training.
+
+    Raises SampleError where there is none.
+    """
+    if not record.hole:
+        raise SampleError("no hole", "the record has neither mask nor box")
+    photo, mask = masks.load(record, folder)
+    hole_512 = masks.training_mask(mask, hole)
+    return (
+        photo.resize((size, size), Image.Resampling.BICUBIC),
+        hole_512.resize((size, size), Image.Resampling.BICUBIC),
+    )
+
+
+def outcome(ended: dict, output: str) -> tuple[dict, float]:
+    """The image that a prompt's history names, and the seconds it took.
+
+    Args:
+        ended: the history of one prompt.
+        output: number of the node whose picture is wanted.
+    Raises:
+        SampleError: the prompt failed.
+        Gone: somebody cancelled it.
+    """
+    messages = dict(ended["status"]["messages"])
+    if "execution_interrupted" in messages:
+        raise Gone("a prompt was cancelled there")
+    if "execution_error" in messages:
+        error = messages["execution_error"]
+        raise SampleError(f"error in {error['node_type']}", error["exception_message"].strip())
+    images = ended["outputs"].get(output, {}).get("images", [])
+    if len(images) != 1:
+        raise SampleError(
+            "no single picture", f"the workflow made {len(images)} pictures, expected one"
+        )
+    start = messages["execution_start"]["timestamp"]
+    end = messages["execution_success"]["timestamp"]
+    return images[0], (end - start) / 1000
+
+
+def finished_picture(server: RemoteServer, image: dict, size: int) -> Image.Image:
+    """Fetch what a prompt made, as RGB; raises SampleError if it cannot be used."""
+    try:
+        content = server.view(image)
+    except Refused as error:
+        # A server that starts clears the temporary pictures of all servers in its folder.
+        raise Gone("a picture that it made is gone") from error
+    try:
+        picture = Image.open(io.BytesIO(content)).convert("RGB")
+    except Exception as error:  # whatever Pillow raises for what is broken
+        raise SampleError(
+            "corrupt picture", f"{server.url} sent a picture that cannot be decoded ({error})"
+        ) from error
+    if picture.size != (size, size):
+        raise SampleError(
+            "wrong size",
+            f"the workflow made {picture.width}x{picture.height} pixels, expected {size}x{size}",
+        )
+    return picture
+
+
+def png(picture: Image.Image) -> bytes:
+    """A picture as a file that is quick to write."""
+    content = io.BytesIO()
+    picture.save(content, "PNG", compress_level=1)
+    return content.getvalue()
