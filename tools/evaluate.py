@@ -1,25 +1,38 @@
-"""Measure folders of finished pictures: FID, Local FID, CLIP score, background, diversity, with intervals.
+"""Measure folders of finished pictures: FID, CLIP score, background, diversity, with intervals.
 
-    python tools/evaluate.py results/cat --extractor inception:weights-inception-2015-12-05-6726825d.pth \\
+    python tools/evaluate.py results/cat \\
+        --extractor inception:weights-inception-2015-12-05-6726825d.pth \\
         --clip-score ViT-L-14-quickgelu:openai --html report
     python tools/evaluate.py results/plain results/cat --json measured.json --csv measured.csv
 
-A results folder, written by tools/generate.py, holds <id>.png for each record and run.json with manifest, split, hole and
-size. Differences are to the first folder. Folders that were made alike but for the seed also give diversity.
-Needs requirements-evaluate.txt. Nothing is downloaded at any time.
+A results folder, written by tools/generate.py, holds <id>.png for each record and run.json with
+manifest, split, hole and size. Differences are to the first folder. Folders that were made alike
+but for the seed also give diversity. Needs requirements-evaluate.txt. Nothing is downloaded at any
+time.
 """
 
 import argparse
 import os
 from pathlib import Path
 
-from comfyui import ROOT, launch
+from comfyui import launch
+from evaluation import DEMO_MODEL
 
-DEMO_MODEL = ROOT / "models/cat_demo_model.safetensors"
+
+def main() -> int:
+    parser = command_line()
+    arguments = parser.parse_args()
+    launch.enter_comfyui(parser, arguments, "evaluate")
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when open_clip's and ComfyUI's libraries are imported
+    launch.limit_threads(arguments.threads)
+    launch.start_host(arguments.cpu or not launch.has_cuda())
+    from evaluation import comparison
+
+    return comparison.command(arguments)
 
 
 def command_line() -> argparse.ArgumentParser:
-    """The command line."""
+    """What the command takes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "results",
@@ -47,20 +60,22 @@ def command_line() -> argparse.ArgumentParser:
         "--extractor",
         default=f"clip:{DEMO_MODEL}",
         metavar="KIND:FILE",
-        help="network of FID, Local FID and similarity: inception:FILE with torch-fidelity's weights, or "
-        "clip:FILE with a CLIP vision file or a CAT checkpoint (default: the demo model's, which knows "
-        "drawn shapes only)",
+        help="network of FID, Local FID and similarity: inception:FILE with torch-fidelity's "
+        "weights, or clip:FILE with a CLIP vision file or a CAT checkpoint "
+        "(default: the demo model's, which knows drawn shapes only)",
     )
     parser.add_argument(
         "--clip-score",
         metavar="MODEL:PRETRAINED",
-        help="open_clip model, and a weights file or a tag that was downloaded before; or local-dir:FOLDER",
+        help="open_clip model, and a weights file or a tag that was downloaded before; "
+        "or local-dir:FOLDER",
     )
     parser.add_argument(
         "--cosines",
         type=Path,
         metavar="FILE",
-        help="also compare observed and predicted features with the true ones, by this CAT checkpoint",
+        help="also compare observed and predicted features with the true ones, "
+        "by this CAT checkpoint",
     )
     parser.add_argument(
         "--resamples",
@@ -95,18 +110,6 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     launch.add_host_options(parser)
     return parser
-
-
-def main() -> int:
-    parser = command_line()
-    arguments = parser.parse_args()
-    launch.enter_comfyui(parser, arguments, "evaluate")
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read when open_clip's and ComfyUI's libraries are imported
-    launch.limit_threads(arguments.threads)
-    launch.start_host(arguments.cpu or not launch.has_cuda())
-    from evaluation import comparison
-
-    return comparison.command(arguments)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Run the samples of a manifest through one or several ComfyUI servers that are running, with a workflow in API format.
+"""Run a manifest's samples through ComfyUI servers that are running, by a workflow in API format.
 
-    python tools/generate.py workflows/baselines/cat.json --manifest data/test.jsonl --split test --hole box \\
+    python tools/generate.py workflows/baselines/cat.json \\
+        --manifest data/test.jsonl --split test --hole box \\
         --out results/cat --server http://127.0.0.1:8188 http://127.0.0.1:8189
 
-The same command continues a run that was stopped or killed. Every sample gives ID.png and ID.json, which says how it was
-made; run.json tells what the whole run has in common, and failed.jsonl names every sample that could not be used and why.
-Needs Pillow and tqdm; ComfyUI's Python has both. Prepare data with tools/prepare_data.py.
+The same command continues a run that was stopped or killed. Every sample gives ID.png and ID.json,
+which says how it was made; run.json tells what the whole run has in common, and failed.jsonl names
+every sample that could not be used and why. Needs Pillow and tqdm; ComfyUI's Python has both.
+Prepare data with tools/prepare_data.py.
 """
 
 import argparse
@@ -16,6 +18,19 @@ from comfyui import launch
 
 
 def main() -> int:
+    arguments = command_line().parse_args()
+    try:
+        from evaluation import generation
+    except ModuleNotFoundError as error:
+        sys.exit(
+            f"error: {sys.executable} has no {error.name}; install Pillow and tqdm, or run this "
+            "with ComfyUI's Python"
+        )
+    return generation.command(arguments)
+
+
+def command_line() -> argparse.ArgumentParser:
+    """What the command takes."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -60,7 +75,8 @@ def main() -> int:
         default=[],
         metavar="TITLE.INPUT=VALUE",
         dest="changes",
-        help="change a value of the workflow, such as Checkpoint.ckpt_name=sd15.safetensors; may be given again",
+        help="change a value of the workflow, such as Checkpoint.ckpt_name=sd15.safetensors; "
+        "may be given again",
     )
     parser.add_argument(
         "--patience",
@@ -69,14 +85,7 @@ def main() -> int:
         metavar="SECONDS",
         help="stop when no server has answered for so long",
     )
-    arguments = parser.parse_args()
-    try:
-        from evaluation import generation
-    except ModuleNotFoundError as error:
-        sys.exit(
-            f"error: {sys.executable} has no {error.name}; install Pillow and tqdm, or run this with ComfyUI's Python"
-        )
-    return generation.command(arguments)
+    return parser
 
 
 def _side(text: str) -> int:
