@@ -111,10 +111,9 @@ def _fid_notes(count: int, width: int, fid_resamples: int | None) -> list[str]:
 def _metric_lines(metric: str, measured: Measured, resamples: int, seed: int) -> list[Line]:
     """A line for each folder in which the metric was measured; raises Missing."""
     count = len(measured.samples.records)
-    every_folder = [folder.results for folder in measured.folders]
     lines = []
     first = None  # the value and the resamples that the others are compared with
-    for folder in measured.folders:
+    for title, folder in zip(measured.names, measured.folders, strict=True):
         statistic = statistic_of(metric, folder, measured.real)
         if statistic is None:
             continue
@@ -125,7 +124,6 @@ def _metric_lines(metric: str, measured: Measured, resamples: int, seed: int) ->
             first = (value, drawn)
         else:
             difference = _estimate(value - first[0], drawn - first[1])
-        title = folder.results.name(every_folder)
         lines.append(Line(metric, title, count, _estimate(value, drawn), difference))
     return lines
 

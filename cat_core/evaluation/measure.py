@@ -57,6 +57,12 @@ class Measured:
     # By group, see `seeds`, and by metric: numbers by picture.
     diversity: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
+    @property
+    def names(self) -> list[str]:
+        """What the folders are called."""
+        folders = [folder.results for folder in self.folders]
+        return [results.name(folders) for results in folders]
+
 
 @dataclass(frozen=True)
 class PictureBatch:
@@ -84,10 +90,10 @@ def measure(
     Raises:
         EvaluationError: a file cannot be used.
     """
-    measured = Measured(samples, [MeasuredFolder(results) for results in folders])
+    measured = Measured(samples, list(map(MeasuredFolder, folders)))
     groups = seeds(folders)
     for start in range(0, len(samples.records), BATCH):
-        opened = [samples.sample(record) for record in samples.records[start : start + BATCH]]
+        opened = list(map(samples.sample, samples.records[start : start + BATCH]))
         originals = [sample.picture for sample in opened]
         real = _batch(opened, originals, measured.real, extractor)
         made = []

@@ -130,7 +130,7 @@ def hole_distance(a: np.ndarray, b: np.ndarray, hole: np.ndarray) -> float:
 def diversity(items: Sequence, distance: Callable) -> float:
     """Mean distance of all pairs of one sample's pictures that were made with other seeds."""
     pairs = itertools.combinations(items, 2)
-    return float(np.mean([distance(one, other) for one, other in pairs]))
+    return float(np.mean(list(itertools.starmap(distance, pairs))))
 
 
 def masked_cosines(
@@ -160,7 +160,11 @@ def resampled(
     is a paired one.
     """
     rng = np.random.default_rng(seed)
-    return np.array([statistic(rng.integers(count, size=count)) for _ in range(resamples)])
+    values = []
+    for _ in range(resamples):
+        rows = rng.integers(count, size=count)
+        values.append(statistic(rows))
+    return np.array(values)
 
 
 def interval(value: float, resamples: np.ndarray) -> tuple[float, float]:

@@ -79,7 +79,11 @@ def table(lines: Sequence[Line]) -> str:
             cells.append((title, row.name, row.value, row.difference, row.verdict))
             title = ""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
+    text = []
+    for row in cells:
+        padded = map(str.ljust, row, widths)
+        text.append("  ".join(padded).rstrip())
+    return "\n".join(text)
 
 
 def verdict(line: Line) -> str:
@@ -190,7 +194,7 @@ def page(
     first = measured.folders[0]
     metric = next(metric for metric in RANKING if metric in first.values)
     values = {}
-    for title, folder in zip(_names(measured), measured.folders, strict=True):
+    for title, folder in zip(measured.names, measured.folders, strict=True):
         values[title] = folder.values[metric]
 
     charts = []
@@ -282,7 +286,7 @@ def _shown(measured: Measured, place: int, metric: str) -> Shown:
     """A sample with the original, the hole and what each folder made of it."""
     sample = measured.samples.sample(measured.samples.records[place])
     figures = [("original", _data(sample.picture)), ("hole", _data(_hidden(sample)))]
-    for name, folder in zip(_names(measured), measured.folders, strict=True):
+    for name, folder in zip(measured.names, measured.folders, strict=True):
         made = folder.results.picture(sample.record.id, measured.samples.size)
         figures.append((f"{name}: {folder.values[metric][place]:.4g}", _data(made)))
     return Shown(sample.record.label, sample.record.id, figures)
@@ -301,8 +305,3 @@ def _data(picture: Image.Image) -> str:
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=88)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
-
-
-def _names(measured: Measured) -> list[str]:
-    folders = [folder.results for folder in measured.folders]
-    return [results.name(folders) for results in folders]

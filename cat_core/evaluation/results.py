@@ -71,8 +71,11 @@ class Results:
     @property
     def ids(self) -> set[str]:
         """Of the pictures that are there."""
-        names = (path.name for path in self.folder.iterdir())
-        return {name.removesuffix(".png") for name in names if name.endswith(".png")}
+        ids = set()
+        for path in self.folder.iterdir():
+            if path.name.endswith(".png"):
+                ids.add(path.name.removesuffix(".png"))
+        return ids
 
     def name(self, folders: Sequence["Results"]) -> str:
         """The folder's name, or its path where another of the folders is called the same."""

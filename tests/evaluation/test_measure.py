@@ -23,9 +23,11 @@ from cat_diffusion.cat_core.evaluation.results import Results, SampleSet, square
 
 def pixels(pictures):
     """An extractor that needs no weights: 27 numbers of a picture."""
-    return torch.stack(
-        [torch.from_numpy(np.array(p.resize((3, 3)))).flatten().float() for p in pictures]
-    )
+    features = []
+    for shown in pictures:
+        levels = torch.from_numpy(np.array(shown.resize((3, 3))))
+        features.append(levels.flatten().float())
+    return torch.stack(features)
 
 
 def measured(folders, extractor=pixels):
@@ -42,7 +44,7 @@ def sample_set(folder):
     return SampleSet(Path(run["manifest"]), run["split"], run["hole"], run["size"]).read()
 
 
-# Crops --------------------------------------------------------------------------------------------------------------
+# Crops --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -61,22 +63,20 @@ def test_the_crop_is_a_square_over_the_hole_inside_the_picture(box, enlarge, exp
     assert square_around_hole(hole, enlarge) == expected
 
 
-# Folders ------------------------------------------------------------------------------------------------------------
+# Folders ------------------------------------------------------------------------------------------
 
 
 def test_the_originals_are_perfect(result_folder):
     found, lines, _ = measured([result_folder()])
     values = {metric: line.estimate.value for (metric, _), line in lines.items()}
-    assert values["fid"] == pytest.approx(0, abs=1e-2) and values["local_fid"] == pytest.approx(
-        0, abs=1e-2
-    )
+    assert values["fid"] == pytest.approx(0, abs=1e-2)
+    assert values["local_fid"] == pytest.approx(0, abs=1e-2)
     assert values["object_similarity"] == pytest.approx(1)
-    assert (values["background_mean"], values["background_max"], values["background_psnr"]) == (
-        0,
-        0,
-        100,
-    )
-    assert "clip_score" not in values and len(found.folders[0].values["object_similarity"]) == 8
+    assert values["background_mean"] == 0
+    assert values["background_max"] == 0
+    assert values["background_psnr"] == 100
+    assert "clip_score" not in values
+    assert len(found.folders[0].values["object_similarity"]) == 8
     assert all(line.difference is None for line in lines.values())
 
 
@@ -85,26 +85,26 @@ def test_every_metric_sees_what_it_should(result_folder):
         """One pixel of the background 9 levels off, in one picture of the eight."""
         made = grey(picture, hole, place)
         if place == 3:
-            spot = tuple(map(int, np.argwhere(np.asarray(hole).T == 0)[0]))
-            made.putpixel(
-                spot,
-                tuple(value - 9 if value > 100 else value + 9 for value in picture.getpixel(spot)),
-            )
+            pixel = tuple(map(int, np.argwhere(np.asarray(hole).T == 0)[0]))
+            off = []
+            for level in picture.getpixel(pixel):
+                off.append(level - 9 if level > 100 else level + 9)
+            made.putpixel(pixel, tuple(off))
         return made
 
-    _, lines, notes = measured(
-        [result_folder("original"), result_folder("grey", grey), result_folder("spot", spot)]
-    )
+    folders = [result_folder("original")]
+    folders.append(result_folder("grey", grey))
+    folders.append(result_folder("spot", spot))
+    _, lines, notes = measured(folders)
     for name in ("grey", "spot"):
-        assert (
-            lines["local_fid", name].estimate.value > lines["fid", name].estimate.value > 1
-        )  # the object fills the crop
-        assert lines["object_similarity", name].difference.high < 0
-        assert (
-            report.verdict(lines["object_similarity", name])
-            == report.verdict(lines["fid", name])
-            == "worse"
-        )
+        fid = lines["fid", name]
+        similarity = lines["object_similarity", name]
+        assert fid.estimate.value > 1
+        # The object fills the crop.
+        assert lines["local_fid", name].estimate.value > fid.estimate.value
+        assert similarity.difference.high < 0
+        assert report.verdict(similarity) == "worse"
+        assert report.verdict(fid) == "worse"
     assert lines["background_max", "grey"].estimate == Estimate(0, 0, 0)
     assert lines["background_max", "spot"].estimate.value == pytest.approx(9 / 8)
     assert any("8 pictures with 27-wide features" in note for note in notes)
@@ -113,35 +113,32 @@ def test_every_metric_sees_what_it_should(result_folder):
 def test_diversity_compares_what_differs_by_the_seed_alone(result_folder):
     def shade(level):
         def paint(picture, hole, place):
-            return Image.composite(
-                Image.new("RGB", picture.size, (level,) * 3),
-                picture,
-                hole.point(lambda v: 255 * (v > 0)),
-            )
+            shade = Image.new("RGB", picture.size, (level, level, level))
+            return Image.composite(shade, picture, hole.point([0] + [255] * 255))
 
         return paint
 
-    folders = [
-        result_folder(name, shade(level), workflow="cat.json", seed=seed, changes=changes)
-        for name, level, seed, changes in (
-            ("a", 10, 1, {}),
-            ("b", 30, 2, {}),
-            ("c", 90, 3, {}),
-            ("again", 200, 3, {}),
-            ("d", 10, 4, {"strength": 0.5}),
-        )
-    ]
+    folders = []
+    for name, level, seed, changes in (
+        ("a", 10, 1, {}),
+        ("b", 30, 2, {}),
+        ("c", 90, 3, {}),
+        ("again", 200, 3, {}),
+        ("d", 10, 4, {"strength": 0.5}),
+    ):
+        run = {"workflow": "cat.json", "seed": seed, "changes": changes}
+        folders.append(result_folder(name, shade(level), **run))
     found, lines, _ = measured(folders)
     (group,) = found.diversity
     assert group == "a and 2 more seeds"
-    assert lines["diversity_pixels", group].estimate == Estimate(
-        *[pytest.approx((20 + 80 + 60) / 3)] * 3
-    )
+    mean = pytest.approx((20 + 80 + 60) / 3)
+    assert lines["diversity_pixels", group].estimate == Estimate(mean, mean, mean)
     assert lines["diversity_features", group].estimate.value > 0
 
 
 def test_mismatched_folders_are_named(result_folder):
-    whole, broken = result_folder("whole"), result_folder("broken")
+    whole = result_folder("whole")
+    broken = result_folder("broken")
     ids = sorted(path.stem for path in broken.glob("*.png"))
     for id in ids[:6]:
         (broken / f"{id}.png").unlink()
@@ -157,60 +154,61 @@ def test_mismatched_folders_are_named(result_folder):
     ):
         assert words in str(error.value)
     assert "whole lacks" not in str(error.value)
-    opened, samples = [Results.open(folder) for folder in (whole, broken)], sample_set(whole)
+    opened = [Results.open(whole), Results.open(broken)]
+    samples = sample_set(whole)
     some, notes = samples.of_all(opened, True)
     assert [record.id for record in some.records] == ids[6:]
     assert notes == ["Only the 2 of 8 pictures that all folders have were evaluated."]
     (broken / f"{ids[6]}.png").unlink()
     with pytest.raises(
         EvaluationError,
-        match="1 of 8 pictures of .*m.*jsonl .split test. to evaluate; .* at least 2",
+        match=r"1 of 8 pictures of .*m.*jsonl .split test. to evaluate; .* at least 2",
     ):
         samples.of_all(opened, True)
 
 
 def test_what_failed_in_one_folder_is_left_out_of_all(result_folder):
-    whole, other = result_folder("whole"), result_folder("other")
+    whole = result_folder("whole")
+    other = result_folder("other")
     ids = sorted(path.stem for path in other.glob("*.png"))
     (other / f"{ids[2]}.png").unlink()
-    lines = [
-        {"id": id, "reason": "empty mask", "detail": ""} for id in (ids[2], ids[5])
-    ]  # the second was made after all
-    (other / "failed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with open(other / "failed.jsonl", "w") as file:
+        for id in (ids[2], ids[5]):  # the second was made after all
+            file.write(json.dumps({"id": id, "reason": "empty mask", "detail": ""}) + "\n")
     found, _, notes = measured([whole, other])
     assert [record.id for record in found.samples.records] == ids[:2] + ids[3:]
     assert f"1 samples are left out, since they failed in {other}: {ids[2]}." in notes
     (other / "failed.jsonl").write_text("[]\n")
     with pytest.raises(
-        EvaluationError, match="failed.jsonl cannot be read .*expected lines such as"
+        EvaluationError, match=r"failed.jsonl cannot be read .*expected lines such as"
     ):
         measured([whole, other])
 
 
 def test_files_that_cannot_be_used(result_folder, tmp_path):
     folder = result_folder()
-    first, second = sorted(folder.glob("*.png"))[:2]
+    first = min(folder.glob("*.png"))
     picture(first, (32, 32))
     with pytest.raises(
-        EvaluationError, match=f"{first.name} is 32x32, expected 64x64. Give the --size"
+        EvaluationError, match=rf"{first.name} is 32x32, expected 64x64. Give the --size"
     ):
         measured([folder])
     first.write_bytes(b"<html>404</html>")
     with pytest.raises(
         EvaluationError,
-        match=f"{first.name} cannot be decoded .*Delete it and let tools/generate.py",
+        match=rf"{first.name} cannot be decoded .*Delete it and let tools/generate.py",
     ):
         measured([folder])
     Image.effect_noise((SIZE, SIZE), 90).convert("RGB").save(first)
     cut(first, 0.6)  # its header is whole
-    with pytest.raises(EvaluationError, match=f"{first.name} cannot be decoded"):
+    with pytest.raises(EvaluationError, match=rf"{first.name} cannot be decoded"):
         measured([folder])
-    with pytest.raises(EvaluationError, match="none is not a folder, expected one with a PNG"):
+    with pytest.raises(EvaluationError, match=r"none is not a folder, expected one with a PNG"):
         Results.open(tmp_path / "none")
     for content in ("{", "[1]"):
         (folder / "run.json").write_text(content)
         with pytest.raises(
-            EvaluationError, match="run.json .*expected a JSON object. Delete it and give"
+            EvaluationError, match=r"run.json .*expected a JSON object. Delete it and give"
         ):
             Results.open(folder)
 
@@ -221,7 +219,7 @@ def test_a_record_that_cannot_be_used(tmp_path):
     manifest.write(tmp_path / "m.jsonl", [manifest.Record("a", "x.png", "black.png", label="cup")])
     samples = SampleSet(tmp_path / "m.jsonl", None, "box", SIZE).read()
     with pytest.raises(
-        EvaluationError, match="a of .*m.jsonl cannot be used: empty mask.*--common"
+        EvaluationError, match=r"a of .*m.jsonl cannot be used: empty mask.*--common"
     ):
         samples.sample(samples.records[0])
 
@@ -244,7 +242,7 @@ def test_a_missing_library_leaves_fid_out(result_folder, monkeypatch):
     }
 
 
-# The table ----------------------------------------------------------------------------------------------------------
+# The table ----------------------------------------------------------------------------------------
 
 
 def test_verdicts_follow_the_interval_and_the_metric():
@@ -253,26 +251,29 @@ def test_verdicts_follow_the_interval_and_the_metric():
 
     assert verdict("fid", -2, -3, -1) == verdict("clip_score", 2, 1, 3) == "better"
     assert verdict("fid", 2, 1, 3) == verdict("clip_score", -2, -3, -1) == "worse"
-    assert (
-        verdict("fid", -2, -5, 1)
-        == verdict("fid", -2)
-        == verdict("diversity_pixels", 2, 1, 3)
-        == ""
-    )
+    assert verdict("fid", -2, -5, 1) == verdict("fid", -2) == ""
+    assert verdict("diversity_pixels", 2, 1, 3) == ""
     assert report.verdict(Line("fid", "x", 8, Estimate(1))) == ""
 
 
-# Memory -------------------------------------------------------------------------------------------------------------
+# Memory -------------------------------------------------------------------------------------------
 
 MEMORY = """
 import sys
-import numpy as np, torch
 from pathlib import Path
+
+import numpy as np
+import torch
 from cat_core.evaluation import measure, metrics
 from cat_core.evaluation.results import Results, SampleSet
 
 def pixels(pictures):
-    return torch.stack([torch.from_numpy(np.array(p.resize((20, 20)))).flatten().float() for p in pictures])
+    levels = np.stack([np.asarray(picture.resize((20, 20))) for picture in pictures])
+    return torch.from_numpy(levels).flatten(1).float()
+
+def random_features(count):
+    for _ in range(count):
+        yield torch.rand(20, 128)
 
 def peak():  # MB since the last call
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -280,13 +281,13 @@ def peak():  # MB since the last call
     return int(status["VmHWM"].split()[0]) / 1024
 
 torch.set_num_threads(1)
-samples, results = SampleSet(Path(sys.argv[1]), None, "box", 64).read(), Results.open(Path(sys.argv[2]))
+samples = SampleSet(Path(sys.argv[1]), None, "box", 64).read()
+results = Results.open(Path(sys.argv[2]))
 peaks = []
 for count in (100, 100, 2000):  # imports peak in the first
-    some = SampleSet(samples.manifest, None, "box", 64, samples.records[:count])
-    found = measure.measure(some, [results], pixels)
+    found = measure.measure(samples.with_records(samples.records[:count]), [results], pixels)
     assert len(found.folders[0].values["background_mean"]) == found.real.whole.count == count
-    metrics.frechet_distance((torch.rand(20, 128) for _ in range(count)), (torch.rand(20, 128) for _ in range(count)))
+    metrics.frechet_distance(random_features(count), random_features(count))
     peaks.append(peak())
 print(*peaks[1:])
 """
@@ -294,7 +295,10 @@ print(*peaks[1:])
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the peak")
 def test_memory_does_not_grow_with_the_pictures(tmp_path):
-    """2,000 pictures and results are 49 MB of pixels and 38 MB of features; 40,000 features of the second kind are 20 MB."""
+    """2,000 pictures and results are 49 MB of pixels and 38 MB of features.
+
+    40,000 features of the second kind are 20 MB.
+    """
     Image.effect_noise((SIZE, SIZE), 90).convert("RGB").save(tmp_path / "x.png")
     (tmp_path / "results").mkdir()
     records = (

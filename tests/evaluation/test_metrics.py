@@ -22,33 +22,34 @@ def features(count, width, seed, shift=0.0):
 
 def reference(real, made):
     """FID as Heusel et al. compute it, in float64."""
-    a, b = (x.double().numpy() for x in (real, made))
-    covariances = [np.cov(x, rowvar=False) for x in (a, b)]
-    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1])
-    return np.square(a.mean(0) - b.mean(0)).sum() + np.trace(
-        covariances[0] + covariances[1] - 2 * root.real
-    )
+    real = real.double().numpy()
+    made = made.double().numpy()
+    real_covariance = np.cov(real, rowvar=False)
+    made_covariance = np.cov(made, rowvar=False)
+    root = scipy.linalg.sqrtm(real_covariance @ made_covariance).real
+    means = np.square(real.mean(0) - made.mean(0)).sum()
+    return means + np.trace(real_covariance + made_covariance - 2 * root)
 
 
-# FID ----------------------------------------------------------------------------------------------------------------
+# FID ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "count, width", [(300, 48), (2000, 64), (30, 48)]
-)  # the last has singular covariances
+# The last has singular covariances.
+@pytest.mark.parametrize("count, width", [(300, 48), (2000, 64), (30, 48)])
 @pytest.mark.parametrize("shift", [0.02, 0.5])
 def test_fid_equals_the_matrix_square_root(count, width, shift):
-    real, made = features(count, width, 1), features(count + 7, width, 2, shift)
+    real = features(count, width, 1)
+    made = features(count + 7, width, 2, shift)
     found = metrics.frechet_distance(real.split(64), made.split(50))
     assert found == pytest.approx(reference(real, made), rel=1e-3)
 
 
 def test_fid_does_not_depend_on_batches():
-    real, made = features(100, 16, 1), features(90, 16, 2, 0.3)
+    real = features(100, 16, 1)
+    made = features(90, 16, 2, 0.3)
     expected = metrics.frechet_distance([real], [made])
-    assert metrics.frechet_distance(real.split(7), made.split(1)) == pytest.approx(
-        expected, rel=1e-9
-    )
+    found = metrics.frechet_distance(real.split(7), made.split(1))
+    assert found == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("count, width", [(300, 48), (30, 48)])
@@ -60,31 +61,31 @@ def test_fid_of_a_set_with_itself_is_nothing(count, width):
 def test_fid_needs_two_pictures_and_torchmetrics(monkeypatch):
     real = features(9, 4, 1)
     with pytest.raises(
-        EvaluationError, match="at least 2 .* found 9 real and 1 made. Evaluate more"
+        EvaluationError, match=r"at least 2 .* found 9 real and 1 made. Evaluate more"
     ):
         metrics.frechet_distance([real], [real[:1]])
-    with pytest.raises(EvaluationError, match="found 0 real and 9 made"):
+    with pytest.raises(EvaluationError, match=r"found 0 real and 9 made"):
         metrics.frechet_distance([], [real])
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
-    with pytest.raises(Missing, match="needs torchmetrics .*requirements-evaluate.txt"):
+    with pytest.raises(Missing, match=r"needs torchmetrics .*requirements-evaluate.txt"):
         metrics.frechet_distance([real], [real])
 
 
-# One picture --------------------------------------------------------------------------------------------------------
+# One picture --------------------------------------------------------------------------------------
 
 
 def test_clip_score_has_no_negative_numbers():
-    image, text = (
-        torch.tensor([[3.0, 4], [1, 0], [1, 0]]),
-        torch.tensor([[5.0, 0], [-1, 0], [0, 2]]),
-    )
+    image = torch.tensor([[3.0, 4], [1, 0], [1, 0]])
+    text = torch.tensor([[5.0, 0], [-1, 0], [0, 2]])
     assert metrics.clip_score(image, text).tolist() == pytest.approx([60, 0, 0])
 
 
 def test_background_error_counts_only_where_the_hole_is_zero():
     rng = np.random.default_rng(0)
-    original, hole = rng.integers(0, 200, (8, 8, 3), np.uint8), np.zeros((8, 8), np.uint8)
-    hole[2:5, 2:5], hole[5, 2:5] = 255, 1  # a soft edge
+    original = rng.integers(0, 200, (8, 8, 3), np.uint8)
+    hole = np.zeros((8, 8), np.uint8)
+    hole[2:5, 2:5] = 255
+    hole[5, 2:5] = 1  # a soft edge
     made = original.copy()
     made[hole > 0] += 50
     assert metrics.background_error(made, original, hole) == (0, 0, 100)
@@ -99,7 +100,8 @@ def test_background_error_counts_only_where_the_hole_is_zero():
 
 def test_diversity_is_the_mean_over_pairs_inside_the_hole():
     hole = np.zeros((4, 4), np.uint8)
-    hole[1, 1:3], hole[3] = 255, 1
+    hole[1, 1:3] = 255
+    hole[3] = 1
     pictures = [np.full((4, 4, 3), level, np.uint8) for level in (10, 250, 40)]
     pictures[0][0] = 99
     assert metrics.hole_distance(pictures[0], pictures[1], hole) == 240
@@ -111,64 +113,68 @@ def test_masked_cosines_are_those_of_the_hole():
     generator = torch.Generator().manual_seed(0)
     patches, truth = torch.randn(2, 3, 16, 8, generator=generator)
     mask = torch.zeros(3, 1, 4, 4, dtype=torch.int64)
-    mask[0, 0, 1:3, 2], mask[2] = 1, 1
+    mask[0, 0, 1:3, 2] = 1
+    mask[2] = 1
     found = metrics.masked_cosines(patches, truth, mask)
     expected = objectives.masked_cosine(patches, truth, mask.flatten(1))
     assert len(found) == 2 + 16
-    assert found[:2].mean() == pytest.approx(expected[0].item()) and found[
-        2:
-    ].mean() == pytest.approx(expected[2].item())
+    assert found[:2].mean() == pytest.approx(expected[0].item())
+    assert found[2:].mean() == pytest.approx(expected[2].item())
     counts = metrics.histogram(torch.tensor([-1.0, -0.98, 0.01, 0.99, 1.0000002]))
     assert len(counts) == len(metrics.HISTOGRAM) - 1
-    assert counts[[0, 40, 79]].tolist() == [2, 1, 2] and counts.sum() == 5
+    assert counts[[0, 40, 79]].tolist() == [2, 1, 2]
+    assert counts.sum() == 5
 
 
-# Intervals ----------------------------------------------------------------------------------------------------------
+# Intervals ----------------------------------------------------------------------------------------
+
+
+def resampled_means(values, resamples, seed):
+    return metrics.resampled(lambda rows: values[rows].mean(), len(values), resamples, seed)
 
 
 def test_the_interval_of_a_mean_is_as_wide_as_theory_says():
     values = np.random.default_rng(0).normal(3, 2, 400)
-    drawn = metrics.resampled(lambda rows: values[rows].mean(), 400, 2000, seed=1)
+    drawn = resampled_means(values, 2000, seed=1)
     low, high = metrics.interval(values.mean(), drawn)
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.08)
     assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.02)
-    assert np.array_equal(
-        drawn, metrics.resampled(lambda rows: values[rows].mean(), 400, 2000, seed=1)
-    )
-    assert not np.array_equal(
-        drawn, metrics.resampled(lambda rows: values[rows].mean(), 400, 2000, seed=2)
-    )
+    assert np.array_equal(drawn, resampled_means(values, 2000, seed=1))
+    assert not np.array_equal(drawn, resampled_means(values, 2000, seed=2))
 
 
 def test_differences_are_paired():
     rng = np.random.default_rng(0)
     first = rng.normal(0, 10, 200)
     second = first + rng.normal(0.5, 0.5, 200)
-    drawn = [
-        metrics.resampled(lambda rows: values[rows].mean(), 200, 500, seed=0)
-        for values in (first, second)
-    ]
-    low, high = metrics.interval(second.mean() - first.mean(), drawn[1] - drawn[0])
+    drawn = resampled_means(second, 500, seed=0) - resampled_means(first, 500, seed=0)
+    low, high = metrics.interval(second.mean() - first.mean(), drawn)
     assert 0.3 < low < high < 0.7  # each mean on its own is known to 1.4 only
 
 
 def test_the_interval_of_fid_covers_what_other_pictures_give():
-    files = []
-    for seed, shift in ((1, 0), (2, 0.3)):
-        files.append(FeatureFile())
-        for batch in features(60, 32, seed, shift).split(45):
-            files[-1].append(batch)
+    real = feature_file(features(60, 32, 1))
+    made = feature_file(features(60, 32, 2, 0.3))
 
     def statistic(rows):
-        return metrics.frechet_distance(*(file.batches(rows) for file in files))
+        return metrics.frechet_distance(real.batches(rows), made.batches(rows))
 
     value = statistic(np.arange(60))
     drawn = metrics.resampled(statistic, 60, 200, seed=0)
     low, high = metrics.interval(value, drawn)
-    others = [
-        metrics.frechet_distance([features(60, 32, 2 * i)], [features(60, 32, 2 * i + 1, 0.3)])
-        for i in range(5, 45)
-    ]
+    others = []
+    for seed in range(10, 90, 2):
+        other_real = features(60, 32, seed)
+        other_made = features(60, 32, seed + 1, 0.3)
+        others.append(metrics.frechet_distance([other_real], [other_made]))
     assert low < value < high
-    assert np.percentile(drawn, 2.5) > value  # a resample repeats pictures, which alone raises FID
+    # A resample repeats pictures, which alone raises FID.
+    assert np.percentile(drawn, 2.5) > value
     assert np.mean((low < others) & (others < high)) > 0.7
+
+
+def feature_file(values):
+    file = FeatureFile()
+    for batch in values.split(45):
+        file.append(batch)
+    return file
