@@ -18,6 +18,7 @@ DIGEST = "fc4ad8a94808cf3cdc66e75a17563cb01355243174ce4de02e5f6497232eeae1"
 DIGEST_CODE = """
 import hashlib, sys
 sys.path.insert(0, "tools")
+import comfyui
 from demo_model import scenes
 digest = hashlib.sha256()
 for seed in (0, 10_100_000, 10_200_000):
@@ -126,7 +127,7 @@ def test_every_pair_shows_its_shape_in_its_colour():
             for other, m in silhouettes.items()
         }
         assert sorted(overlap.values())[-2] < 0.85, (shape, overlap)
-    assert {scenes.Outline.draw(shape, 0.3, rng).shape for shape in scenes.SHAPES} == set(
+    assert {drawing.Outline.draw(shape, 0.3, rng).shape for shape in scenes.SHAPES} == set(
         scenes.SHAPES
     )
 

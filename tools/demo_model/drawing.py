@@ -1,8 +1,8 @@
 """Shapes, colours and backgrounds of the demo model's scenes, rasterised in numpy.
 
-Only +, -, *, /, square roots and comparisons are used, which IEEE arithmetic rounds the same way everywhere, and
-only uniform draws: a seed gives the same picture on any machine. Positions and sizes are fractions of the picture's
-side, x to the right and y down; S is that side in pixels.
+Only +, -, *, /, square roots and comparisons are used, which IEEE arithmetic rounds the same way
+everywhere, and only uniform draws: a seed gives the same picture on any machine. Positions and
+sizes are fractions of the picture's side, x to the right and y down; S is that side in pixels.
 """
 
 import math
@@ -22,21 +22,11 @@ COLOURS = {
     "white": (246, 246, 244),
 }
 RIM = 0.07  # width of the darker rim, in half sizes of the object
-STAR = tuple(
-    (s, -c)
-    for s, c in (
-        (0.0, 1.0),
-        (0.9510565, 0.3090170),
-        (0.5877853, -0.8090170),
-        (-0.5877853, -0.8090170),
-        (-0.9510565, 0.3090170),
-    )
-)  # the five tips
 
 
-# Shapes -----------------------------------------------------------------------------------------------------------
-# Each maps coordinates x, y of the object's own frame to the distance from its outline, negative inside. Beyond a
-# corner the distance to the nearest edge's line is enough.
+# Shapes -------------------------------------------------------------------------------------------
+# Each maps coordinates x, y of the object's own frame to the distance from its outline, negative
+# inside. Beyond a corner the distance to the nearest edge's line is enough.
 
 
 def _circle(x, y, radius=1.0):
@@ -52,21 +42,26 @@ def _triangle(x, y):
 
 
 def _star(x, y):
-    x, y = np.abs(x), -y
-    for nx, ny in ((0.8090170, -0.5877853), (-0.8090170, -0.5877853)):  # fold five points into one
-        outside = 2 * np.maximum(nx * x + ny * y, 0)
-        x, y = x - outside * nx, y - outside * ny
-    edge_x, edge_y = (
-        0.48 * 0.5877853,
-        0.48 * 0.8090170 - 1,
-    )  # from the tip to the corner between two points
-    return (np.abs(x) * -edge_y + (y - 1) * edge_x) / math.sqrt(edge_x * edge_x + edge_y * edge_y)
+    x = np.abs(x)
+    y = -y
+    # Mirrored at two lines through the middle, all five points lie on the one that looks up.
+    for normal_x, normal_y in ((0.8090170, -0.5877853), (-0.8090170, -0.5877853)):
+        outside = 2 * np.maximum(normal_x * x + normal_y * y, 0)
+        x = x - outside * normal_x
+        y = y - outside * normal_y
+    # The edge leads from that tip to the corner between two points.
+    edge_x = 0.48 * 0.5877853
+    edge_y = 0.48 * 0.8090170 - 1
+    length = math.sqrt(edge_x * edge_x + edge_y * edge_y)
+    return (np.abs(x) * -edge_y + (y - 1) * edge_x) / length
 
 
 def _heart(x, y):
-    x = np.abs(x)  # a lobe, and a wedge from the tip to the cleft, tangent to the lobe
+    x = np.abs(x)
+    lobe = _circle(x - 0.5, y + 0.45, 0.52)
+    # The wedge reaches from the tip to the cleft and is tangent to the lobe.
     wedge = np.maximum(0.8149 * x + 0.5796 * y - 0.6665, 0.4335 * x - 0.9012 * (y + 0.5928))
-    return np.minimum(_circle(x - 0.5, y + 0.45, 0.52), wedge)
+    return np.minimum(lobe, wedge)
 
 
 def _ring(x, y):
@@ -74,7 +69,8 @@ def _ring(x, y):
 
 
 def _cross(x, y):
-    x, y = np.abs(x), np.abs(y)
+    x = np.abs(x)
+    y = np.abs(y)
     return np.maximum(np.maximum(x, y) - 1, np.minimum(x, y) - 0.34)
 
 
@@ -82,21 +78,44 @@ def _crescent(x, y):
     return np.maximum(_circle(x, y), -_circle(x - 0.5, y, 0.8))
 
 
-# Name -> distance, and the discs (x, y, radius) whose convex hull encloses the shape.
-_SHAPES = {
-    "circle": (_circle, ((0, 0, 1),)),
-    "square": (_square, ((-1, -1, 0), (1, -1, 0), (1, 1, 0), (-1, 1, 0))),
-    "triangle": (_triangle, ((0, -1, 0), (0.8660254, 0.5, 0), (-0.8660254, 0.5, 0))),
-    "star": (_star, tuple((x, y, 0) for x, y in STAR)),
-    "heart": (_heart, ((-0.5, -0.45, 0.52), (0.5, -0.45, 0.52), (0, 1.15, 0))),
-    "ring": (_ring, ((0, 0, 1),)),
-    "cross": (
-        _cross,
-        tuple((x, y, 0) for a, b in ((1, 0.34), (0.34, 1)) for x in (-a, a) for y in (-b, b)),
-    ),
-    "crescent": (_crescent, ((0, 0, 1),)),
+_DISTANCES = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "star": _star,
+    "heart": _heart,
+    "ring": _ring,
+    "cross": _cross,
+    "crescent": _crescent,
 }
-SHAPES = tuple(_SHAPES)
+SHAPES = tuple(_DISTANCES)
+_UNIT_DISC = ((0, 0, 1),)
+# The discs (x, y, radius) whose convex hull encloses a shape: where it can reach when it is turned.
+_HULLS = {
+    "circle": _UNIT_DISC,
+    "square": ((-1, -1, 0), (1, -1, 0), (1, 1, 0), (-1, 1, 0)),
+    "triangle": ((0, -1, 0), (0.8660254, 0.5, 0), (-0.8660254, 0.5, 0)),
+    "star": (
+        (0.0, -1.0, 0),
+        (0.9510565, -0.3090170, 0),
+        (0.5877853, 0.8090170, 0),
+        (-0.5877853, 0.8090170, 0),
+        (-0.9510565, -0.3090170, 0),
+    ),
+    "heart": ((-0.5, -0.45, 0.52), (0.5, -0.45, 0.52), (0, 1.15, 0)),
+    "ring": _UNIT_DISC,
+    "cross": (
+        (-1, -0.34, 0),
+        (-1, 0.34, 0),
+        (1, -0.34, 0),
+        (1, 0.34, 0),
+        (-0.34, -1, 0),
+        (-0.34, 1, 0),
+        (0.34, -1, 0),
+        (0.34, 1, 0),
+    ),
+    "crescent": _UNIT_DISC,
+}
 
 
 @dataclass(frozen=True)
@@ -113,18 +132,31 @@ class Outline:
     def draw(cls, shape: str, size: float, rng: np.random.Generator) -> "Outline":
         """The shape, turned by up to 23 degrees; its bounding box's longer side is `size`."""
         tilt = 0.4 * (rng.random() - 0.5)  # tangent of half the angle
-        cos, sin = (1 - tilt * tilt) / (1 + tilt * tilt), 2 * tilt / (1 + tilt * tilt)
-        discs = [
-            (x * cos - y * sin, x * sin + y * cos, radius) for x, y, radius in _SHAPES[shape][1]
-        ]
-        bounds = (
-            min(x - r for x, _, r in discs),
-            min(y - r for _, y, r in discs),
-            max(x + r for x, _, r in discs),
-            max(y + r for _, y, r in discs),
-        )
-        unit = size / max(bounds[2] - bounds[0], bounds[3] - bounds[1])
-        return cls(shape, cos, sin, unit, tuple(unit * bound for bound in bounds))
+        cos = (1 - tilt * tilt) / (1 + tilt * tilt)
+        sin = 2 * tilt / (1 + tilt * tilt)
+        left = top = math.inf
+        right = bottom = -math.inf
+        for x, y, radius in _HULLS[shape]:
+            turned_x = x * cos - y * sin
+            turned_y = x * sin + y * cos
+            left = min(left, turned_x - radius)
+            top = min(top, turned_y - radius)
+            right = max(right, turned_x + radius)
+            bottom = max(bottom, turned_y + radius)
+        unit = size / max(right - left, bottom - top)
+        return cls(shape, cos, sin, unit, (unit * left, unit * top, unit * right, unit * bottom))
+
+    @property
+    def reach(self) -> float:
+        """Half the longer side of the bounding box."""
+        x0, y0, x1, y1 = self.bounds
+        return max(x1 - x0, y1 - y0) / 2
+
+    def distance(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """How far points are from the outline, negative inside; all in the shape's own unit."""
+        own_x = x * self.cos + y * self.sin
+        own_y = y * self.cos - x * self.sin
+        return _DISTANCES[self.shape](own_x, own_y)
 
 
 def paint(
@@ -135,42 +167,46 @@ def paint(
     Returns its antialiased silhouette (S, S) uint8; a pixel where that is 0 is untouched.
     """
     side = len(picture)
-    left, top, right, bottom = (
-        min(max(math.floor((at + bound) * side + more), 0), side)
-        for at, bound, more in zip((x, y, x, y), outline.bounds, (-2, -2, 3, 3))
-    )
-    dx = (np.arange(left, right, dtype=np.float32) + 0.5) / side - x
-    dy = ((np.arange(top, bottom, dtype=np.float32) + 0.5) / side - y)[:, None]
-    u, v, pixel = dx / outline.unit, dy / outline.unit, 1 / (side * outline.unit)
-    distance = _SHAPES[outline.shape][0](
-        u * outline.cos + v * outline.sin, v * outline.cos - u * outline.sin
-    )
+    x0, y0, x1, y1 = outline.bounds
+    left = _pixel_border(x + x0, side, -2)
+    top = _pixel_border(y + y0, side, -2)
+    right = _pixel_border(x + x1, side, 3)
+    bottom = _pixel_border(y + y1, side, 3)
+    u = ((np.arange(left, right, dtype=np.float32) + 0.5) / side - x) / outline.unit  # (w,)
+    v = ((np.arange(top, bottom, dtype=np.float32) + 0.5) / side - y)[:, None] / outline.unit
+    pixel = 1 / (side * outline.unit)
+    distance = outline.distance(u, v)  # (h, w)
     alpha = (np.clip(0.5 - distance / pixel, 0, 1) * 255 + 0.5).astype(np.uint8)
     rim = np.clip((distance + RIM) / pixel + 0.5, 0, 1)
     light = (1 - 0.22 * rim) * (0.95 - 0.11 * (u + v))  # lit from the top left
-    paint = np.clip(light[..., None] * np.array(colour, np.float32), 0, 255)
+    painted = np.clip(light[..., None] * np.array(colour, np.float32), 0, 255)
+    opacity = alpha[..., None].astype(np.float32) / 255
     patch = picture[top:bottom, left:right]
-    patch[:] = patch + (paint - patch) * (alpha[..., None].astype(np.float32) / 255) + 0.5
+    patch[:] = patch + (painted - patch) * opacity + 0.5
     silhouette = np.zeros((side, side), np.uint8)
     silhouette[top:bottom, left:right] = alpha
     return silhouette
 
 
-# Backgrounds ------------------------------------------------------------------------------------------------------
+def _pixel_border(position: float, side: int, beyond: int) -> int:
+    """The pixel border at a position, moved `beyond` pixels on, inside a picture of `side`."""
+    return min(max(math.floor(position * side + beyond), 0), side)
+
+
+# Backgrounds --------------------------------------------------------------------------------------
 # Each returns (S, S) float32 in [0, 1]: where between the background's two colours a pixel lies.
 
 
 def background(family: str, rng: np.random.Generator, side: int) -> np.ndarray:
     """A textured background of muted colours: (S, S, 3) uint8."""
-    blend = (
-        _BACKGROUNDS[family](rng, side) + (rng.random((side, side), dtype=np.float32) - 0.5) * 0.16
-    )
-    grey, contrast = 90 + 62 * rng.random(), 24 + 22 * rng.random()
-    contrast *= -1 if rng.random() < 0.5 else 1
-    first = np.array(
-        [grey - contrast / 2 + 30 * (rng.random() - 0.5) for _ in range(3)], np.float32
-    )
-    change = np.array([contrast + 16 * (rng.random() - 0.5) for _ in range(3)], np.float32)
+    texture = _BACKGROUNDS[family](rng, side)
+    blend = texture + (rng.random((side, side), dtype=np.float32) - 0.5) * 0.16
+    grey = 90 + 62 * rng.random()
+    contrast = 24 + 22 * rng.random()
+    if rng.random() < 0.5:
+        contrast = -contrast
+    first = (grey - contrast / 2 + 30 * (rng.random(3) - 0.5)).astype(np.float32)
+    change = (contrast + 16 * (rng.random(3) - 0.5)).astype(np.float32)
     return (first + blend[..., None] * change + 0.5).astype(np.uint8)
 
 
@@ -182,12 +218,10 @@ def _smooth(rng, side):
 
 def _cloudy(rng, side):
     cells = 2 + int(3 * rng.random())
-    clouds = (
-        0.5 * _noise(rng, side, cells)
-        + 0.3 * _noise(rng, side, 2 * cells)
-        + 0.2 * _noise(rng, side, 5 * cells)
-    )
-    return np.clip(2 * clouds - 0.5, 0, 1)
+    coarse = 0.5 * _noise(rng, side, cells)
+    middle = 0.3 * _noise(rng, side, 2 * cells)
+    fine = 0.2 * _noise(rng, side, 5 * cells)
+    return np.clip(2 * (coarse + middle + fine) - 0.5, 0, 1)
 
 
 def _striped(rng, side):
@@ -198,15 +232,18 @@ def _striped(rng, side):
 
 def _checked(rng, side):
     x, y = _grid(side)
-    (cos, sin), cells = _direction(rng), 2 + 2.5 * rng.random()
-    one, other = _bands(x * cos + y * sin, cells, side), _bands(y * cos - x * sin, cells, side)
+    cos, sin = _direction(rng)
+    cells = 2 + 2.5 * rng.random()
+    one = _bands(x * cos + y * sin, cells, side)
+    other = _bands(y * cos - x * sin, cells, side)
     return one + other - 2 * one * other
 
 
 def _wooden(rng, side):
     x, y = _grid(side)
     cos, sin = _direction(rng)
-    along, across = x * cos + y * sin - 2 * rng.random(), y * cos - x * sin - rng.random()
+    along = x * cos + y * sin - 2 * rng.random()
+    across = y * cos - x * sin - rng.random()
     across = across + 0.16 * _noise(rng, side, 3)
     rings = np.sqrt(along * along * 0.03 + across * across) * (7 + 4 * rng.random())
     return 0.75 * (rings - np.floor(rings)) + 0.25 * _noise(rng, side, 14)
@@ -239,11 +276,12 @@ def _noise(rng: np.random.Generator, side: int, cells: int) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def _interpolation(side: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """The cell of each pixel and its eased position in there: (S,) int64, (S,) float32 in [0, 1]."""
+    """The cell of each pixel (S,) int64, and its eased position in there (S,) float32 in [0, 1]."""
     position = (np.arange(side, dtype=np.float32) + 0.5) / side * cells
     cell = np.floor(position)
-    t = position - cell
-    return cell.astype(np.int64), t * t * (3 - 2 * t)
+    inside = position - cell
+    eased = inside * inside * (3 - 2 * inside)
+    return cell.astype(np.int64), eased
 
 
 @lru_cache(maxsize=4)
@@ -256,6 +294,8 @@ def _grid(side: int) -> tuple[np.ndarray, np.ndarray]:
 def _direction(rng: np.random.Generator) -> tuple[float, float]:
     """Cosine and sine of a uniform random angle, without trigonometry."""
     while True:
-        x, y = 2 * rng.random() - 1, 2 * rng.random() - 1
-        if 0.01 < (square := x * x + y * y) <= 1:
+        x = 2 * rng.random() - 1
+        y = 2 * rng.random() - 1
+        square = x * x + y * y
+        if 0.01 < square <= 1:
             return x / math.sqrt(square), y / math.sqrt(square)

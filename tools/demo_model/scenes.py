@@ -1,10 +1,11 @@
-"""Procedural scenes for the demo model: coloured shapes on textured backgrounds, one of them the object to inpaint.
+"""Procedural scenes for the demo model: coloured shapes on textures, one of them to inpaint.
 
-    python tools/scenes.py OUT --split train --count 1000 --size 128
-    python tools/scenes.py --split test --count 40 --sheet sheet.png
+    python tools/run.py demo_model.scenes OUT --split train --count 1000 --size 128
+    python tools/run.py demo_model.scenes --split test --count 40 --sheet sheet.png
 
-A scene is a pure function of its seed. Seeds are divided into splits; the pairs in HELD_OUT never occur in training,
-so a test on them tells whether shape and colour were learned apart from each other.
+A scene is a pure function of its seed. Seeds are divided into splits; the pairs in HELD_OUT never
+occur in training, so a test on them tells whether shape and colour were learned apart from each
+other.
 """
 
 import argparse
@@ -19,7 +20,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from demo_model.drawing import BACKGROUNDS, COLOURS, SHAPES, Outline, background, paint
+from cat_diffusion.cat_core.files import replacing
+from demo_model import composition
+from demo_model.drawing import BACKGROUNDS, COLOURS, SHAPES, background
 
 TRAIN = range(0, 10_000_000)
 VALIDATION = range(10_000_000, 10_100_000)
@@ -53,29 +56,34 @@ _ALLOWED = {
     "held-out": (HELD_OUT, PAIRS),
     "judge": (PAIRS, PAIRS),
 }
-_SIZES = (0.28, 0.48)  # longer side of an object's bounding box
-_SHEET = 64  # scenes on a contact sheet
+_SHEET = 64  # scenes on a contact sheet, at most
+_ACROSS = 8  # of them side by side
+_CAPTION = 14  # pixels, height of the label below each
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and its target: the object in front of all others, fully visible."""
+    """A picture and its target: the object in front of all others, fully visible.
+
+    Attributes:
+        image: (S, S, 3) uint8.
+        without: (S, S, 3) uint8, the same scene without the target.
+        mask: (S, S) uint8, the target's antialiased silhouette: how much of a pixel it covers.
+        objects: (S, S) uint8, which object shows in a pixel: 0 none, else 1 + its place in
+            `labels`.
+        box: x0, y0, x1, y1 around the mask, fractions on pixel borders.
+        labels: of all objects, the target first, then back to front.
+    """
 
     seed: int
-    image: np.ndarray  # (S, S, 3) uint8
-    without: np.ndarray  # (S, S, 3) uint8, the same scene without the target
-    mask: (
-        np.ndarray
-    )  # (S, S) uint8, the target's antialiased silhouette: how much of a pixel it covers
-    objects: (
-        np.ndarray
-    )  # (S, S) uint8, which object shows in a pixel: 0 none, then 1 + its place in `labels`
-    box: tuple[
-        float, float, float, float
-    ]  # x0, y0, x1, y1 around the mask, fractions on pixel borders
+    image: np.ndarray
+    without: np.ndarray
+    mask: np.ndarray
+    objects: np.ndarray
+    box: tuple[float, float, float, float]
     shape: str
     colour: str
-    labels: tuple[str, ...]  # of all objects, the target first, then back to front
+    labels: tuple[str, ...]
     caption: str
 
     @property
@@ -91,56 +99,55 @@ class Scene:
 
 def split_of(seed: int) -> str:
     """The split that a seed belongs to."""
+    expected = []
     for name, seeds in SPLITS.items():
         if seed in seeds:
             return name
-    raise ValueError(
-        f"seed {seed} belongs to no split; expected one of "
-        + ", ".join(f"{seeds.start} to {seeds.stop - 1} ({name})" for name, seeds in SPLITS.items())
-    )
+        expected.append(f"{seeds.start} to {seeds.stop - 1} ({name})")
+    raise ValueError(f"seed {seed} belongs to no split; expected one of {', '.join(expected)}")
 
 
 def scene(seed: int, size: int = 128) -> Scene:
-    """The scene of a seed, `size` pixels wide and high. Its composition is the same at every size."""
+    """The scene of a seed, `size` pixels wide and high.
+
+    Its composition is the same at every size.
+    """
     split = split_of(seed)
     if size < 32:
         raise ValueError(
             f"a scene {size} pixels wide is too small to show its objects; ask for 32 or more"
         )
     rng = np.random.Generator(np.random.PCG64(seed))
-    objects = []  # (shape, colour), outline, x, y; the target first
-    for pair in _pairs(split, rng):
-        outline = Outline.draw(pair[0], _SIZES[0] + (_SIZES[1] - _SIZES[0]) * rng.random(), rng)
-        objects.append((pair, outline, *_place(outline, objects, rng)))
-    family = _choose(BACKGROUNDS, rng)
-    picture = background(family, rng, size)
-    shows = np.zeros((size, size), np.uint8)
-    for place, (pair, outline, x, y) in enumerate(objects[1:], 2):
-        shows[paint(picture, outline, x, y, _tint(pair[1], rng)) > 127] = place
-    without = picture.copy()
-    (shape, colour), outline, x, y = objects[0]
-    mask = paint(picture, outline, x, y, _tint(colour, rng))
-    shows[mask > 127] = 1
-    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-    box = tuple(int(edge) / size for edge in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+    placed = composition.compose(*_ALLOWED[split], rng)
+    target, *others = placed
+    family = composition.choose(BACKGROUNDS, rng)
+    image = background(family, rng, size)
+    objects = np.zeros((size, size), np.uint8)
+    for number, other in enumerate(others, 2):
+        silhouette = other.paint_over(image, rng)
+        objects[silhouette > 127] = number
+    without = image.copy()
+    mask = target.paint_over(image, rng)
+    objects[mask > 127] = 1
     return Scene(
-        seed,
-        picture,
-        without,
-        mask,
-        shows,
-        box,
-        shape,
-        colour,
-        tuple(f"{colour} {shape}" for (shape, colour), *_ in objects),
-        _caption(objects, family),
+        seed=seed,
+        image=image,
+        without=without,
+        mask=mask,
+        objects=objects,
+        box=_box(mask),
+        shape=target.shape,
+        colour=target.colour,
+        labels=tuple(f"{each.colour} {each.shape}" for each in placed),
+        caption=composition.caption(target, others, family),
     )
 
 
 def holes(scene: Scene, kind: str) -> np.ndarray:
     """The hole to inpaint, (S, S) uint8, 255 = repaint: CAT-Diffusion trains on half of each kind.
 
-    "exact" is every pixel that the target touches, dilated by 3x3; "box" is its bounding box, filled.
+    "exact" is every pixel that the target touches, dilated by 3x3; "box" is its bounding box,
+    filled.
     """
     if kind == "exact":
         return np.asarray(Image.fromarray(_touched(scene)).filter(ImageFilter.MaxFilter(3)))
@@ -156,130 +163,92 @@ def _touched(scene: Scene) -> np.ndarray:
     return np.where(scene.mask > 0, 255, 0).astype(np.uint8)
 
 
-# Composition ------------------------------------------------------------------------------------------------------
+def _box(mask: np.ndarray) -> tuple[float, float, float, float]:
+    """x0, y0, x1, y1 around what is not 0, as fractions of the side."""
+    size = len(mask)
+    columns = np.flatnonzero(mask.any(axis=0))
+    rows = np.flatnonzero(mask.any(axis=1))
+    x0 = int(columns[0]) / size
+    y0 = int(rows[0]) / size
+    x1 = int(columns[-1] + 1) / size
+    y1 = int(rows[-1] + 1) / size
+    return x0, y0, x1, y1
 
 
-def _choose(items, rng: np.random.Generator):
-    return items[int(rng.random() * len(items))]
-
-
-def _pairs(split: str, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Shape and colour of 2 to 4 objects, all different, the target first."""
-    target, others = _ALLOWED[split]
-    pairs = [_choose(target, rng)]
-    count = 2 + int(3 * rng.random())
-    while len(pairs) < count:
-        pairs.append(_choose([pair for pair in others if pair not in pairs], rng))
-    return pairs
-
-
-def _place(outline: Outline, placed: list, rng: np.random.Generator) -> tuple[float, float]:
-    """Where the outline's origin goes: the target well inside the picture, others so that most of each shows."""
-    x0, y0, x1, y1 = outline.bounds
-    margin = -0.08 if placed else 0.03
-    best, position = -1.0, None
-    for _ in range(12):
-        x = margin - x0 + (1 - 2 * margin - x1 + x0) * rng.random()
-        y = margin - y0 + (1 - 2 * margin - y1 + y0) * rng.random()
-        room = min(
-            (
-                math.sqrt((x - u) * (x - u) + (y - v) * (y - v)) / (_reach(outline) + _reach(other))
-                for _, other, u, v in placed
-            ),
-            default=1.0,
-        )
-        if room > best:
-            best, position = room, (x, y)
-        if best > 0.8:  # circles would overlap by a fifth at most
-            break
-    return position
-
-
-def _reach(outline: Outline) -> float:
-    x0, y0, x1, y1 = outline.bounds
-    return max(x1 - x0, y1 - y0) / 2
-
-
-def _tint(colour: str, rng: np.random.Generator) -> tuple[float, ...]:
-    return tuple(value + 16 * (rng.random() - 0.5) for value in COLOURS[colour])
-
-
-def _caption(objects: list, family: str) -> str:
-    """A sentence such as "a red star above a blue ring and left of a pink heart on a striped background"."""
-    (shape, colour), _, x, y = objects[0]
-    others = []
-    for (other_shape, other_colour), _, u, v in objects[1:]:
-        across, along = u - x, v - y
-        beside = abs(across) > abs(along)
-        side = (
-            ("left of" if across > 0 else "right of")
-            if beside
-            else ("above" if along > 0 else "below")
-        )
-        others.append(f"{side} {_with_article(other_colour)} {other_shape}")
-    relations = " and ".join(filter(None, (", ".join(others[:-1]), others[-1])))
-    return f"{_with_article(colour)} {shape} {relations} on a {family} background"
-
-
-def _with_article(word: str) -> str:
-    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
-
-
-# Files ------------------------------------------------------------------------------------------------------------
+# Files --------------------------------------------------------------------------------------------
 
 
 def write(folder: str | os.PathLike, seeds: Iterable[int], size: int = 128) -> Path:
-    """Write pictures, masks and manifest.jsonl, one object a line; the manifest returned is complete or absent.
+    """Write pictures, masks and manifest.jsonl, one object a line.
 
     A mask is white in every pixel that its object touches.
+
+    Returns:
+        the manifest, which is complete or absent.
+
+    Raises:
+        ValueError: there is a manifest already.
     """
-    folder, seeds = Path(folder), list(seeds)
+    folder = Path(folder)
+    seeds = list(seeds)
     manifest = folder / "manifest.jsonl"
     if manifest.exists():
         raise ValueError(f"{manifest} exists already and was not touched. Choose another folder.")
-    for name in ("images", "masks"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    partial = folder / "manifest.jsonl.partial"
-    with partial.open("w", encoding="utf-8") as lines:
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    (folder / "masks").mkdir(exist_ok=True)
+    with replacing(manifest) as partial, partial.open("w", encoding="utf-8") as lines:
         for done, seed in enumerate(seeds, 1):
-            s = scene(seed, size)
-            line = {
-                "id": f"{seed:08d}",
-                "image": f"images/{seed:08d}.png",
-                "mask": f"masks/{seed:08d}.png",
-                "box": s.box,
-                "label": s.label,
-                "split": s.split,
-            }
-            if done % 5 == 0:  # the official data has long captions for a fifth of its pictures
-                line["caption"] = s.caption
-            Image.fromarray(s.image).save(folder / line["image"])
-            Image.fromarray(_touched(s)).save(folder / line["mask"])
-            lines.write(json.dumps(line) + "\n")
-            if done % 100 == 0 or done == len(seeds):
-                print(
-                    f"\r{done}/{len(seeds)} scenes",
-                    end="\n" if done == len(seeds) else "",
-                    flush=True,
-                )
-    partial.replace(manifest)
+            # The official data has long captions for a fifth of its pictures.
+            record = _write_scene(folder, scene(seed, size), with_caption=done % 5 == 0)
+            lines.write(json.dumps(record) + "\n")
+            is_last = done == len(seeds)
+            if done % 100 == 0 or is_last:
+                end = "\n" if is_last else ""
+                print(f"\r{done}/{len(seeds)} scenes", end=end, flush=True)
     return manifest
 
 
-def sheet(seeds: Iterable[int], size: int = 128) -> Image.Image:
+def _write_scene(folder: Path, drawn: Scene, *, with_caption: bool) -> dict:
+    """Write a scene's picture and mask; returns its line of the manifest."""
+    name = f"{drawn.seed:08d}"
+    record = {
+        "id": name,
+        "image": f"images/{name}.png",
+        "mask": f"masks/{name}.png",
+        "box": drawn.box,
+        "label": drawn.label,
+        "split": drawn.split,
+    }
+    if with_caption:
+        record["caption"] = drawn.caption
+    Image.fromarray(drawn.image).save(folder / record["image"])
+    Image.fromarray(_touched(drawn)).save(folder / record["mask"])
+    return record
+
+
+def scene_sheet(seeds: Iterable[int], size: int = 128) -> Image.Image:
     """A contact sheet, eight scenes a row: target outlined, label written below."""
-    seeds, caption = list(seeds), 14
-    picture = Image.new("RGB", (8 * size, math.ceil(len(seeds) / 8) * (size + caption)), "black")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default_imagefont()
-    for index, seed in enumerate(seeds):
-        s, x, y = scene(seed, size), index % 8 * size, index // 8 * (size + caption)
-        edge = holes(s, "exact")
-        edge = edge > np.asarray(Image.fromarray(edge).filter(ImageFilter.MinFilter(3)))
-        picture.paste(
-            Image.fromarray(np.where(edge[..., None], np.uint8([0, 255, 255]), s.image)), (x, y)
-        )
-        pen.text((x + 3, y + size + 1), s.label, fill="white", font=font)
-    return picture
+    seeds = list(seeds)
+    height = size + _CAPTION
+    sheet = Image.new("RGB", (_ACROSS * size, math.ceil(len(seeds) / _ACROSS) * height), "black")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default_imagefont()
+    for number, seed in enumerate(seeds):
+        drawn = scene(seed, size)
+        row, column = divmod(number, _ACROSS)
+        x = column * size
+        y = row * height
+        sheet.paste(_outlined(drawn), (x, y))
+        pen.text((x + 3, y + size + 1), drawn.label, fill="white", font=font)
+    return sheet
+
+
+def _outlined(drawn: Scene) -> Image.Image:
+    """The picture with a line around its target."""
+    hole = holes(drawn, "exact")
+    inside = np.asarray(Image.fromarray(hole).filter(ImageFilter.MinFilter(3)))
+    edge = (hole > inside)[..., None]
+    return Image.fromarray(np.where(edge, np.uint8([0, 255, 255]), drawn.image))
 
 
 def main() -> int:
@@ -305,14 +274,15 @@ def main() -> int:
     arguments = parser.parse_args()
     if not (arguments.folder or arguments.sheet):
         parser.error("nothing to write: give a folder or --sheet")
-    seeds = SPLITS[arguments.split][: max(arguments.count, 0)]
+    all_seeds = SPLITS[arguments.split]
+    seeds = all_seeds[: max(arguments.count, 0)]
     if len(seeds) != arguments.count or not seeds:
         parser.error(
-            f"--count {arguments.count}: {arguments.split} has 1 to {len(SPLITS[arguments.split])} scenes"
+            f"--count {arguments.count}: {arguments.split} has 1 to {len(all_seeds)} scenes"
         )
     try:
         if arguments.sheet:
-            sheet(seeds[:_SHEET], arguments.size).save(arguments.sheet)
+            scene_sheet(seeds[:_SHEET], arguments.size).save(arguments.sheet)
         if arguments.folder:
             write(arguments.folder, seeds, arguments.size)
     except (ValueError, OSError) as error:
