@@ -13,6 +13,8 @@ import pytest
 from paths import ROOT
 from PIL import Image
 
+from cat_diffusion.cat_core.data import manifest, masks
+from comfyui.local_server import LocalServer, make_base
 from comfyui.remote_server import Workflow, WorkflowError
 
 BASELINES = ROOT / "workflows/baselines"
@@ -25,37 +27,33 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     records = []
     for i in range(12):
-        picture = np.random.default_rng(i).integers(0, 255, (50, 70, 3), np.uint8)
-        Image.fromarray(picture).resize((90, 70), Image.Resampling.BICUBIC).save(
-            folder / f"{i}.png"
-        )
+        noise = np.random.default_rng(i).integers(0, 255, (50, 70, 3), np.uint8)
+        picture = Image.fromarray(noise).resize((90, 70), Image.Resampling.BICUBIC)
+        picture.save(folder / f"{i}.png")
         mask = np.zeros((70, 90), np.uint8)
         mask[20:50, 25 + i : 60] = np.tri(30, 35 - i, 10) * 255
         Image.fromarray(mask).save(folder / f"{i}_mask.png")
-        records.append(
-            {
-                "id": f"scene {i}",
-                "image": f"{i}.png",
-                "mask": f"{i}_mask.png",
-                "label": f"cup {i % 3}",
-            }
-        )
+        files = {"image": f"{i}.png", "mask": f"{i}_mask.png"}
+        records.append({"id": f"scene {i}", "label": f"cup {i % 3}", **files})
     (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:500])
     good = {"image": "0.png", "box": [0, 0, 1, 1], "label": "x"}
-    records[3:3] = [
+    unusable = [
         {"id": "broken", **good, "image": "broken.png"},
         {"id": "gone", **good, "image": "none.png"},
         {"id": "whole", "image": "0.png", "caption": "x"},
         {"id": "tiny", **good, "box": [0, 0, 0.001, 0.001]},
-        *({"id": id, **good} for id in ("../escaped", "a/b", "Run", "a" * 300, "\ud800")),
     ]
-    return write_manifest(
-        folder / "manifest.jsonl", records + [{"id": "other", **good, "split": "train"}]
-    )
+    for id in ("../escaped", "a/b", "Run", "a" * 300, "\ud800"):
+        unusable.append({"id": id, **good})
+    records[3:3] = unusable
+    records.append({"id": "other", **good, "split": "train"})
+    return write_manifest(folder / "manifest.jsonl", records)
 
 
 def write_manifest(path, records):
-    path.write_text("".join(json.dumps({"split": "test", **record}) + "\n" for record in records))
+    with open(path, "w") as file:
+        for record in records:
+            file.write(json.dumps({"split": "test", **record}) + "\n")
     return path
 
 
@@ -87,39 +85,29 @@ def tiny_workflow(folder, name):
 @pytest.fixture(scope="module")
 def second(base, tmp_path_factory):
     """Another server with folders of its own, not started."""
-    from comfyui.local_server import LocalServer, make_base
-
     folder = tmp_path_factory.mktemp("second")
     make_base(folder)
     shutil.copy(base / "models/cat_diffusion/tiny.safetensors", folder / "models/cat_diffusion")
     return LocalServer(folder, "--cpu")
 
 
-def start(workflow, data, out, *arguments, servers):
-    command = [
-        sys.executable,
-        ROOT / "tools/generate.py",
-        workflow,
-        "--manifest",
-        data,
-        "--size",
-        str(SIZE),
-        "--hole",
-        "box",
-        "--out",
-        out,
-        "--server",
-        *servers,
-        *arguments,
-    ]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def command(workflow, data, out, *arguments, servers):
+    words = [sys.executable, ROOT / "tools/generate.py", workflow, "--manifest", data]
+    words += ["--size", str(SIZE), "--hole", "box", "--out", out]
+    return [*words, "--server", *servers, *arguments]
+
+
+def start(*arguments, servers):
+    words = command(*arguments, servers=servers)
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(run, code=0):
     """(what it printed, what it complained about)."""
     out, error = run.communicate(timeout=300)
     print(out, error)
-    assert run.returncode == code and "Traceback" not in error
+    assert run.returncode == code
+    assert "Traceback" not in error
     return out, error
 
 
@@ -132,9 +120,28 @@ def until(condition, run):
 
 
 def results(out):
-    return {
-        path.stem: json.loads(path.read_text()) for path in out.glob("*.json") if path.stem != "run"
-    }
+    about = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+    about.pop("run", None)
+    return about
+
+
+def without_server(about):
+    """What does not depend on where and when samples were made."""
+    return {name: {**facts, "server": 0, "seconds": 0} for name, facts in about.items()}
+
+
+def inputs(server):
+    """Names of the files that were uploaded to a server."""
+    return {path.name for path in (server.base / "input/generate").iterdir()}
+
+
+def failures(out):
+    """Why samples have no result, by id."""
+    reasons = {}
+    for line in (out / "failed.jsonl").read_text().splitlines():
+        failure = json.loads(line)
+        reasons[failure["id"]] = failure["reason"]
+    return reasons
 
 
 def pictures(out):
@@ -144,44 +151,36 @@ def pictures(out):
 def test_a_server_that_dies_and_a_run_that_is_killed_lose_nothing(
     server, second, workflow, data, tmp_path
 ):
-    out, again = tmp_path / "out", tmp_path / "again"
+    out = tmp_path / "out"
+    again = tmp_path / "again"
     with second:
         run = start(workflow, data, out, servers=[server.url, second.url])
         until(lambda: any(made["server"] == second.url for made in results(out).values()), run)
         os.kill(second.process.pid, signal.SIGKILL)
         printed, complained = finish(run)
-    assert (
-        f"{second.url}: it does not answer" in complained
-        and "21 samples: 12 kept, 9 skipped" in printed
-    )
-    assert (
-        "unusable id: 5" in printed
-        and "no hole: 1 (whole)" in printed
-        and "corrupt image: 1 (broken)" in printed
-    )
-    reasons = {
-        line["id"]: line["reason"]
-        for line in map(json.loads, (out / "failed.jsonl").read_text().splitlines())
-    }
-    assert (
-        len(reasons) == 9
-        and reasons["tiny"] == "empty mask"
-        and reasons["../escaped"] == "unusable id"
-    )
+    assert f"{second.url}: it does not answer" in complained
+    assert "21 samples: 12 kept, 9 skipped" in printed
+    assert "unusable id: 5" in printed
+    assert "no hole: 1 (whole)" in printed
+    assert "corrupt image: 1 (broken)" in printed
+    reasons = failures(out)
+    assert len(reasons) == 9
+    assert reasons["tiny"] == "empty mask"
+    assert reasons["../escaped"] == "unusable id"
     made = results(out)
     assert made.keys() == {f"scene {i}" for i in range(12)}
     assert {about["server"] for about in made.values()} == {server.url, second.url}
     assert len({about["seed"] for about in made.values()}) == 12
-    assert {path.suffix for path in out.iterdir()} == {".png", ".json", ".jsonl"} and not (
-        tmp_path / "escaped.png"
-    ).exists()
+    assert {path.suffix for path in out.iterdir()} == {".png", ".json", ".jsonl"}
+    assert not (tmp_path / "escaped.png").exists()
 
-    inputs = [
-        {path.name for path in (one.base / "input/generate").iterdir()} for one in (server, second)
-    ]
-    assert all(inputs) and not inputs[0] & inputs[1]  # servers may share their folders
+    # Servers may share their folders.
+    assert inputs(server)
+    assert inputs(second)
+    assert inputs(server).isdisjoint(inputs(second))
 
-    # The same samples once more by the other server, which is started only when the run waits for it; the run is killed.
+    # The same samples once more by the other server, which is started only when the run waits for
+    # it; the run is killed.
     run = start(workflow, data, again, servers=[second.url])
     with second:
         until(lambda: len(results(again)) >= 4, run)
@@ -198,120 +197,81 @@ def test_a_server_that_dies_and_a_run_that_is_killed_lose_nothing(
         finish(start(workflow, data, again, servers=[second.url]))
     after = results(again)
     assert pictures(again) == pictures(out)
-    assert {name: {**about, "server": 0, "seconds": 0} for name, about in after.items()} == {
-        name: {**about, "server": 0, "seconds": 0} for name, about in made.items()
-    }
-    assert all(
-        (after[name] == about) == (name not in (cut, altered, others))
-        for name, about in before.items()
-    )
+    assert without_server(after) == without_server(made)
+    for name, about in before.items():
+        assert (after[name] == about) == (name not in (cut, altered, others))
 
-    about, run = after["scene 0"], json.loads((again / "run.json").read_text())
-    assert about == about | {
-        "id": "scene 0",
-        "label": "cup 0",
-        "hole": "box",
-        "size": SIZE,
-        "workflow": "cat.json",
-    }
-    assert about["seconds"] > 0 and about["workflow_sha256"] == run["workflow_sha256"]
-    assert run == run | {
-        "manifest": str(data),
-        "split": "test",
-        "hole": "box",
-        "size": SIZE,
-        "seed": 0,
-        "workflow": "cat.json",
-    }
+    about = after["scene 0"]
+    run = json.loads((again / "run.json").read_text())
+    common = {"hole": "box", "size": SIZE, "workflow": "cat.json"}
+    assert about == about | {"id": "scene 0", "label": "cup 0", **common}
+    assert about["seconds"] > 0
+    assert about["workflow_sha256"] == run["workflow_sha256"]
+    assert run == run | {"manifest": str(data), "split": "test", "seed": 0, **common}
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in BASELINES.glob("*.json")))
 def test_a_baseline_changes_the_hole_and_nothing_else(server, data, tmp_path, name):
-    from cat_diffusion.cat_core.data import manifest, masks
-
     few = data.with_name(f"{name}.jsonl")
     few.write_text(data.read_text().splitlines()[0])
-    finish(
-        start(
-            tiny_workflow(tmp_path, name),
-            few,
-            tmp_path / "out",
-            "--hole",
-            "segment",
-            servers=[server.url],
-        )
-    )
-    made = np.asarray(Image.open(tmp_path / "out/scene 0.png")).astype(int)
+    workflow = tiny_workflow(tmp_path, name)
+    out = tmp_path / "out"
+    finish(start(workflow, few, out, "--hole", "segment", servers=[server.url]))
+    made = np.asarray(Image.open(out / "scene 0.png")).astype(int)
     photo, mask = masks.load(manifest.read(few)[0], few.parent)
-    photo, hole = (
-        np.asarray(x.resize((SIZE, SIZE), Image.Resampling.BICUBIC)).astype(int)
-        for x in (photo, masks.training_mask(mask, "segment"))
-    )
-    assert (made[hole == 0] == photo[hole == 0]).all() and np.abs(made - photo)[
-        hole == 255
-    ].mean() > 5
+    original = levels(photo)
+    hole = levels(masks.training_mask(mask, "segment"))
+    assert (made[hole == 0] == original[hole == 0]).all()
+    assert np.abs(made - original)[hole == 255].mean() > 5
     assert 50 < (hole == 255).sum() < SIZE * SIZE / 3
+
+
+def levels(picture):
+    return np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)).astype(int)
 
 
 def test_nobody_answers(workflow, data, tmp_path):
     began = time.monotonic()
     run = start(workflow, data, tmp_path / "out", "--patience", "2", servers=["http://127.0.0.1:9"])
     _, error = finish(run, 1)
-    assert (
-        "No server has answered for" in error
-        and "the same command again" in error
-        and time.monotonic() - began < 20
-    )
+    assert "No server has answered for" in error
+    assert "the same command again" in error
+    assert time.monotonic() - began < 20
 
 
 def test_a_prompt_that_fails_is_named_and_a_prompt_that_is_refused_stops_the_run(
     server, workflow, data, tmp_path
 ):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/scene 0.png").touch()
-    arguments = ("--set", "Checkpoint.checkpoint=nan.safetensors")
-    out, _ = finish(start(workflow, data, tmp_path / "out", *arguments, servers=[server.url]), 1)
-    assert "21 samples: 0 kept, 21 skipped" in out and "error in CATLoadCheckpoint: 12" in out
-    assert "NaN or Inf" in (tmp_path / "out/failed.jsonl").read_text() and not pictures(
-        tmp_path / "out"
-    )
-    _, error = finish(
-        start(workflow, data, tmp_path / "out", servers=[server.url]), 1
-    )  # without --set: another run
-    assert "holds a run with workflow_sha256" in error and "Choose another --out" in error
-    _, error = finish(
-        start(
-            workflow,
-            data,
-            tmp_path / "none",
-            "--set",
-            "Checkpoint.checkpoint=none",
-            servers=[server.url],
-        ),
-        1,
-    )
-    assert (
-        "refuses /prompt (400)" in error
-        and "CATLoadCheckpoint" in error
-        and "There is no none in" in error
-    )
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "scene 0.png").touch()
+    servers = [server.url]
+    change = ["--set", "Checkpoint.checkpoint=nan.safetensors"]
+    printed, _ = finish(start(workflow, data, out, *change, servers=servers), 1)
+    assert "21 samples: 0 kept, 21 skipped" in printed
+    assert "error in CATLoadCheckpoint: 12" in printed
+    assert "NaN or Inf" in (out / "failed.jsonl").read_text()
+    assert not pictures(out)
+    # Without --set it is another run.
+    _, error = finish(start(workflow, data, out, servers=servers), 1)
+    assert "holds a run with workflow_sha256" in error
+    assert "Choose another --out" in error
+    change = ["--set", "Checkpoint.checkpoint=none"]
+    _, error = finish(start(workflow, data, tmp_path / "none", *change, servers=servers), 1)
+    assert "refuses /prompt (400)" in error
+    assert "CATLoadCheckpoint" in error
+    assert "There is no none in" in error
 
 
 def test_memory_does_not_grow_with_the_manifest(workflow, tmp_path):
     """Of 20,000 records whose pictures are missing; those that are made take the same way."""
     peaks = []
     for count in (100, 20_000):
-        records = (
-            {"id": f"{i:012}", "image": "none.jpg", "box": [0, 0, 1, 1], "label": "x"}
-            for i in range(count)
-        )
+        missing = {"image": "none.jpg", "box": [0, 0, 1, 1], "label": "x"}
+        records = ({"id": f"{i:012}", **missing} for i in range(count))
+        data = write_manifest(tmp_path / f"{count}.jsonl", records)
         out = tmp_path / str(count)
-        run = start(
-            workflow,
-            write_manifest(tmp_path / f"{count}.jsonl", records),
-            out,
-            servers=["http://127.0.0.1:9"],
-        )
+        run = start(workflow, data, out, servers=["http://127.0.0.1:9"])
         with run.stdout, run.stderr:
             peaks.append(os.wait4(run.pid, 0)[2].ru_maxrss / 1024)
             assert f"missing image: {count:,}" in run.stdout.read()
@@ -321,9 +281,9 @@ def test_memory_does_not_grow_with_the_manifest(workflow, tmp_path):
 
 
 def change(nodes, title, **inputs):
-    next(node for node in nodes.values() if node.get("_meta", {}).get("title") == title)[
-        "inputs"
-    ].update(inputs)
+    for node in nodes.values():
+        if node.get("_meta", {}).get("title") == title:
+            node["inputs"].update(inputs)
 
 
 @pytest.mark.parametrize(
@@ -381,15 +341,16 @@ def test_a_change_that_fits_nothing_is_explained(text, words):
 
 
 def test_changes_are_part_of_what_a_result_was_made_with():
-    plain, changed = (
-        Workflow(BASELINES / "cat.json"),
-        Workflow(BASELINES / "cat.json", ["Sampler.cfg=3", "Label.value=a=b.c"]),
-    )
-    assert plain.sha256 != changed.sha256 and changed.nodes["13"]["inputs"]["cfg"] == 3
+    plain = Workflow(BASELINES / "cat.json")
+    changed = Workflow(BASELINES / "cat.json", ["Sampler.cfg=3", "Label.value=a=b.c"])
+    assert plain.sha256 != changed.sha256
+    assert changed.nodes["13"]["inputs"]["cfg"] == 3
     assert changed.nodes["4"]["inputs"]["value"] == "a=b.c"
     prompt = changed.prompt(photo="p", mask="m", label="spoon", seed=7)
-    places = (("2", "image"), ("3", "image"), ("4", "value"), ("13", "noise_seed"))
-    assert [prompt[number]["inputs"][name] for number, name in places] == ["p", "m", "spoon", 7]
+    assert prompt["2"]["inputs"]["image"] == "p"
+    assert prompt["3"]["inputs"]["image"] == "m"
+    assert prompt["4"]["inputs"]["value"] == "spoon"
+    assert prompt["13"]["inputs"]["noise_seed"] == 7
 
 
 def test_unusable_arguments_are_explained(workflow, data, tmp_path):
@@ -401,22 +362,10 @@ def test_unusable_arguments_are_explained(workflow, data, tmp_path):
         (["--split", "validation"], "no record of split"),
         (["--manifest", "none"], "cannot be read"),
     ):
-        run = subprocess.run(
-            [
-                sys.executable,
-                ROOT / "tools/generate.py",
-                workflow,
-                "--manifest",
-                data,
-                "--out",
-                tmp_path / "x",
-                "--server",
-                "http://127.0.0.1:9",
-                *arguments,
-            ],
-            capture_output=True,
-            text=True,
+        words_given = command(
+            workflow, data, tmp_path / "x", *arguments, servers=["http://127.0.0.1:9"]
         )
-        assert run.returncode in (1, 2) and words in run.stderr and "Traceback" not in run.stderr, (
-            run.stderr
-        )
+        run = subprocess.run(words_given, capture_output=True, text=True)
+        assert run.returncode in (1, 2)
+        assert words in run.stderr
+        assert "Traceback" not in run.stderr
