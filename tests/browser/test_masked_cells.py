@@ -6,20 +6,21 @@ import numpy as np
 import pytest
 import torch
 from paths import ROOT
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
+
+from cat_diffusion.cat_core import preprocess
 
 RENDERERS = ["classic", "nodes2"]
 
 
 @pytest.fixture(scope="module")
 def pictures(base):
-    """{name: mask in [0, 1]} of pictures in the input folder: a large hole in a photo that is not square, a small one, none."""
-    photo = (
-        Image.open(ROOT / "tools/photograph/photo.jpg")
-        .resize((450, 300))
-        .convert("L")
-        .convert("RGB")
-    )
+    """{name: mask in [0, 1]} of pictures in the input folder.
+
+    They are a photo that is not square with a large hole, a small one and none.
+    """
+    photo = Image.open(ROOT / "tools/photograph/photo.jpg").resize((450, 300))
+    photo = photo.convert("L").convert("RGB")
     masks = {}
     for name, box in (
         ("large", (60, 40, 230, 220)),
@@ -29,7 +30,7 @@ def pictures(base):
         hole = Image.new("L", photo.size)
         if box:
             ImageDraw.Draw(hole).ellipse(box, fill=255)
-        photo.putalpha(Image.eval(hole, lambda value: 255 - value))
+        photo.putalpha(ImageOps.invert(hole))
         photo.save(base / "input" / f"{name}_hole.png")
         hole.convert("RGB").save(base / "input" / f"{name}_mask.png")
         masks[name] = np.asarray(hole) / 255
@@ -38,22 +39,27 @@ def pictures(base):
 
 def expected(mask):
     """The cells that the node will mask, row by row."""
-    from cat_diffusion.cat_core import preprocess
+    black = torch.zeros(1, 3, 8, 8)
+    seen = preprocess.clip_input(black, torch.from_numpy(mask)[None, None])
+    return "".join(map(str, seen.patch_mask.flatten().tolist()))
 
-    mask = torch.from_numpy(mask)[None, None]
-    return "".join(
-        map(str, preprocess.clip_input(torch.zeros(1, 3, 8, 8), mask).patch_mask.flatten().tolist())
-    )
+
+def outside_alpha(path):
+    """The mask in [0, 1] that LoadImage makes of a picture."""
+    return 1 - np.asarray(Image.open(path).getchannel("A")) / 255
 
 
 def shows(canvas, cells, words="", wrong=0):
-    """Wait until the grid shows these cells, all but `wrong` of them, and a sentence with these words."""
+    """Wait until the grid shows these cells, and a sentence with these words.
+
+    `wrong` of the cells may be other ones.
+    """
     canvas.until(
         """([cells, words, wrong]) => {
         const grid = document.querySelector(".cat-cells");
         const shown = grid?.dataset.cells ?? "";
-        return shown.length === cells.length && [...shown].filter((cell, i) => cell !== cells[i]).length <= wrong
-            && grid.innerText.includes(words);
+        const others = [...shown].filter((cell, i) => cell !== cells[i]).length;
+        return shown.length === cells.length && others <= wrong && grid.innerText.includes(words);
     }""",
         [cells, words, wrong],
     )
@@ -95,15 +101,15 @@ def test_shows_the_cells_of_the_mask_in_both_renderers_and_palettes(
         const canvas = document.querySelector(".cat-cells canvas");
         const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
         let count = 0;
-        for (let i = 0; i < data.length; i += 4) count += data[i] > data[i + 1] + 40 && data[i + 1] > data[i + 2] + 30;
+        for (let i = 0; i < data.length; i += 4) {
+            const [red, green, blue] = data.slice(i, i + 3);
+            count += red > green + 40 && green > blue + 30;
+        }
         return count / (data.length / 4);
     }""")
     assert orange == pytest.approx(cells.count("1") / 256, abs=0.06)
-    box, label = (
-        canvas.page.locator(place).bounding_box()
-        for place in (".cat-cells canvas", ".cat-cells div")
-    )
-    assert box["height"] > 100 and label["height"] > 10
+    assert canvas.page.locator(".cat-cells canvas").bounding_box()["height"] > 100
+    assert canvas.page.locator(".cat-cells div").bounding_box()["height"] > 10
 
 
 def test_follows_widgets_and_links(canvas, pictures):
@@ -124,16 +130,17 @@ def test_follows_widgets_and_links(canvas, pictures):
         [["mask", 0, "on", ""], ["on", 0, "cat", "mask"]],
     )
     shows(canvas, large)
-    canvas.run(
-        "nodes.mask.connect(0, nodes.other, 0); nodes.other.connect(0, nodes.cat, nodes.cat.findInputSlot('mask'))"
-    )
+    canvas.run("nodes.mask.connect(0, nodes.other, 0)")
+    canvas.run("nodes.other.connect(0, nodes.cat, nodes.cat.findInputSlot('mask'))")
     shows(canvas, "", "another node")
     canvas.screenshot("cells_other")
-    canvas.run(
-        "nodes.mask.connect(0, nodes.cat, nodes.cat.findInputSlot('mask')); nodes.mask.widgets[0].value = 'gone.png'"
-    )
+    canvas.run("""() => {
+        nodes.mask.connect(0, nodes.cat, nodes.cat.findInputSlot("mask"));
+        nodes.mask.widgets[0].value = "gone.png";
+    }""")
     shows(canvas, "", "cannot be read")
-    assert len(canvas.errors) > 0 and all("gone.png" in error for error in canvas.errors)
+    assert len(canvas.errors) > 0
+    assert all("gone.png" in error for error in canvas.errors)
     canvas.errors.clear()
 
 
@@ -143,7 +150,7 @@ def test_scenes_of_the_pack(canvas):
             {"scene": ["CATDemoScene", {"scene": path.stem}], "cat": ["CATSemanticInpaint", {}]},
             [["scene", 0, "cat", "image"], ["scene", 1, "cat", "mask"]],
         )
-        shows(canvas, expected(1 - np.asarray(Image.open(path).getchannel("A")) / 255))
+        shows(canvas, expected(outside_alpha(path)))
 
 
 def test_shows_what_the_mask_editor_paints(canvas, pictures, base):
@@ -163,7 +170,7 @@ def test_shows_what_the_mask_editor_paints(canvas, pictures, base):
     page.get_by_role("dialog").get_by_role("button", name="Save").click()
     canvas.until("() => nodes.photo.widgets[0].value.startsWith('clipspace')")
     name = canvas.run("nodes.photo.widgets[0].value").removesuffix(" [input]")
-    painted = expected(1 - np.asarray(Image.open(next(base.rglob(name))).getchannel("A")) / 255)
+    painted = expected(outside_alpha(next(base.rglob(name))))
     assert painted.count("1") > 4
     shows(canvas, painted, wrong=2)
 
@@ -179,7 +186,8 @@ def test_lives_through_an_undo(canvas):
     canvas.page.keyboard.press("Control+z")
     canvas.until("""() => {
         const now = app.graph.nodes.find(({type}) => type === "CATSemanticInpaint");
-        return now && now !== before && now.widgets.at(-1).element.isConnected && now.widgets.at(-1).element.innerText;
+        const grid = now?.widgets.at(-1).element;
+        return now && now !== before && grid.isConnected && grid.innerText;
     }""")
 
 
@@ -187,8 +195,10 @@ def test_saved_workflows_stay_as_they_were(canvas):
     """The grid keeps out of widgets_values and of the prompt."""
     workflow = json.loads((ROOT / "workflows/cat_demo.json").read_text())
     canvas.drop("cat_demo.json", workflow)
-    state = """async () => [
-        app.graph.serialize().nodes.map((node) => [node.id, node.widgets_values ?? []]), (await app.graphToPrompt()).output]"""
+    state = """async () => {
+        const values = ({id, widgets_values}) => [id, widgets_values ?? []];
+        return [app.graph.serialize().nodes.map(values), (await app.graphToPrompt()).output];
+    }"""
     with_grid = canvas.run(state)
     removed = canvas.run("""() => {
         const node = app.graph.nodes.find(({type}) => type === "CATSemanticInpaint");
@@ -197,6 +207,5 @@ def test_saved_workflows_stay_as_they_were(canvas):
     }""")
     assert removed == 1
     assert with_grid == canvas.run(state)
-    assert sorted(with_grid[0]) == sorted(
-        [node["id"], node.get("widgets_values", [])] for node in workflow["nodes"]
-    )
+    saved = [[node["id"], node.get("widgets_values", [])] for node in workflow["nodes"]]
+    assert sorted(with_grid[0]) == sorted(saved)

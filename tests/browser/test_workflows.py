@@ -9,6 +9,8 @@ import torch
 from paths import ROOT
 from PIL import Image
 
+from cat_diffusion.cat_core import preprocess
+
 from .conftest import WORKFLOWS
 
 DEMO = ROOT / "workflows/cat_demo.json"
@@ -32,43 +34,39 @@ def test_opens(canvas, path):
 
 def test_a_workflow_with_something_missing_is_noticed(canvas, demo):
     broken = copy.deepcopy(demo)
-    first, second = (
-        node for node in broken["nodes"] if node["type"] in ("CATLoadCheckpoint", "KSampler")
-    )
-    first["widgets_values"][0] = "not_there.safetensors"
-    first["properties"]["models"] = [
+    loader = node_of(broken, "CATLoadCheckpoint")
+    loader["widgets_values"][0] = "not_there.safetensors"
+    loader["properties"]["models"] = [
         {
             "name": "not_there.safetensors",
             "directory": "cat_diffusion",
             "url": "https://huggingface.co/a/b/resolve/main/not_there.safetensors",
         }
     ]
-    second["type"] = "CATNotThere"
+    node_of(broken, "KSampler")["type"] = "CATNotThere"
     canvas.drop("broken.json", broken)
     assert {"missing-node", "missing-model"} <= canvas.problems()
 
 
-@pytest.mark.parametrize(
-    "renderer, text", [("classic", "red star"), ("nodes2", "red heart")]
-)  # nothing new, nothing shown
+# Another text each time: where nothing is new, nothing is shown.
+@pytest.mark.parametrize("renderer, text", [("classic", "red star"), ("nodes2", "red heart")])
 def test_demo_runs(canvas, demo, renderer, text, server):
     demo = copy.deepcopy(demo)
-    next(node for node in demo["nodes"] if node["type"] == "PrimitiveString")["widgets_values"] = [
-        text
-    ]
+    node_of(demo, "PrimitiveString")["widgets_values"] = [text]
     canvas.drop(DEMO.name, demo)
     canvas.render(renderer)
     canvas.queue()
-    shown = {node["type"]: node["id"] for node in demo["nodes"]}
     for kind in ("CATSemanticInpaint", "SaveImage"):
-        image = canvas.run("(id) => app.nodeOutputs[id].images[0]", shown[kind])
+        id = node_of(demo, kind)["id"]
+        image = canvas.run("(id) => app.nodeOutputs[id].images[0]", id)
         if renderer == "classic":
-            canvas.until(
-                "(id) => app.graph.getNodeById(id).imgs?.[0]?.naturalWidth > 0", shown[kind]
-            )
+            canvas.until("(id) => app.graph.getNodeById(id).imgs?.[0]?.naturalWidth > 0", id)
         else:
             canvas.until(
-                "(name) => [...document.images].some(({src, naturalWidth}) => src.includes(name) && naturalWidth > 0)",
+                """(name) => {
+                const shows = ({src, naturalWidth}) => src.includes(name) && naturalWidth > 0;
+                return [...document.images].some(shows);
+            }""",
                 image["filename"],
             )
     canvas.screenshot(f"demo_{renderer}")
@@ -84,12 +82,12 @@ def test_demo_runs(canvas, demo, renderer, text, server):
 
 
 def test_grid_shows_the_cells_of_a_run_where_the_mask_is_no_file(canvas, demo):
-    from cat_diffusion.cat_core import preprocess
-
     canvas.drop(DEMO.name, demo)
     canvas.run("""() => {
         const first = (type) => app.graph.nodes.find((node) => node.type === type);
-        const [scene, inpaint, sampler] = ["CATDemoScene", "CATSemanticInpaint", "KSampler"].map(first);
+        const scene = first("CATDemoScene");
+        const inpaint = first("CATSemanticInpaint");
+        const sampler = first("KSampler");
         sampler.widgets.find(({name}) => name === "steps").value = 1;
         const invert = LiteGraph.createNode("InvertMask");
         app.graph.add(invert);
@@ -99,23 +97,22 @@ def test_grid_shows_the_cells_of_a_run_where_the_mask_is_no_file(canvas, demo):
     canvas.until("() => document.querySelector('.cat-cells').innerText.includes('after a run')")
     canvas.queue()
     outside = torch.from_numpy(~scene_of(demo)[1]).float()[None, None]
-    cells = "".join(
-        map(
-            str,
-            preprocess.clip_input(torch.zeros(1, 3, 8, 8), outside).patch_mask.flatten().tolist(),
-        )
-    )
+    seen = preprocess.clip_input(torch.zeros(1, 3, 8, 8), outside)
+    cells = "".join(map(str, seen.patch_mask.flatten().tolist()))
     canvas.until("(cells) => document.querySelector('.cat-cells').dataset.cells === cells", cells)
     assert f"In the last run the mask covered {cells.count('1')} of 256" in canvas.run(
         "document.querySelector('.cat-cells').innerText"
     )
 
 
+def node_of(workflow, kind):
+    """The first node of a class."""
+    return next(node for node in workflow["nodes"] if node["type"] == kind)
+
+
 def scene_of(workflow):
     """The demo's picture (H, W, 3) and its hole (H, W)."""
-    name = next(node for node in workflow["nodes"] if node["type"] == "CATDemoScene")[
-        "widgets_values"
-    ][0]
+    name = node_of(workflow, "CATDemoScene")["widgets_values"][0]
     scene = np.asarray(Image.open(ROOT / "web/scenes" / f"{name}.png").convert("RGBA")).astype(int)
     return scene[..., :3], scene[..., 3] < 255
 
@@ -124,6 +121,10 @@ def overlapping(canvas):
     """Pairs of nodes that lie over each other."""
     return canvas.run("""() => {
         const boxes = app.graph.nodes.map((node) => [node.title, ...node.getBounding()]);
-        const over = ([, x, y, w, h], [, a, b, c, d]) => x < a + c && a < x + w && y < b + d && b < y + h;
-        return boxes.flatMap((one, i) => boxes.slice(i + 1).filter((two) => over(one, two)).map((two) => [one[0], two[0]]));
+        const over = ([, x, y, w, h], [, a, b, c, d]) =>
+            x < a + c && a < x + w && y < b + d && b < y + h;
+        return boxes.flatMap((one, i) => {
+            const others = boxes.slice(i + 1).filter((two) => over(one, two));
+            return others.map((two) => [one[0], two[0]]);
+        });
     }""")
