@@ -43,7 +43,7 @@ _COLOURS = ("#8c8c8c", "#2a5ab4", "#c83c28", "#2e8b57", "#a05fb4", "#c88a1e")
 
 
 @dataclass(frozen=True)
-class Row:
+class TableLine:
     """A line in words, as the text and the page show it."""
 
     name: str
@@ -53,12 +53,12 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Group:
+class LineGroup:
     """Neighbouring lines of one metric."""
 
     title: str
     better: str
-    rows: list[Row]
+    rows: list[TableLine]
 
 
 def rows(lines: Sequence[Line]) -> list[tuple]:
@@ -101,18 +101,18 @@ def verdict(line: Line) -> str:
     return "better" if is_higher == (better == "higher") else "worse"
 
 
-def groups(lines: Sequence[Line]) -> list[Group]:
+def groups(lines: Sequence[Line]) -> list[LineGroup]:
     """The lines in words, neighbours of one metric together."""
     found = []
     for key, members in itertools.groupby(lines, attrgetter("metric")):
         metric = METRICS[key]
         title = f"{metric.title}, {metric.unit}" if metric.unit else metric.title
-        found.append(Group(title, metric.better, [_row(line) for line in members]))
+        found.append(LineGroup(title, metric.better, [_row(line) for line in members]))
     return found
 
 
-def _row(line: Line) -> Row:
-    return Row(line.name, _text(line.estimate), _text(line.difference, "+"), verdict(line))
+def _row(line: Line) -> TableLine:
+    return TableLine(line.name, _text(line.estimate), _text(line.difference, "+"), verdict(line))
 
 
 def _numbers(estimate: Estimate | None) -> tuple:
@@ -160,7 +160,7 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownSample:
     """A sample's pictures side by side, each a caption and a data URI."""
 
     label: str | None
@@ -169,11 +169,11 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Section:
+class ReportSection:
     """Samples under a heading."""
 
     title: str
-    samples: list[Shown]
+    samples: list[ShownSample]
 
 
 def page(
@@ -208,7 +208,7 @@ def page(
     sections = []
     for title, places in _choices(values, metric, seed):
         shown = [_shown(measured, place, metric) for place in places]
-        sections.append(Section(title, shown))
+        sections.append(ReportSection(title, shown))
     return _template().render(
         facts=facts,
         groups=groups(lines),
@@ -282,14 +282,14 @@ def _least(numbers: np.ndarray) -> np.ndarray:
     return np.argsort(numbers, kind="stable")[:SHOWN]
 
 
-def _shown(measured: Measured, place: int, metric: str) -> Shown:
+def _shown(measured: Measured, place: int, metric: str) -> ShownSample:
     """A sample with the original, the hole and what each folder made of it."""
     sample = measured.samples.sample(measured.samples.records[place])
     figures = [("original", _data(sample.picture)), ("hole", _data(_hidden(sample)))]
     for name, folder in zip(measured.names, measured.folders, strict=True):
         made = folder.results.picture(sample.record.id, measured.samples.size)
         figures.append((f"{name}: {folder.values[metric][place]:.4g}", _data(made)))
-    return Shown(sample.record.label, sample.record.id, figures)
+    return ShownSample(sample.record.label, sample.record.id, figures)
 
 
 def _hidden(sample: Sample) -> Image.Image:
