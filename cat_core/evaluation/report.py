@@ -134,7 +134,7 @@ def _text(estimate: Estimate | None, sign: str = "") -> str:
 
 
 @dataclass(frozen=True)
-class Outline:
+class ChartLine:
     """A histogram as a line of steps."""
 
     name: str
@@ -156,7 +156,7 @@ class Chart:
     title: str
     value_marks: list[tuple[float, str]]
     share_marks: list[tuple[float, str]]
-    outlines: list[Outline]
+    lines: list[ChartLine]
 
 
 @dataclass(frozen=True)
@@ -244,17 +244,17 @@ def chart(title: str, edges: npt.ArrayLike, counts: Mapping[str, npt.ArrayLike])
     shares = numbers[:, first : last + 1] / totals
     x = Axis(edges[0], edges[-1], Chart.LEFT, Chart.RIGHT)
     y = Axis(0, shares.max() or 1.0, Chart.BOTTOM, Chart.TOP)
-    outlines = []
+    lines = []
     for name, share, colour in zip(counts, shares, itertools.cycle(_COLOURS), strict=False):
         points = []
         for (left, right), value in zip(itertools.pairwise(edges), share, strict=True):
             points.append(f"{x(left):.1f},{y(value):.1f} {x(right):.1f},{y(value):.1f}")
-        outlines.append(Outline(name, colour, " ".join(points)))
+        lines.append(ChartLine(name, colour, " ".join(points)))
     return Chart(
         title,
         value_marks=[(x(value), f"{value:.6g}") for value in x.round_values()],
         share_marks=[(y(share), f"{100 * share:.3g} %") for share in y.round_values()],
-        outlines=outlines,
+        lines=lines,
     )
 
 
