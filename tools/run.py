@@ -16,6 +16,7 @@ TOOLS = {
     "demo_model.score": ("let the demo model fill held-out holes, and a judge look", []),
     "demo_model.ablation": ("the paper's ablation on drawn scenes", ["train", "evaluate"]),
     "demo_model.scenes": ("write drawn scenes with a manifest, or a sheet of them", []),
+    "demo_model.classifier": ("train the judge of the demo model, and say how good it is", []),
     "demo_model.random_checkpoint": ("write random weights in the official layout", []),
     "benchmark.loading": ("load a checkpoint once, and say what it took", []),
     "release.workflows": ("write the example workflows and their thumbnails", ["train"]),

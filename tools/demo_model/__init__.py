@@ -1,1 +1,1 @@
-"""The bundled demo model: its drawn world, its networks, its training, its judge and its ablation."""
+"""The bundled demo model: its drawn world, networks, training, judge and ablation."""

@@ -1,8 +1,10 @@
-"""The demo model's networks: every part of CAT-Diffusion in small, built from the host's own classes, with fresh weights.
+"""The demo model's networks: every part of CAT-Diffusion in small, with fresh weights.
 
-The visual grid is the real one (224 pixels, patches of 14); pictures are 128x128, latents 16x16.
+They are built from the host's own classes. The visual grid is the real one (224 pixels, patches of
+14); pictures are 128x128, latents 16x16.
 """
 
+import itertools
 import json
 import math
 import os
@@ -13,6 +15,7 @@ import comfy.ldm.modules.diffusionmodules.openaimodel
 import comfy.ops
 import comfy.sd1_clip
 import torch
+from einops import repeat
 from torch import nn
 
 from cat_diffusion.cat_core import weights
@@ -26,13 +29,16 @@ from cat_diffusion.cat_core.config import (
 SIZE = 128  # side of the demo model's pictures, in pixels
 LATENT_SCALE = 0.18215  # Stable Diffusion's: latents are multiplied by it
 _OPS = comfy.ops.disable_weight_init  # the host's layers, without an initialisation of their own
-_VISION, _TEXT, _HEADS = 64, 32, 4
+_VISION = 64  # width of CLIP's vision part, SemInpainter and visual prompt
+_TEXT = 32  # width of CLIP's text part
+_HEADS = 4
+_PATCH = 14
 _VISUAL = {
     "model_type": "clip_vision_model",
     "hidden_act": "quick_gelu",
     "hidden_size": _VISION,
     "image_size": 224,
-    "patch_size": 14,
+    "patch_size": _PATCH,
     "num_channels": 3,
     "intermediate_size": 2 * _VISION,
     "num_hidden_layers": 4,
@@ -77,6 +83,8 @@ _BRANCH_ENDS = (
     ".to_out.0.",
     ".ff.net.2.",
 )
+# The U-Net's GroupNorms, which have numbers for names.
+_NUMBERED_NORMS = (".in_layers.0.weight", ".out_layers.0.weight", ".out.0.weight")
 
 
 def networks(generator: torch.Generator) -> dict[str, nn.Module]:
@@ -103,15 +111,11 @@ def networks(generator: torch.Generator) -> dict[str, nn.Module]:
     for module in parts.values():
         fresh(module, generator)
     parts["unet"].out[2].weight.data.zero_()
-    embeddings = parts["clip_vision"].vision_model.embeddings
-    embeddings.patch_embedding.weight.data.copy_(
-        _waves(*embeddings.patch_embedding.weight.shape[:3:2])
-    )
-    for table in (
-        parts["clip_vision"].vision_model.embeddings.position_embedding,
-        parts["sem_inpainter"].embeddings.position_embedding,
-    ):
-        table.weight.data[-256:] = _places(table.weight.shape[1])
+    clip_embeddings = parts["clip_vision"].vision_model.embeddings
+    clip_embeddings.patch_embedding.weight.data.copy_(_waves(_VISION, _PATCH))
+    for embeddings in (clip_embeddings, parts["sem_inpainter"].embeddings):
+        table = embeddings.position_embedding.weight
+        table.data[-256:] = _places(_VISION)  # CLIP's begins with the class token
     return parts
 
 
@@ -141,62 +145,73 @@ def architecture(unet: nn.Module) -> Architecture:
 
 
 def _waves(width: int, patch: int) -> torch.Tensor:
-    """(width, 3, patch, patch): each channel's lowest cosine components, so that tokens show edges from the start."""
+    """(width, 3, patch, patch): each channel's lowest cosine components.
+
+    So tokens show edges from the start.
+    """
     pixels = (torch.arange(patch) + 0.5) * math.pi / patch
-    orders = sorted(
-        ((i, j) for i in range(8) for j in range(8)), key=lambda order: (sum(order), order)
-    )
+    orders = sorted(itertools.product(range(8), range(8)), key=_fineness)
     weight = torch.zeros(width, 3, patch, patch)
     for number in range(width // 3 * 3):
         i, j = orders[number // 3]
         wave = (i * pixels).cos().view(-1, 1) * (j * pixels).cos()
-        weight[number, number % 3] = (
-            wave / wave.norm() / patch * (1 + i + j)
-        )  # pictures hold less of the finer ones
+        # Pictures hold less of the finer ones.
+        weight[number, number % 3] = wave / wave.norm() / patch * (1 + i + j)
     return weight
 
 
+def _fineness(order: tuple[int, int]):
+    return sum(order), order
+
+
 def _places(width: int) -> torch.Tensor:
-    """(256, width): sines and cosines of row and column, so that attention finds neighbours from the start."""
+    """(256, width): sines and cosines of row and column.
+
+    So attention finds neighbours from the start.
+    """
     frequencies = math.pi * 2 ** -torch.linspace(0, 4, width // 4)  # wavelengths of 2 to 32 patches
     waves = torch.arange(16).view(-1, 1) * frequencies
     line = 0.3 * torch.cat((waves.sin(), waves.cos()), dim=1)  # (16, width / 2)
-    return torch.cat((line.repeat_interleave(16, 0), line.repeat(16, 1)), dim=1)
+    rows = repeat(line, "row d -> (row column) d", column=16)
+    columns = repeat(line, "column d -> (row column) d", row=16)
+    return torch.cat((rows, columns), dim=1)
 
 
 @torch.no_grad()
 def fresh(module: nn.Module, generator: torch.Generator) -> None:
-    """Random weights of variance 1 / fan-in; branches' ends a tenth of that, RefAdapter's output zero."""
+    """Random weights with a deviation of 1 / sqrt(fan-in), in place.
+
+    Branches' ends have a tenth of that, and RefAdapter's output is zero.
+    """
     for name, parameter in module.named_parameters():
-        name = f".{name}"
-        if parameter.ndim < 2:
-            parameter.fill_(
-                float("norm" in name or ".layernorm" in name or ".layer_norm" in name)
-                * name.endswith("weight")
-            )
-            if name.endswith(
-                (".in_layers.0.weight", ".out_layers.0.weight", ".out.0.weight", "layrnorm.weight")
-            ):
-                parameter.fill_(1)
-            if name.endswith("class_embedding"):
-                parameter.normal_(std=0.1, generator=generator)
-        elif "embedding.weight" in name and parameter.ndim == 2:
+        path = f".{name}"
+        is_table = parameter.ndim == 2 and path.endswith("embedding.weight")
+        if is_table or path.endswith("class_embedding"):
             parameter.normal_(std=0.1, generator=generator)
-        elif ".attn3.to_out." in name:
+        elif parameter.ndim < 2:
+            parameter.fill_(1.0 if _is_norm_weight(path) else 0.0)
+        elif ".attn3.to_out." in path:
             parameter.zero_()
         else:
-            gain = 0.1 if any(end in name for end in _BRANCH_ENDS) else 1.0
+            gain = 0.1 if any(end in path for end in _BRANCH_ENDS) else 1.0
             parameter.normal_(std=gain / math.sqrt(parameter[0].numel()), generator=generator)
+
+
+def _is_norm_weight(path: str) -> bool:
+    return path.endswith("weight") and ("norm" in path or path.endswith(_NUMBERED_NORMS))
 
 
 @torch.no_grad()
 def scale_latents(vae: nn.Module, latent: torch.Tensor) -> None:
-    """Fold a shift and a scale into the VAE so that scaled latents (N, 4, h, w) have mean 0 and variance 1.
+    """Fold a shift and a scale into the VAE, so that its scaled latents have mean 0 and variance 1.
 
-    latent: what the VAE encodes now, unscaled. Reconstructions stay the same.
+    Reconstructions stay the same.
+
+    Args:
+        latent: (N, 4, h, w), what the VAE encodes now, unscaled.
     """
-    mean, std = latent.mean((0, 2, 3)), latent.std((0, 2, 3))
-    gain = 1 / (LATENT_SCALE * std)  # (4,)
+    mean = latent.mean((0, 2, 3))
+    gain = 1 / (LATENT_SCALE * latent.std((0, 2, 3)))  # (4,)
     vae.quant_conv.weight[:4] *= gain.view(-1, 1, 1, 1)
     vae.quant_conv.bias[:4] = (vae.quant_conv.bias[:4] - mean) * gain
     vae.quant_conv.bias[4:] += 2 * gain.log()  # log variance

@@ -1,52 +1,87 @@
-"""Train the demo model from nothing, by the same code that trains CAT-Diffusion, and write it with its log.
+"""Train the demo model from nothing, by the code that trains CAT-Diffusion, and write it.
 
-    python tools/train_demo.py [--work runs/demo] [--out models/cat_demo_model.safetensors]
+    python tools/run.py demo_model.recipe [--work runs/demo] [--out FILE.safetensors]
 
-Every step continues where it was stopped; what is done is not done again. Steps that do not need each other can be
-started side by side with --only.
+Every step continues where it was stopped; what is done is not done again. Steps that do not need
+each other can be started side by side with --only.
 """
 
 import argparse
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from comfyui import ROOT
+import torch
+from torch import nn
 
-LICENCE = "MIT"
-PROVENANCE = "demo model, tools/train_demo.py, procedural scenes"
+from cat_diffusion.cat_core import weights
+from cat_diffusion.cat_core.config import Architecture
+from cat_diffusion.cat_core.training import loop
+from cat_diffusion.cat_core.training.settings import Settings, TrainingError, TrainingRun
+from cat_diffusion.cat_core.training.stages import NEW, STAGES, Stage
+from cat_diffusion.nodes.host.build import build_clip
+from cat_diffusion.nodes.host.clip import plain_tokens
+from comfyui import ROOT, launch
+from demo_model import networks, pretraining, scenes
+from demo_model.demo_stages import (
+    LICENCE,
+    PROVENANCE,
+    fresh_networks,
+    newest,
+    train_stage,
+    write_parts,
+)
+from training import stage_run
+
 LOG_EVERY = 10  # steps between the lines of the log that is kept
+SCENES = 10_000
+WHOLE_PICTURES = 2500  # the VAE's step from which it sees whole pictures instead of crops
 
 
 @dataclass(frozen=True)
-class Run:
-    """One stage's numbers."""
+class PlannedStage:
+    """One stage's numbers.
 
-    stage: str
+    Attributes:
+        rate: of new parts; a stage's pretrained parts have a tenth.
+        base: the earlier stages whose weights it starts from; "start" is the fresh networks.
+    """
+
+    name: str
     steps: int
     batch_size: int
-    rate: float  # of new parts; a stage's pretrained parts have a tenth
-    base: tuple[
-        str, ...
-    ]  # the earlier runs whose weights it starts from; "start" is the fresh networks
+    rate: float
+    base: tuple[str, ...]
 
 
-SCENES = 10_000
-CLIP = Run("clip", 3000, 32, 2e-3, ("start",))
-VAE = Run("vae", 2800, 16, 1e-3, ("start",))
-WHOLE_PICTURES = 2500  # the VAE's step from which it sees whole pictures instead of crops
-RUNS = (
-    Run("sem-inpainter", 1600, 32, 1e-3, ("start", "clip")),
-    Run("unet", 6000, 32, 1e-3, ("start", "clip", "vae")),
-    Run("ref-adapter-unet", 1000, 32, 5e-4, ("start", "clip", "vae", "unet")),
-    Run("cascade", 1500, 32, 5e-4, ("start", "clip", "vae", "sem-inpainter", "ref-adapter-unet")),
+CLIP = PlannedStage("clip", steps=3000, batch_size=32, rate=2e-3, base=("start",))
+VAE = PlannedStage("vae", steps=2800, batch_size=16, rate=1e-3, base=("start",))
+SEM_INPAINTER = PlannedStage(
+    "sem-inpainter", steps=1600, batch_size=32, rate=1e-3, base=("start", "clip")
 )
-ORDER = ("scenes", CLIP.stage, VAE.stage, "cache", *(run.stage for run in RUNS), "file")
+UNET = PlannedStage("unet", steps=6000, batch_size=32, rate=1e-3, base=("start", "clip", "vae"))
+REF_ADAPTER = PlannedStage(
+    "ref-adapter-unet",
+    steps=1000,
+    batch_size=32,
+    rate=5e-4,
+    base=("start", "clip", "vae", "unet"),
+)
+CASCADE = PlannedStage(
+    "cascade",
+    steps=1500,
+    batch_size=32,
+    rate=5e-4,
+    base=("start", "clip", "vae", "sem-inpainter", "ref-adapter-unet"),
+)
+OWN_STAGES = (SEM_INPAINTER, UNET, REF_ADAPTER, CASCADE)  # CAT-Diffusion's
 
 
 def main() -> int:
+    steps = _steps()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--work",
@@ -56,7 +91,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "models/cat_demo_model.safetensors")
     parser.add_argument(
-        "--only", choices=ORDER, nargs="+", default=ORDER, help="these steps instead of all"
+        "--only", choices=steps, nargs="+", default=list(steps), help="these steps instead of all"
     )
     parser.add_argument(
         "--shorter",
@@ -68,20 +103,13 @@ def main() -> int:
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     arguments = parser.parse_args()
-    import torch
-
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    arguments.cpu = arguments.cpu or not (
-        torch.cuda.is_available() or torch.backends.mps.is_available()
-    )
-    from cat_diffusion.cat_core.training.loop import TrainingError
-
+    launch.limit_threads(arguments.threads)
+    arguments.cpu = arguments.cpu or not launch.has_gpu()
     try:
-        for name in ORDER:
+        for name, step in steps.items():
             if name in arguments.only:
                 print(f"\n== {name}", flush=True)
-                _do(name, arguments)
+                step(arguments)
     except KeyboardInterrupt:
         print("\nStopped. The same command continues.")
         return 130
@@ -91,236 +119,172 @@ def main() -> int:
     return 0
 
 
-def _do(name: str, arguments) -> None:
-    from demo_model import networks
-
-    work, shorter = arguments.work, arguments.shorter
-    if name == "scenes":
-        from demo_model import scenes
-
-        if not (work / "scenes/manifest.jsonl").exists():
-            scenes.write(work / "scenes", scenes.TRAIN[: SCENES // shorter])
-    elif name in (CLIP.stage, VAE.stage):
-        _pretrain(CLIP if name == CLIP.stage else VAE, work, shorter, arguments.cpu)
-    elif name == "cache":
-        from training import stage_run
-
-        stage_run.encoded_samples(
-            stage_run.load(_weights(work, ("start", "clip", "vae")), True),
-            "diffusion",
-            work / "scenes/manifest.jsonl",
-            "train",
-            networks.SIZE,
-            work / "cache",
-        )
-    elif name == "file":
-        _write(work, arguments.out)
-    else:
-        _train(next(run for run in RUNS if run.stage == name), work, shorter, arguments.cpu)
+def _steps() -> dict[str, Callable]:
+    """What is done, in order: name -> function of the command's arguments."""
+    steps = {"scenes": _draw_scenes, "clip": _train_clip, "vae": _train_vae, "cache": _encode}
+    for planned in OWN_STAGES:
+        steps[planned.name] = partial(_train_own, planned)
+    steps["file"] = _write
+    return steps
 
 
-def _weights(work: Path, runs: Sequence[str]) -> list[Path]:
-    """The newest weights of each run; of parts that several have, the last one's count."""
-    from cat_diffusion.cat_core.training.loop import TrainingError
-
-    paths = []
-    for run in runs:
-        whole = {"start": work / "start.safetensors", VAE.stage: work / "vae.safetensors"}.get(run)
-        path = whole or newest(work / run)
-        if not path.exists():
-            raise TrainingError(f"There is no {path}. The step {run} comes first.")
-        paths.append(path)
-    return paths
+def _draw_scenes(arguments) -> None:
+    folder = arguments.work / "scenes"
+    if not (folder / "manifest.jsonl").exists():
+        scenes.write(folder, scenes.TRAIN[: SCENES // arguments.shorter])
 
 
-def newest(run: Path) -> Path:
-    """The latest weights of a run; of no run, where they would be."""
-    return max(run.glob("checkpoint-*[0-9]"), default=run) / "weights.safetensors"
+def _train_clip(arguments) -> None:
+    """CLIP, on scenes drawn as they are needed."""
+    file = weights.read(fresh_networks(arguments.work))
+    fresh = networks.networks(torch.Generator().manual_seed(0))
+    modules = {"clip_text": fresh["clip_text"], "clip_vision": fresh["clip_vision"]}
+    tokenize = _tokenizer(build_clip(file))
+    objective = pretraining.Contrastive(**modules, labels=tokenize(pretraining.LABELS))
+    source = pretraining.clip_source(tokenize, CLIP.batch_size, seed=0)
+    _pretrain(CLIP, arguments, modules, objective, source, file.architecture)
 
 
-def fresh_networks(work: Path) -> Path:
-    """A file with all networks, not trained, written once."""
-    import torch
+def _tokenizer(clip) -> pretraining.Tokenize:
+    """The host's tokenizer, for a few thousand texts that come again and again."""
+    ids: dict[str, list[int]] = {}
 
-    from cat_diffusion.cat_core import weights
-    from demo_model import networks
+    def tokenize(texts):
+        for text in texts:
+            if text not in ids:
+                ids[text] = [token for token, _ in plain_tokens(clip, text)["l"][0]]
+        return torch.tensor([ids[text] for text in texts])
 
-    path = work / "start.safetensors"
-    if not path.exists():
-        parts = networks.networks(torch.Generator().manual_seed(0))
-        tensors = {part: module.state_dict() for part, module in parts.items()}
-        weights.save(
-            path,
-            weights.flat(tensors),
-            weights.header(
-                tensors,
-                networks.architecture(parts["unet"]),
-                licence=LICENCE,
-                provenance=f"{PROVENANCE}, not trained",
-            ),
-        )
-    return path
+    return tokenize
 
 
-def _pretrain(run: Run, work: Path, shorter: int, cpu: bool) -> None:
-    """CLIP or VAE, on scenes drawn as they are needed."""
-    import torch
+def _train_vae(arguments) -> None:
+    """The VAE, on scenes drawn as they are needed; then its latents get the U-Net's scale."""
+    file = weights.read(fresh_networks(arguments.work))
+    vae = networks.networks(torch.Generator().manual_seed(0))["vae"]
+    source = pretraining.vae_source(
+        VAE.batch_size, seed=1, whole_from=WHOLE_PICTURES // arguments.shorter
+    )
+    objective = pretraining.Reconstruction(vae)
+    _pretrain(VAE, arguments, {"vae": vae}, objective, source, file.architecture)
+    vae = vae.cpu().eval()
+    with torch.no_grad():
+        networks.scale_latents(vae, _latents(vae))
+    write_parts(
+        arguments.work / "vae.safetensors",
+        {"vae": vae.state_dict()},
+        file.architecture,
+        provenance=PROVENANCE,
+        overwrite=True,
+    )
 
-    from cat_diffusion.cat_core import weights
-    from cat_diffusion.cat_core.training import loop
-    from cat_diffusion.cat_core.training.stages import Stage
-    from cat_diffusion.nodes.host.build import build_clip
-    from cat_diffusion.nodes.host.clip import plain_tokens
-    from demo_model import networks
-    from demo_model import pretraining as pretraining
 
-    file = weights.read(fresh_networks(work))
-    modules = networks.networks(torch.Generator().manual_seed(0))
-    if run.stage == CLIP.stage:
-        clip = build_clip(file)
-        ids = {}
+def _latents(vae: nn.Module) -> torch.Tensor:
+    """The latents of 256 scenes, unscaled."""
+    pictures = pretraining.vae_source(256, seed=2, whole_from=0)(0, range(256))["picture"]
+    latents = []
+    for batch in pictures.split(8):
+        latents.append(vae.quant_conv(vae.encoder(batch))[:, :4])
+    return torch.cat(latents)
 
-        def tokenize(texts):
-            for text in texts:
-                if text not in ids:
-                    ids[text] = [token for token, _ in plain_tokens(clip, text)["l"][0]]
-            return torch.tensor([ids[text] for text in texts])
 
-        modules = {part: modules[part] for part in ("clip_text", "clip_vision")}
-        objective = pretraining.Contrastive(**modules, labels=tokenize(pretraining.LABELS))
-        source, micro = pretraining.clip_source(tokenize, run.batch_size, seed=0), run.batch_size
-    else:
-        modules = {"vae": modules["vae"]}
-        objective = pretraining.Reconstruction(**modules)
-        source, micro = (
-            pretraining.vae_source(run.batch_size, 1, WHOLE_PICTURES // shorter),
-            run.batch_size,
-        )
-    stage = Stage(run.stage, "pretraining", tuple((part, run.rate) for part in modules))
-    settings = loop.Settings(
-        max(run.steps // shorter, 1),
-        run.batch_size,
-        micro,
+def _pretrain(
+    planned: PlannedStage,
+    arguments,
+    modules: Mapping[str, nn.Module],
+    objective: nn.Module,
+    source: pretraining.Source,
+    architecture: Architecture,
+) -> None:
+    settings = Settings(
+        steps=max(planned.steps // arguments.shorter, 1),
+        batch_size=planned.batch_size,
+        micro_batch_size=planned.batch_size,
         warmup=50,
         final_rate=0.01,
         save_every=100,
     )
-    loop.train(
-        stage,
-        objective,
+    rates = tuple((part, planned.rate) for part in modules)
+    training = TrainingRun(
+        Stage(planned.name, "pretraining", rates),
         modules,
-        source,
-        work / run.stage,
+        objective,
         settings,
-        file.architecture,
+        folder=arguments.work / planned.name,
+        architecture=architecture,
         provenance=PROVENANCE,
         licence=LICENCE,
-        cpu=cpu,
     )
-    if run is VAE:
-        with torch.no_grad():
-            vae = modules["vae"].cpu().eval()
-            pictures = pretraining.vae_source(256, 2, 0)(0, range(256))["picture"]
-            latents = torch.cat(
-                [vae.quant_conv(vae.encoder(some))[:, :4] for some in pictures.split(8)]
-            )
-        networks.scale_latents(vae, latents)
-        parts = {"vae": vae.state_dict()}
-        weights.save(
-            work / "vae.safetensors",
-            weights.flat(parts),
-            weights.header(parts, file.architecture, licence=LICENCE, provenance=PROVENANCE),
-            overwrite=True,
-        )
+    loop.train(training, source, cpu=arguments.cpu)
 
 
-def _train(run: Run, work: Path, shorter: int, cpu: bool) -> None:
+def _encode(arguments) -> None:
+    """What the frozen networks make of the scenes, for all of CAT-Diffusion's own stages."""
+    bases = _weights(arguments.work, ("start", "clip", "vae"))
+    stage_run.encoded_samples(
+        stage_run.load(bases, True),
+        "diffusion",
+        arguments.work / "scenes/manifest.jsonl",
+        size=networks.SIZE,
+        cache=arguments.work / "cache",
+    )
+
+
+def _train_own(planned: PlannedStage, arguments) -> None:
     """One of CAT-Diffusion's own stages, as tools/train.py runs it."""
-    from cat_diffusion.cat_core.training.stages import NEW, STAGES
-
     train_stage(
-        STAGES[run.stage].scaled(run.rate / NEW),
-        work / run.stage,
-        _weights(work, run.base),
-        work,
-        max(run.steps // shorter, 1),
-        run.batch_size,
-        cpu=cpu,
+        STAGES[planned.name].scaled(planned.rate / NEW),
+        arguments.work / planned.name,
+        base=_weights(arguments.work, planned.base),
+        work=arguments.work,
+        steps=max(planned.steps // arguments.shorter, 1),
+        batch_size=planned.batch_size,
+        final_rate=0.02,
+        cpu=arguments.cpu,
     )
 
 
-def train_stage(
-    stage,
-    run: Path,
-    base: Sequence[Path],
-    work: Path,
-    steps: int,
-    batch_size: int,
-    final_rate: float = 0.02,
-    warmup: int = 50,
-    cpu: bool = True,
-) -> None:
-    """A stage of tools/train.py on the scenes and the cache in `work`; `stage` may have other rates than the table's."""
-    import train
-
-    from demo_model import networks
-    from training import stage_run
-
-    options = [
-        "--run",
-        run,
-        "--cache",
-        work / "cache",
-        "--steps",
-        steps,
-        "--batch-size",
-        batch_size,
-        "--micro-batch-size",
-        batch_size,
-        "--size",
-        networks.SIZE,
-        "--warmup",
-        warmup,
-        "--final-rate",
-        final_rate,
-        "--save-every",
-        200,
-        "--samples-every",
-        0,
-        "--licence",
-        LICENCE,
-    ]
-    words = [stage.name, "--data", work / "scenes/manifest.jsonl", *options, "--base", *base]
-    stage_run.run(
-        train.command_line().parse_args([str(word) for word in words] + ["--cpu"] * cpu), stage
-    )
-
-
-def _write(work: Path, out: Path) -> None:
+def _write(arguments) -> None:
     """The file that ships, in fp16, and beside it what happened on the way."""
-    import torch
-
-    from cat_diffusion.cat_core import weights
-
-    file = weights.merge(
-        [weights.read(path) for path in _weights(work, ("start", "clip", "vae", "cascade"))]
-    )
-    weights.save(
+    paths = _weights(arguments.work, ("start", "clip", "vae", "cascade"))
+    file = weights.merge([weights.read(path) for path in paths])
+    out = arguments.out
+    write_parts(
         out,
-        weights.flat(file.parts),
-        weights.header(file.parts, file.architecture, licence=LICENCE, provenance=PROVENANCE),
-        torch.float16,
+        file.parts,
+        file.architecture,
+        provenance=PROVENANCE,
+        dtype=torch.float16,
         overwrite=True,
     )
     with open(out.with_suffix(".log.csv"), "w", newline="") as log:
         writer = csv.writer(log)
-        for stage in (CLIP.stage, VAE.stage, *(run.stage for run in RUNS)):
-            with open(work / stage / "log.csv", newline="") as whole:
-                rows = list(csv.reader(whole))
-            writer.writerow(["stage", *rows[0]])
-            writer.writerows(
-                [stage, row[0], *(f"{float(value):.4g}" for value in row[1:])]
-                for row in rows[1:]
-                if int(row[0]) % LOG_EVERY == 0 or row is rows[-1]
-            )
+        for planned in (CLIP, VAE, *OWN_STAGES):
+            writer.writerows(_log_lines(arguments.work, planned.name))
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+
+
+def _log_lines(work: Path, stage: str) -> list[list[str]]:
+    """Every LOG_EVERYth line of a stage's log and its last, under their header."""
+    with open(work / stage / "log.csv", newline="") as file:
+        header, *lines = csv.reader(file)
+    kept = [["stage", *header]]
+    for line in lines:
+        step, *numbers = line
+        if int(step) % LOG_EVERY == 0 or line is lines[-1]:
+            kept.append([stage, step, *(f"{float(number):.4g}" for number in numbers)])
+    return kept
+
+
+def _weights(work: Path, stages: Sequence[str]) -> list[Path]:
+    """The newest weights of each stage; of parts that several have, the last one's count."""
+    paths = []
+    for stage in stages:
+        if stage in ("start", VAE.name):
+            path = work / f"{stage}.safetensors"
+        else:
+            path = newest(work / stage)
+        if not path.exists():
+            raise TrainingError(f"There is no {path}. The step {stage} comes first.")
+        paths.append(path)
+    return paths

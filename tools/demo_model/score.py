@@ -1,23 +1,59 @@
-"""Let the demo model fill held-out holes through the pack's nodes and the host's KSampler, and an independent judge look.
+"""Let the demo model fill held-out holes through the pack's nodes, and an independent judge look.
 
-    python tools/evaluate_demo.py [--checkpoint models/cat_demo_model.safetensors] [--count 500] [--sheet sheet.png]
+    python tools/run.py demo_model.score [--checkpoint FILE] [--count 500] [--sheet sheet.png]
 
-The judge (scene_classifier.py) is trained on first use, on scenes of its own, and kept in the cache.
+The judge (classifier.py) is trained on first use, on scenes of its own, and kept in the cache.
 """
 
 import argparse
 import json
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from comfyui import ROOT, install
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
 
-STEPS, CFG, SAMPLER, SCHEDULER = 20, 3.0, "ddim", "ddim_uniform"
-_AT_ONCE = 16
+import nodes
+from cat_diffusion.cat_core.files import replacing
+from cat_diffusion.cat_core.pictures.tensors import channels_last, to_levels
+from cat_diffusion.nodes.apply_ref_adapter import apply_ref_adapter
+from cat_diffusion.nodes.conditioning import inpaint_conditioning
+from cat_diffusion.nodes.load import Models, load_full_checkpoint
+from cat_diffusion.nodes.visual_prompt import predict
+from comfyui import ROOT, install, launch
+from demo_model import classifier, scenes
+
+SAMPLER = "ddim"
+SCHEDULER = "ddim_uniform"
+AT_ONCE = 16  # pictures
+_ACROSS = 4  # holes side by side on a contact sheet
+_CAPTION = 14  # pixels, height of the label below each
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """KSampler's numbers."""
+
+    steps: int = 20
+    cfg: float = 3.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class FilledHole:
+    """A scene, one of its holes, and what was made of it: (S, S, 3) uint8."""
+
+    scene: scenes.Scene
+    kind: str
+    picture: np.ndarray
 
 
 def main() -> int:
+    default = Sampling()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--checkpoint", type=Path, default=ROOT / "models/cat_demo_model.safetensors"
@@ -31,184 +67,188 @@ def main() -> int:
         default=100,
         help="holes of each kind whose shape and colour never met in training",
     )
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--cfg", type=float, default=CFG)
+    parser.add_argument("--steps", type=int, default=default.steps)
+    parser.add_argument("--cfg", type=float, default=default.cfg)
     parser.add_argument("--strength", type=float, default=1.0, help="of the RefAdapter")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--seed", type=int, default=default.seed, help="of the noise")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument(
         "--sheet", type=Path, metavar="FILE.png", help="write a contact sheet of the first 32 holes"
     )
     parser.add_argument("--json", type=Path, metavar="FILE.json", help="write the rates")
     arguments = parser.parse_args()
-    import torch
-
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    launch.limit_threads(arguments.threads)
     evaluate(arguments)
     return 0
 
 
-def evaluate(arguments) -> dict:
-    """Print and return the share of holes in which the judge sees the named object."""
-    import numpy as np
-    import torch
-
-    from demo_model import classifier, scenes
-
+def evaluate(arguments) -> None:
+    """Print, and write, the share of holes in which the judge sees the named object."""
     with torch.inference_mode():
         models = load(arguments.checkpoint)
-    judge, rates, shown, start = the_judge(), {}, [], time.monotonic()
+    judge = the_judge()
+    sampling = Sampling(arguments.steps, arguments.cfg, arguments.seed)
+    start = time.monotonic()
+    rates = {}
+    shown = []
     for title, seeds in (
         ("test", scenes.TEST[: arguments.count]),
         ("held-out", scenes.HELD_OUT_TEST[: arguments.held_out]),
     ):
         drawn = [scenes.scene(seed) for seed in seeds]
-        for kind in ("box", "exact") if drawn else ():
-            made = inpaint(
-                models,
-                drawn,
-                [s.label for s in drawn],
-                kind,
-                arguments.steps,
-                arguments.cfg,
-                arguments.strength,
-                arguments.seed,
-            )
-            verdict = classifier.judge(judge, made, np.array([s.box for s in drawn]))
-            shape = verdict.shape == [scenes.SHAPES.index(s.shape) for s in drawn]
-            colour = verdict.colour == [scenes.COLOUR_NAMES.index(s.colour) for s in drawn]
-            rates[f"{title} {kind}"] = {
-                "holes": len(drawn),
-                "right": float((shape & colour).mean()),
-                "shape": float(shape.mean()),
-                "colour": float(colour.mean()),
-            }
+        if not drawn:
+            continue
+        labels = [scene.label for scene in drawn]
+        for kind in ("box", "exact"):
+            made = inpaint(models, drawn, labels, kind, sampling, arguments.strength)
+            rate = _rate(judge, drawn, made)
             print(
-                f"{title:>9} {kind:<6}{len(drawn):5} holes: {(shape & colour).mean():7.1%} right "
-                f"(shape {shape.mean():.1%}, colour {colour.mean():.1%}), {time.monotonic() - start:.0f} s so far",
+                f"{title:>9} {kind:<6}{len(drawn):5} holes: {rate['right']:7.1%} right "
+                f"(shape {rate['shape']:.1%}, colour {rate['colour']:.1%}), "
+                f"{time.monotonic() - start:.0f} s so far",
                 flush=True,
             )
-            shown += [(s, kind, picture) for s, picture in zip(drawn, made)][:16]
+            rates[f"{title} {kind}"] = rate
+            for scene, picture in zip(drawn[:16], made, strict=False):
+                shown.append(FilledHole(scene, kind, picture))
     if arguments.sheet:
-        sheet(shown[:64]).save(arguments.sheet)
+        contact_sheet(shown).save(arguments.sheet)
     if arguments.json:
         arguments.json.write_text(json.dumps(rates, indent=1) + "\n")
-    return rates
 
 
-def load(checkpoint: Path):
-    """The outputs of CAT Load Checkpoint: model, clip, vae, clip_vision, cat_model."""
-    from cat_diffusion.nodes.load import load_full_checkpoint
+def _rate(
+    judge: classifier.SceneClassifier, drawn: Sequence[scenes.Scene], made: np.ndarray
+) -> dict[str, float]:
+    """How many holes there are, and the shares in which the judge sees what was asked for."""
+    verdict = classifier.judge(judge, made, np.array([scene.box for scene in drawn]))
+    shape = verdict.shape == [scenes.SHAPES.index(scene.shape) for scene in drawn]
+    colour = verdict.colour == [scenes.COLOUR_NAMES.index(scene.colour) for scene in drawn]
+    return {
+        "holes": len(drawn),
+        "right": float((shape & colour).mean()),
+        "shape": float(shape.mean()),
+        "colour": float(colour.mean()),
+    }
 
+
+def load(checkpoint: Path) -> Models:
+    """The outputs of CAT Load Checkpoint."""
     return load_full_checkpoint(checkpoint)
 
 
-def inpaint(models, scenes_, labels, kind: str, steps: int, cfg: float, strength: float, seed: int):
-    """Fill the holes of scenes with the named objects; (B, S, S, 3) uint8, untouched outside the holes.
+def inpaint(
+    models: Models,
+    drawn: Sequence[scenes.Scene],
+    labels: Sequence[str],
+    kind: str,
+    sampling: Sampling,
+    strength: float = 1.0,
+) -> np.ndarray:
+    """Fill the holes of scenes with the named objects.
 
-    The nodes get the scene without its target: KSampler starts from the photo's latent, in which the target would shine through.
+    The nodes get the scene without its target: KSampler starts from the photo's latent, in which
+    the target would shine through.
+
+    Args:
+        kind: of the holes, see scenes.holes.
+        strength: of the RefAdapter.
+
+    Returns:
+        (B, S, S, 3) uint8, untouched outside the holes.
     """
-    import numpy as np
-    import torch
-
-    from demo_model import scenes
-
-    made = [None] * len(scenes_)
-    groups: dict[str, list[int]] = {}
-    for index, label in enumerate(labels):
-        groups.setdefault(label, []).append(index)
-    for label, members in groups.items():
-        for start in range(0, len(members), _AT_ONCE):
-            some = members[start : start + _AT_ONCE]
-            image = torch.from_numpy(np.stack([scenes_[i].without for i in some])).float() / 255
-            mask = (
-                torch.from_numpy(np.stack([scenes.holes(scenes_[i], kind) for i in some])).float()
-                / 255
-            )
-            with torch.inference_mode():
-                pictures = run_nodes(
-                    models, image, mask, label, steps, cfg, strength, seed + 1000 * some[0]
-                )
-            for index, picture in zip(some, (pictures * 255).round().to(torch.uint8).numpy()):
-                made[index] = picture
+    made: list = [None] * len(drawn)
+    for indices in batches_of_one_label(labels):
+        image = channels_last(drawn[index].without for index in indices)
+        mask = channels_last(scenes.holes(drawn[index], kind) for index in indices)
+        label = labels[indices[0]]
+        of_batch = replace(sampling, seed=sampling.seed + 1000 * indices[0])
+        with torch.inference_mode():
+            prompt = predict(models.cat_model, models.clip_vision, models.clip, image, mask, label)
+            patched = apply_ref_adapter(models.model, models.cat_model, prompt, strength)
+            pictures = sample(models, patched, image, mask, label, of_batch)
+        for index, picture in zip(indices, to_levels(pictures).numpy(), strict=True):
+            made[index] = picture
     return np.stack(made)
 
 
-def run_nodes(models, image, mask, label: str, steps: int, cfg: float, strength: float, seed: int):
-    """IMAGE (B, S, S, 3) and MASK (B, S, S) through the nodes of the demo workflow, one label for all."""
-    from cat_diffusion.nodes.apply_ref_adapter import apply_ref_adapter
-    from cat_diffusion.nodes.visual_prompt import predict
-
-    model, clip, _, clip_vision, cat_model = models
-    prompt = predict(cat_model, clip_vision, clip, image, mask, label)
-    patched = apply_ref_adapter(model, cat_model, prompt, strength)
-    return sample(models, patched, image, mask, label, steps, cfg, seed)
+def batches_of_one_label(labels: Sequence[str]) -> list[list[int]]:
+    """The places of equal labels together, AT_ONCE at most: the nodes take one text a batch."""
+    places: dict[str, list[int]] = {}
+    for place, label in enumerate(labels):
+        places.setdefault(label, []).append(place)
+    batches = []
+    for group in places.values():
+        for start in range(0, len(group), AT_ONCE):
+            batches.append(group[start : start + AT_ONCE])
+    return batches
 
 
 def sample(
-    models,
+    models: Models,
     patched,
-    image,
-    mask,
+    image: torch.Tensor,
+    mask: torch.Tensor,
     label: str,
-    steps: int,
-    cfg: float,
-    seed: int,
+    sampling: Sampling,
+    *,
     from_noise: bool = False,
-):
-    """The rest of the workflow with a patched model: conditioning, KSampler, VAE; the photo stays outside the hole.
+) -> torch.Tensor:
+    """The rest of the workflow with a patched model; the photo stays outside the hole.
 
     Args:
+        patched: MODEL.
+        image: IMAGE (B, S, S, 3) in [0, 1].
+        mask: MASK (B, S, S), 1 = repaint.
         from_noise: start from noise alone instead of adding it to the photo's own latent.
     """
-    import torch
-
-    import nodes
-    from cat_diffusion.nodes.conditioning import inpaint_conditioning
-
-    _, clip, vae, *_ = models
-    positive, negative = (nodes.CLIPTextEncode().encode(clip, text)[0] for text in (label, ""))
-    positive, negative, latent = inpaint_conditioning(positive, negative, vae, image, mask)
+    positive = nodes.CLIPTextEncode().encode(models.clip, label)[0]
+    negative = nodes.CLIPTextEncode().encode(models.clip, "")[0]
+    positive, negative, latent = inpaint_conditioning(positive, negative, models.vae, image, mask)
     if from_noise:
         latent = latent | {"samples": torch.zeros_like(latent["samples"])}
-    latent = nodes.KSampler().sample(
-        patched, seed, steps, cfg, SAMPLER, SCHEDULER, positive, negative, latent
+    sampled = nodes.KSampler().sample(
+        patched,
+        sampling.seed,
+        sampling.steps,
+        sampling.cfg,
+        SAMPLER,
+        SCHEDULER,
+        positive,
+        negative,
+        latent,
     )[0]
-    made = nodes.VAEDecode().decode(vae, latent)[0].clamp(0, 1)
+    made = nodes.VAEDecode().decode(models.vae, sampled)[0].clamp(0, 1)
     return torch.where(mask[..., None] > 0.5, made, image)
 
 
-def the_judge():
+def the_judge() -> classifier.SceneClassifier:
     """The independent classifier, trained on first use."""
-    from demo_model import classifier
-
     path = install.cache_dir() / "demo/judge.safetensors"
     if not path.exists():
         print("Training the judge, once ...", flush=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
         model, _ = classifier.train(progress=True)
-        classifier.save(path.with_suffix(".partial"), model)
-        path.with_suffix(".partial").replace(path)
+        with replacing(path) as partial:
+            classifier.save(partial, model)
     return classifier.load(path)
 
 
-def sheet(shown):
-    """Photo, hole and result of each (scene, kind, picture), four to a row, the label below."""
-    import numpy as np
-    from PIL import Image, ImageDraw, ImageFont
-
-    from demo_model import scenes
-
-    size, caption = shown[0][2].shape[0], 14
-    picture = Image.new(
-        "RGB", (4 * 2 * size, math.ceil(len(shown) / 4) * (size + caption)), "black"
-    )
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default_imagefont()
-    for index, (s, kind, made) in enumerate(shown):
-        x, y = index % 4 * 2 * size, index // 4 * (size + caption)
-        hole = scenes.holes(s, kind)[..., None] > 127
-        picture.paste(Image.fromarray(np.where(hole, np.uint8(255), s.image)), (x, y))
-        picture.paste(Image.fromarray(made), (x + size, y))
-        pen.text((x + 3, y + size + 1), f"{s.label}, {kind}", fill="white", font=font)
-    return picture
+def contact_sheet(shown: Sequence[FilledHole]) -> Image.Image:
+    """Hole and result of each, four to a row, the label below."""
+    size = len(shown[0].picture)
+    height = size + _CAPTION
+    rows = math.ceil(len(shown) / _ACROSS)
+    sheet = Image.new("RGB", (_ACROSS * 2 * size, rows * height), "black")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default_imagefont()
+    for number, filled in enumerate(shown):
+        row, column = divmod(number, _ACROSS)
+        x = column * 2 * size
+        y = row * height
+        hole = scenes.holes(filled.scene, filled.kind)[..., None] > 127
+        hidden = np.where(hole, np.uint8(255), filled.scene.image)
+        sheet.paste(Image.fromarray(hidden), (x, y))
+        sheet.paste(Image.fromarray(filled.picture), (x + size, y))
+        title = f"{filled.scene.label}, {filled.kind}"
+        pen.text((x + 3, y + size + 1), title, fill="white", font=font)
+    return sheet
