@@ -1,177 +1,230 @@
-"""Seeded random weights in the official checkpoint layout: for trying the pack and for its tests, not for pictures.
+"""Seeded random weights in the official checkpoint layout: to try the pack, not for pictures.
 
-Runs in ComfyUI's Python; shapes come from the host's own classes and the pack's.
+    python tools/run.py demo_model.random_checkpoint OUT.safetensors [--size tiny]
+
+Shapes come from the host's own classes and the pack's.
 """
 
 import argparse
+from dataclasses import dataclass
 
 import torch
 from comfy.clip_model import CLIPTextModel, CLIPVisionModelProjection
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.ops import disable_weight_init
+from torch import nn
 
 from cat_diffusion.cat_core import weights
 from cat_diffusion.cat_core.config import (
+    HEAD_WIDTH,
     Architecture,
     RefAdapterConfig,
     SemInpainterConfig,
     unet_blocks,
 )
 
-# The sizes that differ; "full" is SD 1.5 with CLIP ViT-L/14, "tiny" runs in milliseconds.
+
+@dataclass(frozen=True)
+class CheckpointSize:
+    """What differs between checkpoints of one kind."""
+
+    unet_channels: int
+    channel_mult: tuple[int, ...]  # by level, as are the next two
+    transformer_depth: tuple[int, ...]
+    unet_res_blocks: int  # a level
+    unet_heads: int
+    text_width: int
+    text_layers: int
+    vision_width: int
+    vision_layers: int  # of SemInpainter as well
+    clip_heads: int | None  # of CLIP and SemInpainter; None = as many as fit
+    vae_channels: int
+    vae_mult: tuple[int, ...]
+    vae_res_blocks: int
+
+
 SIZES = {
-    "full": dict(
-        unet=320,
-        mult=[1, 2, 4, 4],
-        depth=[1, 1, 1, 1, 1, 1, 0, 0],
-        res=2,
-        heads=8,
-        text=768,
+    # SD 1.5 with CLIP ViT-L/14.
+    "full": CheckpointSize(
+        unet_channels=320,
+        channel_mult=(1, 2, 4, 4),
+        transformer_depth=(1, 1, 1, 0),
+        unet_res_blocks=2,
+        unet_heads=8,
+        text_width=768,
         text_layers=12,
-        vision=1024,
-        layers=24,
+        vision_width=1024,
+        vision_layers=24,
         clip_heads=None,
-        vae=128,
-        vae_mult=[1, 2, 4, 4],
-        vae_res=2,
+        vae_channels=128,
+        vae_mult=(1, 2, 4, 4),
+        vae_res_blocks=2,
     ),
-    "tiny": dict(
-        unet=32,
-        mult=[1, 2],
-        depth=[1, 1],
-        res=1,
-        heads=4,
-        text=24,
+    # Runs in milliseconds.
+    "tiny": CheckpointSize(
+        unet_channels=32,
+        channel_mult=(1, 2),
+        transformer_depth=(1, 1),
+        unet_res_blocks=1,
+        unet_heads=4,
+        text_width=24,
         text_layers=2,
-        vision=32,
-        layers=2,
+        vision_width=32,
+        vision_layers=2,
         clip_heads=4,
-        vae=32,
-        vae_mult=[1, 1, 2, 2],
-        vae_res=1,
+        vae_channels=32,
+        vae_mult=(1, 1, 2, 2),
+        vae_res_blocks=1,
     ),
 }
 
 
-def random_checkpoint(size: str = "tiny", seed: int = 0, dtype: torch.dtype = torch.float32):
-    """Parts by name, and their architecture; the same seed gives the same weights on any machine."""
+def random_checkpoint(
+    size: str = "tiny", seed: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, dict[str, torch.Tensor]], Architecture]:
+    """Parts by name, and their architecture; a seed gives the same weights on any machine."""
     sizes = SIZES[size]
-    with torch.device("meta"):
-        modules = _modules(sizes)
-        architecture = Architecture(
-            sem_inpainter=SemInpainterConfig(
-                hidden_size=sizes["vision"],
-                intermediate_size=4 * sizes["vision"],
-                num_hidden_layers=sizes["layers"],
-                num_attention_heads=sizes["clip_heads"] or sizes["vision"] // 64,
-                grid_size=16,
-                text_size=sizes["text"],
-                text_intermediate_size=4 * sizes["text"],
-                spatial_intermediate_size=4 * sizes["vision"],
-                global_intermediate_size=4 * sizes["vision"],
-            ),
-            ref_adapter=RefAdapterConfig(
-                visual_size=sizes["vision"],
-                num_heads=sizes["heads"],
-                blocks=unet_blocks(modules["unet"].state_dict()),
-            ),
-            unet_num_heads=sizes["heads"],
-            clip_text_num_heads=sizes["clip_heads"],
-            clip_vision_num_heads=sizes["clip_heads"],
-        )
+    with torch.device("meta"):  # shapes alone
+        modules = _stock_modules(sizes)
+        architecture = _architecture(sizes, modules["unet"])
         modules |= weights.cat_modules(architecture)
     generator = torch.Generator().manual_seed(seed)
-    parts = {
-        part: {
-            key: _random(key, value.shape, generator).to(dtype)
-            for key, value in modules[part].state_dict().items()
-            if not key.startswith("text_projection")
-        }
-        for part in weights.PREFIXES
-    }
+    parts = {}
+    for part in weights.PREFIXES:
+        parts[part] = {}
+        for key, tensor in modules[part].state_dict().items():
+            # SD 1.5 has no text projection; the host's class makes one all the same.
+            if not key.startswith("text_projection"):
+                parts[part][key] = _random(key, tensor.shape, generator).to(dtype)
     return parts, architecture
 
 
-def _modules(sizes: dict) -> dict[str, torch.nn.Module]:
-    text = dict(
-        hidden_size=sizes["text"],
-        intermediate_size=4 * sizes["text"],
-        num_hidden_layers=sizes["text_layers"],
-        num_attention_heads=sizes["clip_heads"] or 12,
-        hidden_act="quick_gelu",
-        max_position_embeddings=77,
-        eos_token_id=49407,
+def _architecture(sizes: CheckpointSize, unet: nn.Module) -> Architecture:
+    width = sizes.vision_width
+    sem_inpainter = SemInpainterConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=sizes.vision_layers,
+        num_attention_heads=sizes.clip_heads or width // HEAD_WIDTH,
+        grid_size=16,
+        text_size=sizes.text_width,
+        text_intermediate_size=4 * sizes.text_width,
+        spatial_intermediate_size=4 * width,
+        global_intermediate_size=4 * width,
     )
-    vision = dict(
-        hidden_size=sizes["vision"],
-        intermediate_size=4 * sizes["vision"],
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes["clip_heads"] or 16,
-        hidden_act="quick_gelu",
-        image_size=224,
-        patch_size=14,
-        num_channels=3,
-        model_type="clip_vision_model",
+    ref_adapter = RefAdapterConfig(
+        visual_size=width,
+        num_heads=sizes.unet_heads,
+        blocks=unet_blocks(unet.state_dict()),
     )
-    ddconfig = dict(
-        double_z=True,
-        z_channels=4,
-        resolution=256,
-        in_channels=3,
-        out_ch=3,
-        ch=sizes["vae"],
-        ch_mult=sizes["vae_mult"],
-        num_res_blocks=sizes["vae_res"],
-        attn_resolutions=[],
-        dropout=0.0,
+    return Architecture(
+        sem_inpainter=sem_inpainter,
+        ref_adapter=ref_adapter,
+        unet_num_heads=sizes.unet_heads,
+        clip_text_num_heads=sizes.clip_heads,
+        clip_vision_num_heads=sizes.clip_heads,
     )
-    levels = len(sizes["mult"])
-    per_level = [sizes["depth"][i * sizes["res"] : (i + 1) * sizes["res"]] for i in range(levels)]
+
+
+def _stock_modules(sizes: CheckpointSize) -> dict[str, nn.Module]:
+    """The parts that are no CAT-Diffusion's own, by name."""
     return {
-        "unet": UNetModel(
-            image_size=32,
-            in_channels=9,
-            model_channels=sizes["unet"],
-            out_channels=4,
-            num_res_blocks=[sizes["res"]] * levels,
-            channel_mult=sizes["mult"],
-            num_heads=sizes["heads"],
-            num_head_channels=-1,
-            use_spatial_transformer=True,
-            transformer_depth=list(sizes["depth"]),
-            transformer_depth_output=[
-                depth for level in per_level for depth in [*level, level[-1]]
-            ],
-            transformer_depth_middle=1,
-            context_dim=sizes["text"],
-            legacy=False,
-            operations=disable_weight_init,
-        ),
-        "vae": AutoencoderKL(ddconfig=ddconfig, embed_dim=4),
-        "clip_text": CLIPTextModel(text, None, None, torch.nn),
-        "clip_vision": CLIPVisionModelProjection(vision, None, None, torch.nn),
+        "unet": _unet(sizes),
+        "vae": _vae(sizes),
+        "clip_text": _clip_text(sizes),
+        "clip_vision": _clip_vision(sizes),
     }
+
+
+def _unet(sizes: CheckpointSize) -> nn.Module:
+    # The host counts transformers by residual block; on the way up each level has one block more.
+    depth = []
+    depth_up = []
+    for level_depth in sizes.transformer_depth:
+        depth += [level_depth] * sizes.unet_res_blocks
+        depth_up += [level_depth] * (sizes.unet_res_blocks + 1)
+    return UNetModel(
+        image_size=32,
+        in_channels=9,
+        model_channels=sizes.unet_channels,
+        out_channels=4,
+        num_res_blocks=[sizes.unet_res_blocks] * len(sizes.channel_mult),
+        channel_mult=list(sizes.channel_mult),
+        num_heads=sizes.unet_heads,
+        num_head_channels=-1,
+        use_spatial_transformer=True,
+        transformer_depth=depth,
+        transformer_depth_output=depth_up,
+        transformer_depth_middle=1,
+        context_dim=sizes.text_width,
+        legacy=False,
+        operations=disable_weight_init,
+    )
+
+
+def _vae(sizes: CheckpointSize) -> nn.Module:
+    config = {
+        "double_z": True,
+        "z_channels": 4,
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": sizes.vae_channels,
+        "ch_mult": list(sizes.vae_mult),
+        "num_res_blocks": sizes.vae_res_blocks,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
+    return AutoencoderKL(ddconfig=config, embed_dim=4)
+
+
+def _clip_text(sizes: CheckpointSize) -> nn.Module:
+    config = {
+        "hidden_size": sizes.text_width,
+        "intermediate_size": 4 * sizes.text_width,
+        "num_hidden_layers": sizes.text_layers,
+        "num_attention_heads": sizes.clip_heads or sizes.text_width // HEAD_WIDTH,
+        "hidden_act": "quick_gelu",
+        "max_position_embeddings": 77,
+        "eos_token_id": 49407,
+    }
+    return CLIPTextModel(config, None, None, nn)
+
+
+def _clip_vision(sizes: CheckpointSize) -> nn.Module:
+    config = {
+        "hidden_size": sizes.vision_width,
+        "intermediate_size": 4 * sizes.vision_width,
+        "num_hidden_layers": sizes.vision_layers,
+        "num_attention_heads": sizes.clip_heads or sizes.vision_width // HEAD_WIDTH,
+        "hidden_act": "quick_gelu",
+        "image_size": 224,
+        "patch_size": 14,
+        "num_channels": 3,
+        "model_type": "clip_vision_model",
+    }
+    return CLIPVisionModelProjection(config, None, None, nn)
 
 
 def _random(key: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     """Norms near the identity, embeddings of 0.1, everything else scaled by its fan-in."""
     x = torch.randn(shape, generator=generator)
-    if len(shape) == 1:
-        # The U-Net's GroupNorms go by number: in_layers.0, out_layers.0 and out.0.
-        norm = (
-            "norm" in key
-            or ".in_layers.0." in key
-            or ".out_layers.0." in key
-            or key.startswith("out.0.")
-        )
-        return 0.02 * x + (1.0 if norm and key.endswith("weight") else 0.0)
-    return x * (0.1 if "embedding" in key else shape[1:].numel() ** -0.5)
+    if len(shape) > 1:
+        return x * (0.1 if "embedding" in key else shape[1:].numel() ** -0.5)
+    centre = 1.0 if _is_norm(key) and key.endswith("weight") else 0.0
+    return 0.02 * x + centre
 
 
-def main() -> None:
+def _is_norm(key: str) -> bool:
+    # The U-Net's GroupNorms have numbers for names.
+    numbered = ".in_layers.0." in key or ".out_layers.0." in key or key.startswith("out.0.")
+    return "norm" in key or numbered
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", help="file to write (.safetensors)")
+    parser.add_argument("out", metavar="OUT.safetensors", help="file to write")
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=weights.DTYPES, default="fp16")
@@ -188,3 +241,4 @@ def main() -> None:
         provenance=f"random weights, seed {arguments.seed}: not trained",
         overwrite=True,
     )
+    return 0
