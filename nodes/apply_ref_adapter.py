@@ -3,12 +3,11 @@
 import torch
 from comfy_api.latest import io
 
+from .host import symbols
 from .host.build import build_folded
 from .host.cat_model import require_part
-from .host.unet import ANY_SIGMA, block_name, check_unet, compute_dtype, percent_to_sigma
+from .host.unet import block_name, check_unet, percent_to_sigma
 from .wires import CATEGORY, CatModelWire, VisualPromptWire
-
-POSITIVE = 0  # how the host marks the positive prompt in cond_or_uncond
 
 
 class RefAdapterPatch:
@@ -24,7 +23,7 @@ class RefAdapterPatch:
         self.sigma_start = sigma_start
         self.sigma_end = sigma_end
         self._last_call: tuple[torch.Tensor | None, bool] = (None, True)  # sigmas, in range
-        self._negative_ids: set = set()  # conditions that came as negative in this sampling
+        self._negatives: set = set()  # ids of conditions that came as negative in this sampling
 
     @torch.compiler.disable  # a compiled U-Net calls it as it is: settings must not be traced
     def __call__(self, x: torch.Tensor, extra_options: dict) -> torch.Tensor:
@@ -32,25 +31,28 @@ class RefAdapterPatch:
 
         Where nothing is to be added it is x itself.
         """
-        if self.strength == 0 or not self._in_range(extra_options.get("sigmas")):
+        if self.strength == 0 or not self._in_range(symbols.noise_levels(extra_options)):
             return x
+        chunks = symbols.chunks_of_batch(extra_options)
+        self._remember_negatives(chunks)
         block = self.folded.model.block(block_name(extra_options))
-        return block(x, self._positive(extra_options), self.strength)
+        return block(x, [self._is_positive(*chunk) for chunk in chunks], self.strength)
 
-    def _positive(self, extra_options) -> list[bool]:
-        """Which chunks of the batch belong to the positive prompt.
+    def _remember_negatives(self, chunks) -> None:
+        for kind, condition in chunks:
+            if kind != symbols.POSITIVE:
+                self._negatives.add(condition)
+
+    def _is_positive(self, kind: int, condition) -> bool:
+        """Whether a chunk of the batch belongs to the positive prompt.
 
         Self-attention guidance and the like run the negative prompt alone, as if it were the
-        positive; its id tells.
+        positive (comfy_extras/nodes_sag.py:174); its id tells.
         """
-        conds = extra_options.get("cond_or_uncond", [POSITIVE])
-        ids = extra_options.get("uuids", conds)
-        chunks = list(zip(conds, ids, strict=True))
-        self._negative_ids.update(id for cond, id in chunks if cond != POSITIVE)
-        return [cond == POSITIVE and id not in self._negative_ids for cond, id in chunks]
+        return kind == symbols.POSITIVE and condition not in self._negatives
 
     def _in_range(self, sigmas: torch.Tensor | None) -> bool:
-        always = self.sigma_end <= 0 and self.sigma_start >= ANY_SIGMA
+        always = self.sigma_end <= 0 and self.sigma_start >= symbols.ANY_SIGMA
         if sigmas is None or always:
             return True
         last_sigmas, in_range = self._last_call
@@ -70,7 +72,7 @@ class RefAdapterPatch:
 
     def cleanup(self):
         """Called by the host after each sampling."""
-        self._negative_ids.clear()
+        self._negatives.clear()
         self._last_call = (None, True)
 
     def __deepcopy__(self, memo):
@@ -165,11 +167,11 @@ def apply_ref_adapter(
             f"start_percent is {start_percent}, after end_percent {end_percent}. Set it below."
         )
     patch = RefAdapterPatch(
-        build_folded(cat_model, visual_prompt, compute_dtype(model)),
+        build_folded(cat_model, visual_prompt, symbols.compute_dtype(model)),
         strength,
         sigma_start=percent_to_sigma(model, start_percent),
         sigma_end=percent_to_sigma(model, end_percent),
     )
     patched = model.clone()
-    patched.set_model_patch(patch, "middle_patch")
+    symbols.add_middle_patch(patched, patch)
     return patched

@@ -1,10 +1,12 @@
 """How close predicted features come to the truth, for people who look rather than script."""
 
-import numpy as np
+from dataclasses import dataclass
+
 import torch
 from comfy_api.latest import io, ui
 
 from ..cat_core.pictures import plots
+from ..cat_core.pictures.tensors import channels_last
 from ..cat_core.training.objectives import masked_cosine
 from .host import messages
 from .visual_prompt import CLIP_VISION_TOOLTIP, predict, see
@@ -12,7 +14,7 @@ from .wires import CATEGORY, CatModelWire, to_core
 
 
 class CATCompareFeatures(io.ComfyNode):
-    """The paper's Fig. 4a for one picture or a batch: cosine similarity to the whole picture's features, inside the hole."""
+    """The paper's Fig. 4a for one picture or a batch."""
 
     @classmethod
     def define_schema(cls):
@@ -26,8 +28,9 @@ class CATCompareFeatures(io.ComfyNode):
                 "histogram",
                 "余弦相似度",
             ],
-            description="Hide a part of a picture from SemInpainter, let it predict what was there, and compare: how similar "
-            "are CLIP's features of the hidden part, and the predicted ones, to those of the whole picture?",
+            description="Hide a part of a picture from SemInpainter, let it predict what was "
+            "there, and compare: how similar are CLIP's features of the hidden part, and "
+            "the predicted ones, to those of the whole picture?",
             is_output_node=True,
             inputs=[
                 CatModelWire.Input("cat_model", tooltip="A CAT model with a SemInpainter."),
@@ -64,26 +67,52 @@ class CATCompareFeatures(io.ComfyNode):
 
     @classmethod
     def execute(cls, cat_model, clip_vision, clip, image, mask, text) -> io.NodeOutput:
-        prompt = predict(cat_model, clip_vision, clip, image, mask, text)
-        m = prompt.patch_mask.flatten(1).bool()  # (B, N)
-        if not m.any(1).all():
-            raise ValueError(
-                f"The mask of {(~m.any(1)).sum()} of {len(m)} pictures is empty; there is nothing to compare. "
-                "Paint it over the object."
-            )
-        _, whole, _ = see(clip_vision, *to_core(image))
-        whole = whole.expand_as(prompt.before)  # one picture may have many masks
-        means, patches = {}, {}
-        for name, features in (("observed", prompt.before), ("predicted", prompt.after)):
-            means[name] = (
-                masked_cosine(features, whole, m.float()).mean().item()
-            )  # pictures count alike
-            patches[name] = torch.nn.functional.cosine_similarity(features, whole, dim=2)[
-                m
-            ].tolist()
-        picture = torch.from_numpy(np.array(plots.histogram(patches), np.float32) / 255)[None]
+        comparison = compare(cat_model, clip_vision, clip, image, mask, text)
+        picture = channels_last([plots.histogram(comparison.patches)])
         messages.say(
-            f"Cosine similarity to the truth in the hole: observed {means['observed']:.3f}, "
-            f"predicted {means['predicted']:.3f} ({m.sum():,} patches)."
+            "Cosine similarity to the truth in the hole: "
+            f"observed {comparison.observed:.3f}, predicted {comparison.predicted:.3f} "
+            f"({len(comparison.patches['observed']):,} patches)."
         )
-        return io.NodeOutput(*means.values(), picture, ui=ui.PreviewImage(picture))
+        return io.NodeOutput(
+            comparison.observed, comparison.predicted, picture, ui=ui.PreviewImage(picture)
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Cosine similarity to CLIP's features of the whole picture, inside the hole."""
+
+    observed: float  # mean of the features that CLIP sees; pictures count alike
+    predicted: float  # the same of those that SemInpainter predicts
+    patches: dict[str, list[float]]  # "observed" and "predicted": of each patch in the hole
+
+
+def compare(cat_model, clip_vision, clip, image, mask, text: str) -> Comparison:
+    """Hide a part of IMAGE behind MASK and predict it; raises ValueError for an empty mask."""
+    prompt = predict(cat_model, clip_vision, clip, image, mask, text)
+    hole = prompt.patch_mask.flatten(1).bool()  # (B, N)
+    empty = ~hole.any(1)
+    if empty.any():
+        raise ValueError(
+            f"The mask of {empty.sum()} of {len(hole)} pictures is empty; "
+            "there is nothing to compare. Paint it over the object."
+        )
+    _, whole, _ = see(clip_vision, *to_core(image))
+    truth = whole.expand_as(prompt.before)  # one picture may have many masks
+    return Comparison(
+        observed=_mean(prompt.before, truth, hole),
+        predicted=_mean(prompt.after, truth, hole),
+        patches={
+            "observed": _of_patches(prompt.before, truth, hole),
+            "predicted": _of_patches(prompt.after, truth, hole),
+        },
+    )
+
+
+def _mean(features: torch.Tensor, truth: torch.Tensor, hole: torch.Tensor) -> float:
+    return masked_cosine(features, truth, hole.float()).mean().item()
+
+
+def _of_patches(features: torch.Tensor, truth: torch.Tensor, hole: torch.Tensor) -> list[float]:
+    return torch.nn.functional.cosine_similarity(features, truth, dim=2)[hole].tolist()

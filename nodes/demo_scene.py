@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import numpy as np
-import torch
 from comfy_api.latest import io
 from PIL import Image
 
+from ..cat_core.pictures.tensors import channels_last
 from .wires import CATEGORY
 
 FOLDER = Path(__file__).resolve().parents[1] / "web/scenes"  # the canvas shows them too
@@ -22,8 +21,8 @@ class CATDemoScene(io.ComfyNode):
             display_name="CAT Demo Scene",
             category=f"{CATEGORY}/loaders",
             search_aliases=["example picture", "demo image", "test scene", "示例图片"],
-            description="A drawn picture with a hole, made for the small demo model, which knows coloured shapes only. For your "
-            "own pictures use Load Image.",
+            description="A drawn picture with a hole, made for the small demo model, which knows "
+            "coloured shapes only. For your own pictures use Load Image.",
             inputs=[
                 io.Combo.Input(
                     "scene",
@@ -40,7 +39,7 @@ class CATDemoScene(io.ComfyNode):
     @classmethod
     def execute(cls, scene) -> io.NodeOutput:
         with Image.open(FOLDER / f"{scene}.png") as file:
-            picture = torch.from_numpy(
-                np.array(file.convert("RGBA"), np.float32) / 255
-            )  # (H, W, 4)
-        return io.NodeOutput(picture[None, ..., :3], 1 - picture[None, ..., 3])
+            scene_rgba = channels_last([file.convert("RGBA")])  # (1, H, W, 4)
+        image = scene_rgba[..., :3]
+        mask = 1 - scene_rgba[..., 3]  # the hole is where the picture is transparent
+        return io.NodeOutput(image, mask)

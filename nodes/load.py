@@ -1,4 +1,4 @@
-"""Loaders: a full official checkpoint, or a CAT weights file beside a stock SD 1.5 inpainting model."""
+"""Loaders: a full official checkpoint, or a CAT weights file beside stock SD 1.5 inpainting."""
 
 from typing import NamedTuple
 
@@ -52,6 +52,14 @@ def load_full_checkpoint(path) -> Models:
     )
 
 
+def _is_full(parts: set[str]) -> bool:
+    return parts >= set(PREFIXES)
+
+
+def _has_cat_parts(parts: set[str]) -> bool:
+    return bool(parts & CAT_PARTS)
+
+
 class CATLoadCheckpoint(io.ComfyNode):
     """A full CAT-Diffusion checkpoint: everything in one file."""
 
@@ -67,15 +75,14 @@ class CATLoadCheckpoint(io.ComfyNode):
                 "demo model",
                 "加载CAT模型",
             ],
-            description="Load a full CAT-Diffusion checkpoint: U-Net, text encoder, VAE, CLIP vision and the CAT parts.",
+            description="Load a full CAT-Diffusion checkpoint: "
+            "U-Net, text encoder, VAE, CLIP vision and the CAT parts.",
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
-                    options=model_files.list_files(
-                        lambda parts: parts >= set(PREFIXES), pickles=True
-                    ),
-                    tooltip="A full checkpoint in models/cat_diffusion (.safetensors or .ckpt), or the pack's "
-                    "cat_demo_model, which knows coloured shapes only.",
+                    options=model_files.list_files(_is_full, pickles=True),
+                    tooltip="A full checkpoint in models/cat_diffusion (.safetensors or .ckpt), or "
+                    "the pack's cat_demo_model, which knows coloured shapes only.",
                 )
             ],
             outputs=[
@@ -118,12 +125,12 @@ class CATLoadWeights(io.ComfyNode):
             display_name="CAT Load Weights",
             category=f"{CATEGORY}/loaders",
             search_aliases=["load seminpainter", "load refadapter", "cat weights", "加载权重"],
-            description="Load SemInpainter and/or RefAdapter from a CAT weights file. Model, CLIP, VAE and CLIP vision "
-            "come from ComfyUI's own loaders.",
+            description="Load SemInpainter and/or RefAdapter from a CAT weights file. "
+            "Model, CLIP, VAE and CLIP vision come from ComfyUI's own loaders.",
             inputs=[
                 io.Combo.Input(
                     "weights",
-                    options=model_files.list_files(lambda parts: bool(parts & CAT_PARTS)),
+                    options=model_files.list_files(_has_cat_parts),
                     tooltip="A CAT weights file in models/cat_diffusion (.safetensors).",
                 )
             ],

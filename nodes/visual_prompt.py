@@ -10,11 +10,11 @@ from ..cat_core.pictures import preview
 from .host import memory, messages
 from .host.cat_model import require_part, run_sem_inpainter
 from .host.clip import check_clip_vision, encode_image, encode_text, text_similarity
-from .wires import CATEGORY, CatModelWire, VisualPromptWire, to_core
+from .wires import CATEGORY, CatModelWire, VisualPromptWire, common_batch, to_core
 
 CLIP_VISION_TOOLTIP = (
-    "CLIP ViT-L/14 at 224 pixels (the image encoder of SD 1.5's text encoder), from CAT Load Checkpoint "
-    "or Load CLIP Vision."
+    "CLIP ViT-L/14 at 224 pixels (the image encoder of SD 1.5's text encoder), "
+    "from CAT Load Checkpoint or Load CLIP Vision."
 )
 
 
@@ -36,14 +36,15 @@ class CATSemanticInpaint(io.ComfyNode):
                 "语义修复",
                 "添加物体",
             ],
-            description="Predict what CLIP would see if the named object were in the hole. The result, the visual prompt, "
-            "guides the sampler through CAT Apply RefAdapter.",
+            description="Predict what CLIP would see if the named object were in the hole. "
+            "The result, the visual prompt, guides the sampler through CAT Apply RefAdapter.",
             inputs=[
                 CatModelWire.Input("cat_model", tooltip="A CAT model with a SemInpainter."),
                 io.ClipVision.Input("clip_vision", tooltip=CLIP_VISION_TOOLTIP),
                 io.Clip.Input(
                     "clip",
-                    tooltip="SD 1.5's text encoder. Clip skip and prompt weights do not matter here.",
+                    tooltip="SD 1.5's text encoder. "
+                    "Clip skip and prompt weights do not matter here.",
                 ),
                 io.Image.Input(
                     "image",
@@ -58,8 +59,8 @@ class CATSemanticInpaint(io.ComfyNode):
                 VisualPromptWire.Input(
                     "previous",
                     optional=True,
-                    tooltip="For a second object in the same photo: the visual prompt of the first, with a "
-                    "mask of its own. This one then holds both.",
+                    tooltip="For a second object in the same photo: the visual prompt of the "
+                    "first, with a mask of its own. This one then holds both.",
                 ),
             ],
             outputs=[
@@ -74,18 +75,11 @@ class CATSemanticInpaint(io.ComfyNode):
         cls, cat_model, clip_vision, clip, image, mask, text, previous=None
     ) -> io.NodeOutput:
         prompt = predict(cat_model, clip_vision, clip, image, mask, text, previous)
-        cells = [row.to(torch.uint8).numpy().astype(str) for row in prompt.patch_mask.flatten(1)]
-        some = {
-            name: getattr(prompt, name)[: memory.BATCH]
-            for name in ("tokens", "before", "after", "patch_mask", "picture")
-        }
-        picture = draw(
-            replace(prompt, **some), clip, clip_vision
-        )  # of a long batch the first: here the picture is a by-product
-        return io.NodeOutput(
-            prompt,
-            ui=ui.PreviewImage(picture).as_dict() | {"cat_cells": ["".join(row) for row in cells]},
-        )
+        # Of a long batch the first: here the picture is a by-product.
+        picture = draw(_first(prompt, memory.BATCH), clip, clip_vision)
+        shown = ui.PreviewImage(picture).as_dict()
+        shown["cat_cells"] = _cells(prompt.patch_mask)  # web/js/masked_cells.js draws them
+        return io.NodeOutput(prompt, ui=shown)
 
 
 class CATEncodeVisualPrompt(io.ComfyNode):
@@ -104,13 +98,14 @@ class CATEncodeVisualPrompt(io.ComfyNode):
                 "clip vision encode",
                 "参考图",
             ],
-            description="Make a visual prompt from a reference picture, or, with a mask, from the masked photo itself "
-            "(the paper's ablation without SemInpainter).",
+            description="Make a visual prompt from a reference picture, or, with a mask, from the "
+            "masked photo itself (the paper's ablation without SemInpainter).",
             inputs=[
                 io.ClipVision.Input("clip_vision", tooltip=CLIP_VISION_TOOLTIP),
                 io.Image.Input(
                     "image",
-                    tooltip="The reference picture. It is squeezed to a square, nothing is cropped.",
+                    tooltip="The reference picture. "
+                    "It is squeezed to a square, nothing is cropped.",
                 ),
                 io.Mask.Input(
                     "mask", optional=True, tooltip="White parts are hidden from CLIP behind grey."
@@ -138,8 +133,9 @@ class CATVisualPromptPreview(io.ComfyNode):
             display_name="CAT Visual Prompt Preview",
             category=f"{CATEGORY}/preview",
             search_aliases=["show visual prompt", "mask grid", "pca features", "heatmap", "预览"],
-            description="Look at a visual prompt: the photo as CLIP saw it with its 16x16 grid and the hidden cells, the features "
-            "before and after as colours, and how similar each cell is to the text.",
+            description="Look at a visual prompt: the photo as CLIP saw it with its 16x16 grid and "
+            "the hidden cells, the features before and after as colours, and how similar each "
+            "cell is to the text.",
             is_output_node=True,
             inputs=[
                 VisualPromptWire.Input(
@@ -149,8 +145,8 @@ class CATVisualPromptPreview(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="With clip_vision: adds the similarity to the text. It needs a CLIP with a text projection: "
-                    "the demo model has one, SD 1.5 checkpoints have none.",
+                    tooltip="With clip_vision: adds the similarity to the text. It needs a CLIP "
+                    "with a text projection: the demo model has one, SD 1.5 checkpoints have none.",
                 ),
                 io.ClipVision.Input(
                     "clip_vision",
@@ -168,14 +164,11 @@ class CATVisualPromptPreview(io.ComfyNode):
 
     @classmethod
     def execute(cls, visual_prompt, clip=None, clip_vision=None) -> io.NodeOutput:
-        if (
-            visual_prompt.text
-            and clip
-            and clip_vision
-            and text_similarity(clip, clip_vision, visual_prompt) is None
-        ):
+        asked = bool(visual_prompt.text and clip and clip_vision)
+        if asked and text_similarity(clip, clip_vision, visual_prompt) is None:
             messages.say(
-                "The similarity to the text is left out: this CLIP, or CLIP vision, has no projection."
+                "The similarity to the text is left out: "
+                "this CLIP, or CLIP vision, has no projection."
             )
         picture = draw(visual_prompt, clip, clip_vision)
         return io.NodeOutput(picture, ui=ui.PreviewImage(picture))
@@ -189,15 +182,15 @@ def encode_visual_prompt(clip_vision, image, mask=None) -> features.VisualPrompt
         mask: MASK (B, H, W); CLIP sees grey where it is 1.
     """
     check_clip_vision(clip_vision)
-    pixels, hole = to_core(image, mask)
-    seen, patches, _ = see(clip_vision, pixels, hole)
+    photo, hole = to_core(image, mask)
+    seen, patches, _ = see(clip_vision, photo, hole)
     return features.VisualPrompt(
-        features.pool(patches),
-        patches,
-        patches,
-        torch.zeros_like(seen.patch_mask),
-        seen.masked_image,
-        hole,
+        tokens=features.pool(patches),
+        before=patches,
+        after=patches,
+        patch_mask=torch.zeros_like(seen.patch_mask),
+        picture=seen.masked_image,
+        mask=hole,
     )
 
 
@@ -210,80 +203,127 @@ def predict(
     text: str,
     previous: features.VisualPrompt | None = None,
 ) -> features.VisualPrompt:
-    """SemInpainter on the host's IMAGE and MASK.
+    """A visual prompt that holds the named object, by SemInpainter.
 
-    With `previous`, CLIP sees neither hole, and in the earlier one the features are those that were predicted there.
+    Args:
+        image: IMAGE (B, H, W, 3) in [0, 1].
+        mask: MASK (B, H, W), 1 = where the object goes.
+        text: the object's name.
+        previous: of another hole in the same photo. CLIP sees neither hole, and in the earlier
+            one the features are those that were predicted there.
     """
     require_part(cat_model, "sem_inpainter")
-    text = text.strip()
-    if not text:
+    label = text.strip()
+    if not label:
         raise ValueError("The text is empty. Type the name of the object that belongs in the hole.")
     config = cat_model.architecture.sem_inpainter
     check_clip_vision(clip_vision, config.hidden_size, config.grid_size)
-    image, mask = to_core(image, mask)
-    hidden = mask
-    if previous is not None:
-        hidden = union(mask, previous, config.hidden_size)
-        image, mask = (x.expand(len(hidden), -1, -1, -1) for x in (image, mask))
-    seen, patches, image_feature = see(clip_vision, image, hidden)
-    patch_mask = seen.patch_mask
-    if previous is not None:
-        patch_mask = preprocess.clip_input(image, mask).patch_mask
-        patches = features.blend(
-            previous.after.expand_as(patches).to(patches),
-            patches,
-            seen.patch_mask * previous.patch_mask,
-        )
-    if not patch_mask.any():
-        messages.say(
-            "The mask is empty: the visual prompt is just the photo's own features. Paint a mask to change it."
-        )
-    elif patch_mask.all():
-        messages.say("The mask covers everything: the visual prompt rests on the text alone.")
-    text_feature = encode_text(clip, text, config.text_size)
-    predicted = run_sem_inpainter(cat_model, patches, image_feature, text_feature, patch_mask)
-    after = features.blend(predicted, patches, patch_mask)
+    photo, hole = to_core(image, mask)
+    if previous is None:
+        hidden = hole
+        seen, observed, image_feature = see(clip_vision, photo, hidden)
+        patch_mask = seen.patch_mask
+    else:
+        hidden = union(hole, previous, config.hidden_size)
+        batch = len(hidden)
+        photo = photo.expand(batch, -1, -1, -1)
+        seen, patches, image_feature = see(clip_vision, photo, hidden)
+        patch_mask = preprocess.clip_input(photo, hole.expand(batch, -1, -1, -1)).patch_mask
+        known = previous.after.expand_as(patches).to(patches)
+        observed = features.blend(known, patches, seen.patch_mask * previous.patch_mask)
+    _say_where_odd(patch_mask)
+    text_feature = encode_text(clip, label, config.text_size)
+    predicted = run_sem_inpainter(cat_model, observed, image_feature, text_feature, patch_mask)
+    after = features.blend(predicted, observed, patch_mask)
     return features.VisualPrompt(
-        features.pool(after), patches, after, seen.patch_mask, seen.masked_image, hidden, text
+        tokens=features.pool(after),
+        before=observed,
+        after=after,
+        patch_mask=seen.patch_mask,
+        picture=seen.masked_image,
+        mask=hidden,
+        text=label,
     )
 
 
+def _say_where_odd(patch_mask: torch.Tensor) -> None:
+    if not patch_mask.any():
+        messages.say(
+            "The mask is empty: the visual prompt is just the photo's own features. "
+            "Paint a mask to change it."
+        )
+    elif patch_mask.all():
+        messages.say("The mask covers everything: the visual prompt rests on the text alone.")
+
+
 def union(mask: torch.Tensor, previous: features.VisualPrompt, width: int) -> torch.Tensor:
-    """(B, 1, H, W): this hole and the one before it."""
+    """(B, 1, H, W): this hole and the one before it; raises if they do not belong together."""
     if previous.before.shape[2] != width:
         raise ValueError(
-            f"previous is {previous.before.shape[2]} wide, this SemInpainter makes {width}. Take both visual prompts "
-            "from the same CAT model."
+            f"previous is {previous.before.shape[2]} wide, this SemInpainter makes {width}. "
+            "Take both visual prompts from the same CAT model."
         )
     if previous.mask is None:
         return mask
-    if not {len(mask), len(previous.mask)} <= {1, max(len(mask), len(previous.mask))}:
-        raise ValueError(
-            f"previous holds {len(previous.mask)} pictures, here are {len(mask)}. Connect as many, or one of either."
-        )
+    common_batch(
+        len(mask),
+        len(previous.mask),
+        f"previous holds {len(previous.mask)} pictures, here are {len(mask)}. "
+        "Connect as many, or one of either.",
+    )
     return torch.maximum(mask, preprocess.resize_mask(previous.mask, *mask.shape[-2:]))
 
 
 def see(clip_vision, image, mask) -> tuple[preprocess.ClipInput, torch.Tensor, torch.Tensor]:
-    """The core's image and mask -> what CLIP sees, its patch features (B, N, D) and image feature (B, D)."""
-    parts = []
+    """What CLIP sees of a picture, its patch features (B, N, D) and image feature (B, D).
+
+    Args:
+        image: (B, 3, H, W) in [0, 1].
+        mask: (B, 1, H, W), 1 = hidden behind grey; None hides nothing.
+    """
+    inputs = []
+    patches = []
+    image_features = []
     for rows in memory.chunks(len(image)):
         seen = preprocess.clip_input(image[rows], None if mask is None else mask[rows])
-        parts.append(
-            (
-                seen.image,
-                seen.masked_image,
-                seen.patch_mask,
-                *encode_image(clip_vision, seen.masked_image),
-            )
-        )
-    whole, masked, patch_mask, patches, image_feature = (torch.cat(part) for part in zip(*parts))
-    return preprocess.ClipInput(whole, masked, patch_mask), patches, image_feature
+        chunk_patches, chunk_feature = encode_image(clip_vision, seen.masked_image)
+        inputs.append(seen)
+        patches.append(chunk_patches)
+        image_features.append(chunk_feature)
+    everything = preprocess.ClipInput(
+        image=torch.cat([seen.image for seen in inputs]),
+        masked_image=torch.cat([seen.masked_image for seen in inputs]),
+        patch_mask=torch.cat([seen.patch_mask for seen in inputs]),
+    )
+    return everything, torch.cat(patches), torch.cat(image_features)
 
 
 def draw(prompt: features.VisualPrompt, clip=None, clip_vision=None) -> torch.Tensor:
-    """The visual prompt as IMAGE, with the similarity to its text where both encoders have a projection."""
-    similarity = (
-        text_similarity(clip, clip_vision, prompt) if prompt.text and clip and clip_vision else None
-    )
+    """The visual prompt as IMAGE.
+
+    With the similarity to its text where both encoders have a projection.
+    """
+    similarity = None
+    if prompt.text and clip and clip_vision:
+        similarity = text_similarity(clip, clip_vision, prompt)
     return preview.preview_rows(prompt, similarity)
+
+
+def _first(prompt: features.VisualPrompt, count: int) -> features.VisualPrompt:
+    """The visual prompt of the first pictures; its mask is not needed to draw it."""
+    return replace(
+        prompt,
+        tokens=prompt.tokens[:count],
+        before=prompt.before[:count],
+        after=prompt.after[:count],
+        patch_mask=prompt.patch_mask[:count],
+        picture=prompt.picture[:count],
+    )
+
+
+def _cells(patch_mask: torch.Tensor) -> list[str]:
+    """A string of 0 and 1 for each picture, row by row."""
+    cells = []
+    for row in patch_mask.flatten(1).to(torch.uint8).tolist():
+        cells.append("".join(str(cell) for cell in row))
+    return cells

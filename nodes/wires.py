@@ -11,36 +11,54 @@ VisualPromptWire = io.Custom("VISUAL_PROMPT")
 def to_core(
     image: torch.Tensor, mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The host's IMAGE (B, H, W, 3 or 4) and MASK (B, H, W) -> the core's (B, 3, H, W) and (B, 1, H, W).
+    """The host's IMAGE (B, H, W, 3 or 4) and MASK (B, H, W) -> (B, 3, H, W) and (B, 1, H, W).
 
-    Alpha is dropped as the host does. One picture with N masks, or one mask with N pictures, is repeated.
+    fp32 on the CPU, in [0, 1]; mask 1 = repaint. Alpha is dropped as the host does. One picture
+    with N masks, or one mask with N pictures, is repeated.
     """
+    core_image = _core_image(image)
+    if mask is None:
+        return core_image, None
+    core_mask = _core_mask(mask)
+    batch = common_batch(
+        len(core_image),
+        len(core_mask),
+        f"There are {len(core_image)} images and {len(core_mask)} masks. "
+        "Give as many masks as images, or one of either.",
+    )
+    return core_image.expand(batch, -1, -1, -1), core_mask.expand(batch, -1, -1, -1)
+
+
+def common_batch(first: int, second: int, refusal: str) -> int:
+    """The size of both batches where they agree or one of them is 1; else raise ValueError."""
+    if first != second and 1 not in (first, second):
+        raise ValueError(refusal)
+    return max(first, second)
+
+
+def _core_image(image: torch.Tensor) -> torch.Tensor:
     if image.ndim != 4 or image.shape[3] not in (3, 4) or 0 in image.shape:
         raise ValueError(
             f"The image has shape {tuple(image.shape)}; expected (batch, height, width, 3). "
             "Connect an IMAGE, for example from Load Image."
         )
-    image = image[..., :3].movedim(-1, 1).float().cpu()
-    if not image.isfinite().all():
+    core_image = image[..., :3].movedim(-1, 1).float().cpu()
+    if not core_image.isfinite().all():
         raise ValueError(
             "The image contains NaN or Inf. The node before it failed; look at its output."
         )
-    image = image.clamp(0, 1)
-    if mask is None:
-        return image, None
-    if mask.ndim not in (2, 3, 4) or (mask.ndim == 4 and mask.shape[1] != 1) or 0 in mask.shape:
+    return core_image.clamp(0, 1)
+
+
+def _core_mask(mask: torch.Tensor) -> torch.Tensor:
+    has_channels = mask.ndim == 4 and mask.shape[1] != 1
+    if mask.ndim not in (2, 3, 4) or has_channels or 0 in mask.shape:
         raise ValueError(
             f"The mask has shape {tuple(mask.shape)}; expected (batch, height, width)."
         )
-    mask = mask.reshape(-1, 1, *mask.shape[-2:]).float().cpu()
-    if not mask.isfinite().all():
+    core_mask = mask.reshape(-1, 1, *mask.shape[-2:]).float().cpu()
+    if not core_mask.isfinite().all():
         raise ValueError(
             "The mask contains NaN or Inf. The node before it failed; look at its output."
         )
-    batch = max(len(image), len(mask))
-    if not {len(image), len(mask)} <= {1, batch}:
-        raise ValueError(
-            f"There are {len(image)} images and {len(mask)} masks. "
-            "Give as many masks as images, or one of either."
-        )
-    return image.expand(batch, -1, -1, -1), mask.clamp(0, 1).expand(batch, -1, -1, -1)
+    return core_mask.clamp(0, 1)

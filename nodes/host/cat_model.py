@@ -13,7 +13,7 @@ from .memory import BATCH, chunks
 
 @dataclass(frozen=True)
 class CatModel:
-    """What travels on a CAT_MODEL wire: the parts of one file, each in a ModelPatcher, or None."""
+    """The CAT parts of one file, each in a ModelPatcher, or None."""
 
     name: str
     architecture: Architecture
@@ -21,7 +21,8 @@ class CatModel:
     ref_adapter: comfy.model_patcher.ModelPatcher | None = None
 
     def __str__(self):
-        return f"{self.name}: {weights.describe(part for part in ('sem_inpainter', 'ref_adapter') if getattr(self, part))}"
+        parts = [part for part in ("sem_inpainter", "ref_adapter") if getattr(self, part)]
+        return f"{self.name}: {weights.describe(parts)}"
 
 
 def require_part(cat_model: CatModel, part: str) -> None:
@@ -37,24 +38,35 @@ def part_tensors(
 ) -> dict[str, torch.Tensor]:
     """Copies of a part's tensors on the CPU; empty where there is no such part."""
     patcher = cat_model and getattr(cat_model, part)
-    tensors = patcher.model.state_dict() if patcher else {}
-    return {key: tensor.detach().to("cpu", dtype, copy=True) for key, tensor in tensors.items()}
+    if not patcher:
+        return {}
+    copies = {}
+    for key, tensor in patcher.model.state_dict().items():
+        copies[key] = tensor.detach().to("cpu", dtype, copy=True)
+    return copies
 
 
 def run_sem_inpainter(cat_model: CatModel, patches, image, text, patch_mask) -> torch.Tensor:
-    """Predicted patch features (B, N, D), computed where the host wants it, returned where it keeps results.
+    """Predicted patch features (B, N, D).
 
-    Takes SemInpainter's own inputs; one text for all pictures.
+    Computed where the host wants it, returned where it keeps results. Takes SemInpainter's own
+    inputs; one text for all pictures.
     """
     patcher = cat_model.sem_inpainter
-    config = cat_model.architecture.sem_inpainter
-    activations = (
-        8 * min(BATCH, len(patches)) * (config.grid_size**2 + 2) * config.intermediate_size * 4
-    )  # bytes
-    comfy.model_management.load_models_gpu([patcher], memory_required=activations)
+    comfy.model_management.load_models_gpu(
+        [patcher], memory_required=_activations(cat_model, len(patches))
+    )
     predicted = []
     for rows in chunks(len(patches)):
-        inputs = (patches[rows], image[rows], text.expand(len(patches[rows]), -1), patch_mask[rows])
-        output = patcher.model(*(t.to(patcher.load_device) for t in inputs))
+        count = len(patches[rows])
+        inputs = (patches[rows], image[rows], text.expand(count, -1), patch_mask[rows])
+        output = patcher.model(*(part.to(patcher.load_device) for part in inputs))
         predicted.append(output.patches.to(comfy.model_management.intermediate_device()))
     return torch.cat(predicted)
+
+
+def _activations(cat_model: CatModel, pictures: int) -> int:
+    """Bytes that SemInpainter needs beside its weights: some 8 fp32 tensors of its widest layer."""
+    config = cat_model.architecture.sem_inpainter
+    tokens = config.grid_size**2 + 2
+    return 8 * min(BATCH, pictures) * tokens * config.intermediate_size * 4

@@ -3,95 +3,109 @@
 import comfy.model_management
 import torch
 
+from . import symbols
+
+WIDTH = 1024  # of CLIP ViT-L/14, named where nothing says what is expected
+# A trained projection's weights spread about 1 / sqrt(width); see text_similarity.
+LEAST_SPREAD = 0.25
+LARGEST_SPREAD = 4
+
 
 def check_clip_vision(clip_vision, width: int | None = None, grid: int = 16) -> None:
     """Raise unless this is a CLIP ViT with that many features and patches."""
-    config = getattr(clip_vision, "config", {})
-    found_width, found_grid = (
-        config.get("hidden_size"),
-        config.get("image_size", 0) // config.get("patch_size", 14),
-    )
-    found = f"{config.get('model_type', 'unknown')} with {found_width} features on a {found_grid}x{found_grid} grid"
-    if (
-        config.get("model_type") != "clip_vision_model"
-        or found_grid != grid
-        or width not in (None, found_width)
-    ):
+    config = symbols.vision_config(clip_vision)
+    kind = config.get("model_type", "unknown")
+    its_width = config.get("hidden_size")
+    its_grid = config.get("image_size", 0) // config.get("patch_size", 14)
+    is_clip = config.get("model_type") == "clip_vision_model"
+    if not is_clip or its_grid != grid or width not in (None, its_width):
         raise ValueError(
-            f"This CLIP vision model does not fit: found {found}, expected clip_vision_model with "
-            f"{width or 1024} features on a {grid}x{grid} grid. Load CLIP ViT-L/14 at 224 pixels."
+            f"This CLIP vision model does not fit: found {kind} with {its_width} features on a "
+            f"{its_grid}x{its_grid} grid, expected clip_vision_model with {width or WIDTH} "
+            f"features on a {grid}x{grid} grid. Load CLIP ViT-L/14 at 224 pixels."
         )
 
 
 def clip_vision_sizes(clip_vision) -> tuple[int, int, int]:
     """Width, layers and attention heads."""
-    return tuple(
-        clip_vision.config[key]
-        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")
-    )
+    config = symbols.vision_config(clip_vision)
+    return config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
 
 
 def encode_image(clip_vision, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, 3, 224, 224) uint8 -> patch features (B, N, D) before, and image feature (B, D) after post-layernorm."""
-    output = clip_vision.encode_image(pixels.movedim(1, -1).float() / 255, crop=False)
-    hidden = output["last_hidden_state"].float()  # (B, N + 1, D)
-    norm = clip_vision.model.vision_model.post_layernorm
-    return hidden[:, 1:], norm(hidden[:, 0].to(clip_vision.load_device)).float().to(hidden.device)
+    """(B, 3, 224, 224) uint8 -> patch features (B, N, D) and image feature (B, D).
+
+    The patches are as they leave the last layer, the image feature has the norm after it.
+    """
+    image = pixels.movedim(1, -1).float() / 255
+    # Not cropped: the host would cut the picture to its centre (comfy/clip_vision.py:63).
+    hidden = clip_vision.encode_image(image, crop=False)["last_hidden_state"].float()
+    norm = symbols.post_layernorm(clip_vision)
+    image_feature = norm(hidden[:, 0].to(clip_vision.load_device)).float()
+    return hidden[:, 1:], image_feature.to(hidden.device)
 
 
 def encode_text(clip, text: str, width: int | None = None) -> torch.Tensor:
-    """Plain text -> CLIP's pooled, unprojected feature (1, T), of its first 77 tokens; raises if T is not `width`."""
-    _, pooled = clip.encode_from_tokens(plain_tokens(clip, text), return_pooled="unprojected")
-    if pooled is None or width not in (None, pooled.shape[1]):
+    """Plain text -> CLIP's pooled, unprojected feature (1, T), of its first 77 tokens.
+
+    Raises ValueError if T is not `width`.
+    """
+    pooled = symbols.unprojected_feature(clip, plain_tokens(clip, text))
+    its_width = 0 if pooled is None else pooled.shape[1]
+    if pooled is None or width not in (None, its_width):
         raise ValueError(
-            f"This CLIP's text feature is {0 if pooled is None else pooled.shape[1]} wide, the SemInpainter "
+            f"This CLIP's text feature is {its_width} wide, the SemInpainter "
             f"expects {width}. Use the CLIP that belongs to the CAT file."
         )
     return pooled.float()
 
 
 def text_similarity(clip, clip_vision, prompt) -> torch.Tensor | None:
-    """Cosine of each cell's features and the text of a visual prompt in CLIP's common space, (B, N).
+    """Cosine of each cell's features and the text of a visual prompt in CLIP's common space.
 
-    None where one of the two has no projection into it. The host leaves a projection that a file lacks as it finds the
-    memory, so its spread has to be a trained one's, near 1 / sqrt(width).
+    (B, N); None where one of the two has no projection into it.
     """
-    transformer = (
-        clip.cond_stage_model.clip_l.transformer if set(clip.tokenize("")) == {"l"} else None
-    )
-    projections = [
-        getattr(transformer, "text_projection", None),
-        getattr(clip_vision.model, "visual_projection", None),
-    ]
-    weights_ = [getattr(projection, "weight", None) for projection in projections]
-    if any(
-        weight is None or not 0.25 < weight.float().std().item() * weight.shape[1] ** 0.5 < 4
-        for weight in weights_
-    ):
+    if _encoders(clip) != {"l"}:
+        return None
+    project = symbols.visual_projection(clip_vision)
+    if not _is_trained(symbols.text_projection(clip)) or not _is_trained(project):
         return None
     _, text = clip.encode_from_tokens(plain_tokens(clip, prompt.text), return_pooled=True)
     comfy.model_management.load_model_gpu(clip_vision.patcher)
-    cells = (
-        projections[1](
-            clip_vision.model.vision_model.post_layernorm(prompt.after.to(clip_vision.load_device))
-        )
-        .float()
-        .cpu()
-    )
+    norm = symbols.post_layernorm(clip_vision)
+    cells = project(norm(prompt.after.to(clip_vision.load_device))).float().cpu()
     if cells.shape[2] != text.shape[1]:
         return None
     return torch.nn.functional.cosine_similarity(cells, text.float().cpu().view(1, 1, -1), dim=2)
 
 
+def _is_trained(projection) -> bool:
+    """Whether a projection came with the file.
+
+    The host leaves one that a file lacks as it finds the memory (comfy/ops.py:535), so its spread
+    has to be a trained one's.
+    """
+    weight = getattr(projection, "weight", None)
+    if weight is None:
+        return False
+    spread = weight.float().std().item() * weight.shape[1] ** 0.5
+    return LEAST_SPREAD < spread < LARGEST_SPREAD
+
+
 def plain_tokens(clip, text: str) -> dict[str, list]:
-    """The first 77 tokens of a text as it is: no weights, no embeddings, no escapes, which the host would read in it."""
-    encoders = set(clip.tokenize(""))
+    """The first 77 tokens of a text as it is, for encode_from_tokens.
+
+    No weights, no embeddings, no escapes, which the host would read in it.
+    """
+    encoders = _encoders(clip)
     if encoders != {"l"}:
         raise ValueError(
-            f"This CLIP is not SD 1.5's: it has the text encoders {', '.join(sorted(encoders))}, expected l "
-            "(CLIP ViT-L/14) alone. Use the CLIP of an SD 1.5 checkpoint."
+            f"This CLIP is not SD 1.5's: it has the text encoders {', '.join(sorted(encoders))}, "
+            "expected l (CLIP ViT-L/14) alone. Use the CLIP of an SD 1.5 checkpoint."
         )
-    ids = clip.tokenizer.clip_l.tokenizer(
-        text, padding="max_length", truncation=True, max_length=77
-    )["input_ids"]
-    return {"l": [[(id, 1.0) for id in ids]]}
+    return {"l": [[(token, 1.0) for token in symbols.token_ids(clip, text)]]}
+
+
+def _encoders(clip) -> set[str]:
+    """Names of the text encoders in a CLIP; SD 1.5's has one, l."""
+    return set(clip.tokenize(""))

@@ -1,6 +1,7 @@
-"""The host's memory: batches that can be cancelled, models that leave the GPU, the garbage collector."""
+"""The host's memory: batches that can be cancelled, models that leave the GPU, the collector."""
 
 import gc
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import comfy.model_management
@@ -11,8 +12,11 @@ Cancelled = comfy.model_management.InterruptProcessingException
 BATCH = 16  # pictures that go through CLIP and SemInpainter at once
 
 
-def chunks(total: int):
-    """Slices of at most BATCH rows, with progress on the node; raises where the user has pressed Cancel."""
+def chunks(total: int) -> Iterator[slice]:
+    """Slices of at most BATCH rows, with progress on the node.
+
+    Raises Cancelled where the user has pressed Cancel.
+    """
     bar = progress_bar(total)
     for start in range(0, total, BATCH):
         raise_if_cancelled()
@@ -38,8 +42,11 @@ def clear_memory() -> None:
 
 @contextmanager
 def collector_paused():
-    """Without Python's garbage collector: building makes many objects that stay, and a full pass over all of the host's takes
-    a fifth of a second."""
+    """Without Python's garbage collector.
+
+    Building makes many objects that stay, and a full pass over all of the host's takes a fifth of
+    a second.
+    """
     collecting = gc.isenabled()
     gc.disable()
     try:

@@ -6,27 +6,30 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-import comfy.memory_management
 import comfy.utils
 import folder_paths
 
 from ...cat_core import weights
 from ...cat_core.weights import Checkpoint
+from . import symbols
 
 FOLDER = "cat_diffusion"
+EXTENSIONS = (".safetensors", ".ckpt")
+BUNDLED = Path(__file__).resolve().parents[2] / "models"  # the pack's own demo model
 
 log = logging.getLogger(__name__)
 
 
 def register_folder() -> None:
-    """Make models/cat_diffusion known, keeping paths that the user configured for it, and the pack's own demo model."""
+    """Make models/cat_diffusion known, and the pack's own demo model.
+
+    Paths that the user configured for it are kept. The host's own function for this would list
+    files of every kind (folder_paths.py:389).
+    """
     own = os.path.join(folder_paths.models_dir, FOLDER)
-    bundled = os.path.join(str(Path(__file__).resolve().parents[2]), "models")
-    paths = folder_paths.folder_names_and_paths.get(FOLDER, ([],))[0]
-    folder_paths.folder_names_and_paths[FOLDER] = (
-        list(dict.fromkeys([*paths, own, bundled])),
-        {".safetensors", ".ckpt"},
-    )
+    configured = folder_paths.folder_names_and_paths.get(FOLDER, ([],))[0]
+    folders = list(dict.fromkeys([*configured, own, str(BUNDLED)]))
+    folder_paths.folder_names_and_paths[FOLDER] = (folders, set(EXTENSIONS))
     try:
         os.makedirs(own, exist_ok=True)
     except OSError as error:
@@ -36,12 +39,18 @@ def register_folder() -> None:
 
 
 def list_files(usable: Callable[[set[str]], bool], pickles: bool = False) -> list[str]:
-    """Names of the files in models/cat_diffusion whose parts are `usable`; what a pickle holds only reading it tells."""
+    """Names of the files in models/cat_diffusion whose parts are `usable`.
+
+    Args:
+        pickles: list .ckpt files as well; what one holds only reading it tells.
+    """
 
     def fits(name: str) -> bool:
         path = folder_paths.get_full_path(FOLDER, name)
-        if path is None or not name.lower().endswith(".safetensors"):
-            return pickles and path is not None
+        if path is None:
+            return False
+        if not name.lower().endswith(".safetensors"):
+            return pickles
         status = os.stat(path)
         return usable(_parts_inside(path, status.st_mtime_ns, status.st_size))
 
@@ -54,24 +63,25 @@ def _parts_inside(path: str, mtime: int, size: int) -> set[str]:
 
 
 def missing_file(name: str | None, what: str) -> str | None:
-    """A sentence about a file that is not there, or None. `name` is None where another node supplies it."""
+    """A sentence about a file that is not there, or None.
+
+    Args:
+        name: None where another node supplies it.
+    """
     if name is None or folder_paths.get_full_path(FOLDER, name) is not None:
         return None
+    folders = " or ".join(folder_paths.get_folder_paths(FOLDER))
     return (
-        f"There is no {name} in {' or '.join(folder_paths.get_folder_paths(FOLDER))}. Put {what} there and press R, or choose "
+        f"There is no {name} in {folders}. Put {what} there and press R, or choose "
         "another file; cat_demo_model.safetensors, a small demo model, comes with the pack."
     )
 
 
 def fingerprint(name: str) -> tuple:
     """Changes when the file does."""
-    status = os.stat(full_path(name))
-    return full_path(name), status.st_mtime_ns, status.st_size
-
-
-def read(name: str) -> Checkpoint:
-    """Read and check a file of models/cat_diffusion; raises WeightsError."""
-    return read_path(full_path(name))
+    path = full_path(name)
+    status = os.stat(path)
+    return path, status.st_mtime_ns, status.st_size
 
 
 def full_path(name: str) -> str:
@@ -79,12 +89,32 @@ def full_path(name: str) -> str:
     return folder_paths.get_full_path_or_raise(FOLDER, name)
 
 
+def read(name: str) -> Checkpoint:
+    """Read and check a file of models/cat_diffusion; raises WeightsError."""
+    return read_path(full_path(name))
+
+
+def read_path(path) -> Checkpoint:
+    """As `read`, by path; NaN and Inf show when a part is built."""
+    copies = symbols.maps_no_files()
+    # The host's own reader where it pages weights into the GPU itself, or may not map files.
+    host_reads = copies or symbols.streams_files()
+    return weights.read(
+        path, _read_by_host if host_reads else None, mapped=not copies, numbers=False
+    )
+
+
+def _read_by_host(path) -> tuple[dict, dict | None]:
+    return comfy.utils.load_torch_file(path, return_metadata=True)
+
+
 def new_path(filename_prefix: str) -> str:
-    """A name in models/cat_diffusion that no file has yet, counted up as the host's own savers do."""
+    """A name in models/cat_diffusion that no file has yet, counted up as the host's savers do."""
     root = folder_paths.get_folder_paths(FOLDER)[0]
     if os.path.basename(os.path.normpath(filename_prefix)).strip(". ") == "":
         raise ValueError(
-            f"filename_prefix is {filename_prefix!r}; expected the beginning of a file's name, such as my_cat."
+            f"filename_prefix is {filename_prefix!r}; "
+            "expected the beginning of a file's name, such as my_cat."
         )
     try:
         os.makedirs(root, exist_ok=True)
@@ -93,9 +123,10 @@ def new_path(filename_prefix: str) -> str:
         raise ValueError(
             f"Cannot write to {root} ({error.strerror}). Check the folder's permissions."
         ) from error
-    except Exception as error:  # the host's way to refuse a path
+    except Exception as error:  # how the host refuses a path (folder_paths.py:557)
         raise ValueError(
-            f"filename_prefix {filename_prefix!r} leads out of {root}. Give a name, or subfolder/name."
+            f"filename_prefix {filename_prefix!r} leads out of {root}. "
+            "Give a name, or subfolder/name."
         ) from error
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{folder} is read-only; the weights go there. Check its permissions.")
@@ -108,38 +139,36 @@ def input_folders() -> list[str]:
 
 
 def input_folder(name: str) -> tuple[Path, tuple]:
-    """A subfolder of the host's input folder, and a fingerprint of the files below it; nothing may lead out of it."""
+    """A subfolder of the host's input folder, and a fingerprint of the files below it.
+
+    Raises ValueError if there is none, or if something in it leads out of it.
+    """
     root = Path(folder_paths.get_input_directory()).resolve()
-    path, files = Path(root, name), []
-    if not name.strip() or path.resolve() == root or not path.resolve().is_relative_to(root):
+    path = Path(root, name).resolve()
+    if not name.strip() or path == root or not path.is_relative_to(root):
         raise ValueError(
-            f"{name!r} is not a subfolder of {root}. Put the examples into a folder of their own in there."
+            f"{name!r} is not a subfolder of {root}. "
+            "Put the examples into a folder of their own in there."
         )
     if not path.is_dir():
         raise ValueError(
-            f"There is no folder {name} in {root}. Put the examples there and press R to refresh the list."
+            f"There is no folder {name} in {root}. "
+            "Put the examples there and press R to refresh the list."
         )
-    path = path.resolve()
+    files = []
     for parent, folders, names in os.walk(path):
-        for found in (Path(parent, name) for name in folders + names):
-            if not found.resolve().is_relative_to(path):
-                raise ValueError(
-                    f"{found} is a link to something outside of {path}. Copy the files into the folder instead."
-                )
-        for found in (Path(parent, name) for name in names):
-            status = found.lstat()
-            files.append((str(found.relative_to(path)), status.st_size, status.st_mtime_ns))
+        for entry in folders + names:
+            _check_inside(Path(parent, entry), path)
+        for file in names:
+            entry = Path(parent, file)
+            status = entry.lstat()
+            files.append((str(entry.relative_to(path)), status.st_size, status.st_mtime_ns))
     return path, tuple(sorted(files))
 
 
-def read_path(path) -> Checkpoint:
-    """As `read`, by path; NaN and Inf show when a part is built. The host's own reader where it streams weights to the GPU
-    itself, or was told not to map files."""
-    copies = comfy.utils.DISABLE_MMAP
-    own = copies or comfy.memory_management.aimdo_enabled
-    return weights.read(
-        path,
-        (lambda path: comfy.utils.load_torch_file(path, return_metadata=True)) if own else None,
-        mapped=not copies,
-        numbers=False,
-    )
+def _check_inside(entry: Path, folder: Path) -> None:
+    if not entry.resolve().is_relative_to(folder):
+        raise ValueError(
+            f"{entry} is a link to something outside of {folder}. "
+            "Copy the files into the folder instead."
+        )

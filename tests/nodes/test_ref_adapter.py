@@ -305,7 +305,7 @@ def test_a_sampling_leaves_no_trace_on_the_patch(apply, sample):
     from comfyui_version import __version__
 
     model = apply()
-    before = dict(vars(patches(model)[0]), _negative_ids=set())
+    before = dict(vars(patches(model)[0]), _negatives=set())
     sample(model)
     if tuple(map(int, __version__.split(".")[:2])) < (
         0,
