@@ -10,7 +10,7 @@ from .host.unet import block_name, check_unet, percent_to_sigma
 from .wires import CATEGORY, CatModelWire, VisualPromptWire
 
 
-class RefAdapterPatch:
+class RefAdapterPatch(symbols.Patch):
     """Adds the RefAdapters' output between self-attention and text cross-attention.
 
     That place is the host's `middle_patch`. The object does not change but for what it remembers
@@ -62,16 +62,12 @@ class RefAdapterPatch:
             self._last_call = (sigmas, in_range)
         return in_range
 
-    def models(self):
-        """The host loads and unloads these together with the U-Net, and counts their bytes."""
+    def models(self) -> list:
+        """Being here, the folded matrices are moved by the host itself; `to` has nothing to do."""
         return [self.folded]
 
-    def to(self, device_or_dtype):
-        """The host moves the folded matrices itself, as models()."""
-        return self
-
-    def cleanup(self):
-        """Called by the host after each sampling."""
+    def cleanup(self) -> None:
+        """Forget the sampling."""
         self._negatives.clear()
         self._last_call = (None, True)
 

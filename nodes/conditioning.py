@@ -4,6 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from ..cat_core import preprocess
+from .host import symbols
 from .host.stock_conditioning import stock_inpaint_conditioning, with_values
 from .host.unet import trained_sigmas, vae_cell
 from .wires import CATEGORY, to_core
@@ -104,10 +105,8 @@ def inpaint_conditioning(
     latent = {"samples": vae.encode(photo.movedim(1, -1))}
     if noise_mask:
         latent["noise_mask"] = hole
-    values = {
-        "concat_latent_image": masked_latent,
-        "concat_mask": preprocess.latent_mask(hole, *masked_latent.shape[-2:]),
-    }
+    latent_hole = preprocess.latent_mask(hole, *masked_latent.shape[-2:])
+    values = symbols.inpaint_values(masked_latent, latent_hole)
     return with_values(positive, values), with_values(negative, values), latent
 
 

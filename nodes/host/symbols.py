@@ -171,6 +171,25 @@ def vae_cell(vae) -> int:
 MIDDLE_PATCH = "middle_patch"  # between self-attention and text cross-attention
 
 
+class Patch:
+    """What the host asks of an object that patches its U-Net.
+
+    comfy/model_patcher.py:764-824. Without it weights of a patch stay where they are, or what a
+    patch remembers of a sampling stays for the next.
+    """
+
+    def models(self) -> list:
+        """ModelPatchers that are loaded, counted and unloaded with the U-Net."""
+        return []
+
+    def to(self, device_or_dtype):
+        """The patch itself, moved; another object would not be seen."""
+        return self
+
+    def cleanup(self) -> None:
+        """Called after each sampling, failed ones too; not before ComfyUI 0.30."""
+
+
 def add_middle_patch(model, patch) -> None:
     """Let a MODEL's transformer blocks call patch(x, extra_options) -> x, after their others.
 
@@ -328,7 +347,7 @@ def token_ids(clip, text: str) -> list[int]:
 def unprojected_feature(clip, tokens: dict) -> torch.Tensor | None:
     """CLIP's pooled text feature (1, T), before the projection that SD 1.5 does not have.
 
-    comfy/sd.py:397. Without it SemInpainter would read uninitialised memory.
+    comfy/sd.py:397. Without it SemInpainter may read uninitialised memory.
     """
     _, pooled = clip.encode_from_tokens(tokens, return_pooled="unprojected")
     return pooled
