@@ -1,11 +1,13 @@
 """Tiny models in the host's own classes, and its own sampler, in this process."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from cat_diffusion.cat_core.weights import Checkpoint
+from cat_diffusion.nodes.apply_ref_adapter import apply_ref_adapter
+from cat_diffusion.nodes.conditioning import inpaint_conditioning
 from cat_diffusion.nodes.host import model_files
 from cat_diffusion.nodes.host.build import (
     build_cat_model,
@@ -14,6 +16,21 @@ from cat_diffusion.nodes.host.build import (
     build_unet,
     build_vae,
 )
+from cat_diffusion.nodes.host.cat_model import CatModel
+from cat_diffusion.nodes.visual_prompt import predict
+from nodes import common_ksampler
+
+
+@dataclasses.dataclass
+class TinyModels:
+    """Everything that CATLoadCheckpoint makes of the tiny checkpoint, and its file."""
+
+    file: Checkpoint
+    model: object
+    clip: object
+    vae: object
+    clip_vision: object
+    cat_model: CatModel
 
 
 @pytest.fixture(autouse=True)
@@ -25,10 +42,9 @@ def no_gradients():
 
 @pytest.fixture(scope="session")
 def models(tiny_file):
-    """Everything that CATLoadCheckpoint makes of the tiny checkpoint."""
     with torch.inference_mode():
         file = model_files.read_path(tiny_file)
-        return SimpleNamespace(
+        return TinyModels(
             file=file,
             model=build_unet(file),
             clip=build_clip(file),
@@ -42,60 +58,53 @@ def models(tiny_file):
 def picture():
     """IMAGE (1, 64, 64, 3) of smooth colours and MASK (1, 64, 64) with a soft-edged box."""
     ramp = torch.linspace(0, 1, 64)
-    image = torch.stack(
-        (ramp.expand(64, 64), ramp.expand(64, 64).T, (ramp * 9).sin().abs().expand(64, 64)), dim=-1
-    )
+    red = ramp.expand(64, 64)
+    blue = (ramp * 9).sin().abs().expand(64, 64)
+    image = torch.stack((red, red.T, blue), dim=-1)
     mask = torch.zeros(64, 64)
-    mask[20:50, 10:40], mask[24:46, 14:36] = 0.4, 1.0
+    mask[20:50, 10:40] = 0.4
+    mask[24:46, 14:36] = 1.0
     return ((image * 255).round() / 255)[None], mask[None]
 
 
 @pytest.fixture(scope="session")
-def prompt(pack, models, picture):
+def prompt(models, picture):
     """VISUAL_PROMPT of the picture."""
-    from cat_diffusion.nodes.visual_prompt import CATSemanticInpaint
-
     with torch.inference_mode():
-        return CATSemanticInpaint.execute(
-            models.cat_model, models.clip_vision, models.clip, *picture, "spoon"
-        ).args[0]
+        return predict(models.cat_model, models.clip_vision, models.clip, *picture, "spoon")
 
 
 @pytest.fixture(scope="session")
-def conditioned(pack, models, picture):
-    """(positive, negative, latent) of the picture, from stock text encoding and the pack's conditioning."""
-    from cat_diffusion.nodes.conditioning import CATInpaintConditioning
+def conditioned(models, picture):
+    """(positive, negative, latent): stock text encoding and the pack's conditioning."""
+
+    def encode(text):
+        return models.clip.encode_from_tokens_scheduled(models.clip.tokenize(text))
 
     with torch.inference_mode():
-        texts = [
-            models.clip.encode_from_tokens_scheduled(models.clip.tokenize(text))
-            for text in ("spoon", "")
-        ]
-        return CATInpaintConditioning.execute(*texts, models.vae, *picture, "black", False).args
+        return inpaint_conditioning(encode("spoon"), encode(""), models.vae, *picture)
 
 
 @pytest.fixture(scope="session")
-def apply(pack, models, prompt):
-    """CATApplyRefAdapter with everything filled in."""
-    from cat_diffusion.nodes.apply_ref_adapter import CATApplyRefAdapter
+def apply(models, prompt):
+    """apply_ref_adapter with everything filled in."""
 
     def apply(model=None, visual_prompt=None, strength=1.0, start=0.0, end=1.0, cat_model=None):
-        return CATApplyRefAdapter.execute(
+        return apply_ref_adapter(
             model or models.model,
             cat_model or models.cat_model,
             visual_prompt or prompt,
             strength,
             start,
             end,
-        ).args[0]
+        )
 
     return apply
 
 
 @pytest.fixture(scope="session")
-def sample(pack, conditioned):
+def sample(conditioned):
     """The host's own KSampler function; returns the latent."""
-    import nodes
 
     def sample(
         model,
@@ -109,7 +118,7 @@ def sample(pack, conditioned):
         positive=None,
         negative=None,
     ):
-        return nodes.common_ksampler(
+        (sampled,) = common_ksampler(
             model,
             seed,
             steps,
@@ -120,7 +129,8 @@ def sample(pack, conditioned):
             negative or conditioned[1],
             latent or conditioned[2],
             denoise,
-        )[0]["samples"]
+        )
+        return sampled["samples"]
 
     return sample
 
@@ -130,12 +140,12 @@ def stack(prompt):
     """Make one visual prompt of several by scaling the tokens."""
 
     def stack(*factors):
-        grow = {
-            name: torch.cat([getattr(prompt, name) * factor for factor in factors])
-            for name in ("tokens", "before", "after")
-        }
         return dataclasses.replace(
-            prompt, **grow, patch_mask=prompt.patch_mask.repeat(len(factors), 1, 1, 1)
+            prompt,
+            tokens=torch.cat([prompt.tokens * factor for factor in factors]),
+            before=torch.cat([prompt.before * factor for factor in factors]),
+            after=torch.cat([prompt.after * factor for factor in factors]),
+            patch_mask=prompt.patch_mask.repeat(len(factors), 1, 1, 1),
         )
 
     return stack
