@@ -9,7 +9,7 @@ TEXT = [[torch.zeros(1, 77, 24), {}]]
 
 
 @pytest.fixture(scope="session")
-def condition(pack, models):
+def condition(models):
     from cat_diffusion.nodes.conditioning import CATInpaintConditioning
 
     def condition(image, mask, fill="black", noise_mask=False):
@@ -93,7 +93,7 @@ def test_mismatched_batches_are_refused(condition, picture):
 
 
 @pytest.fixture(scope="session")
-def schedule(pack, models):
+def schedule(models):
     from cat_diffusion.nodes.conditioning import CATScheduler
 
     return lambda steps, denoise=1.0, model=None: CATScheduler.execute(

@@ -30,7 +30,7 @@ class Judged:
 
 
 @pytest.fixture(scope="module")
-def judge(pack):
+def judge():
     with torch.inference_mode(False):
         return score.the_judge()
 
@@ -46,7 +46,7 @@ def own_labels(drawn):
 
 
 @pytest.fixture(scope="module")
-def demo(pack):
+def demo():
     return score.load(DEMO_MODEL)
 
 

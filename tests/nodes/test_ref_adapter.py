@@ -4,15 +4,82 @@ import copy
 import gc
 import weakref
 
+import comfy.model_management as management
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_sag import SelfAttentionGuidance
+from comfyui_version import __version__
 
 from cat_diffusion.cat_core.models import folded
+from cat_diffusion.nodes.apply_ref_adapter import RefAdapterPatch
+from cat_diffusion.nodes.host import symbols
 from cat_diffusion.nodes.host.build import build_unet
+from cat_diffusion.nodes.host.unet import block_name
+
+FIRST_BLOCK = "input_blocks.1.1.transformer_blocks.0"
+POSITIVE = symbols.POSITIVE
+NEGATIVE = 1
+
+
+def options(*kinds, sigma=1.0):
+    """What a patch gets from the U-Net's first transformer block, for these chunks of a batch."""
+    return {
+        "block": ("input", 1),
+        "block_index": 0,
+        "cond_or_uncond": list(kinds),
+        "sigmas": torch.tensor([sigma]),
+    }
+
+
+def hidden_states(rows, dtype=torch.float32):
+    """(B, N, C) as in the first transformer block."""
+    return torch.randn(rows, 16, 32, dtype=dtype)
+
+
+def patch_of(model) -> RefAdapterPatch:
+    """The first patch of a model."""
+    return symbols.middle_patches(model)[0]
+
+
+class UnfoldedPatch(symbols.Patch):
+    """The adapter as the paper has it, with nothing folded: what the right result is."""
+
+    def __init__(self, adapter, tokens):
+        self.adapter = adapter
+        self.tokens = tokens
+
+    def __call__(self, x, extra_options):
+        kinds = extra_options["cond_or_uncond"]
+        latents = torch.arange(len(x) // len(kinds))
+        tokens = self.tokens[latents % len(self.tokens)]  # latent i looks at prompt i modulo P
+        seen = [tokens if kind == POSITIVE else torch.zeros_like(tokens) for kind in kinds]
+        block = self.adapter.block(block_name(extra_options))
+        return x + block(x, torch.cat(seen))
 
 
 @pytest.fixture
-def counted(pack, monkeypatch):
+def unfolded(models, prompt):
+    """A model with UnfoldedPatch."""
+
+    def unfolded(visual_prompt=prompt):
+        model = models.model.clone()
+        adapter = models.cat_model.ref_adapter.model
+        symbols.add_middle_patch(model, UnfoldedPatch(adapter, visual_prompt.tokens))
+        return model
+
+    return unfolded
+
+
+@pytest.fixture
+def blocks(models) -> int:
+    """How many transformer blocks the U-Net has."""
+    return len(models.cat_model.architecture.ref_adapter.blocks)
+
+
+@pytest.fixture
+def counted(monkeypatch):
     """Counts calls: `folds` of blocks, `rows` of each attention."""
     counts = {"folds": 0, "rows": []}
     prepare = folded.PromptedBlock.__init__
@@ -34,12 +101,8 @@ def counted(pack, monkeypatch):
     return counts
 
 
-def patches(model):
-    return model.model_options["transformer_options"]["patches"]["middle_patch"]
-
-
 def trace(model, sample, **kwargs):
-    """(latent, [denoised of each call of the U-Net]) of a sampling."""
+    """(latent, [kinds of the chunks, denoised] of each call of the U-Net) of a sampling."""
     calls = []
 
     def wrapper(apply_model, arguments):
@@ -47,21 +110,76 @@ def trace(model, sample, **kwargs):
         calls.append((list(arguments["cond_or_uncond"]), out))
         return out
 
-    model = model.clone()
-    model.set_model_unet_function_wrapper(wrapper)
-    return sample(model, **kwargs), calls
+    traced = model.clone()
+    traced.set_model_unet_function_wrapper(wrapper)
+    return sample(traced, **kwargs), calls
+
+
+def assert_close(found, expected):
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+# What it adds ---------------------------------------------------------------------------------
 
 
 def test_it_changes_the_result_and_seeds_reproduce(models, apply, sample):
-    plain, adapted = sample(models.model), sample(apply())
+    plain = sample(models.model)
+    adapted = sample(apply())
     assert (plain - adapted).abs().max() > 1e-2
     assert torch.equal(adapted, sample(apply()))
     assert not torch.equal(adapted, sample(apply(), seed=2))
     assert adapted.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "sampler", ["ddim", "euler_ancestral", "dpmpp_2m", "heun", "uni_pc", "lcm"]
+)
+def test_every_sampler_makes_what_the_unfolded_adapter_makes(apply, unfolded, sample, sampler):
+    settings = {"sampler": sampler, "scheduler": "karras", "steps": 3}
+    assert_close(sample(apply(), **settings), sample(unfolded(), **settings))
+
+
 def test_strength_0_is_bit_identical_to_the_plain_model(models, apply, sample):
     assert torch.equal(sample(models.model), sample(apply(strength=0.0)))
+
+
+def test_unconditional_rows_take_the_bias_only(models, apply, sample, counted, prompt):
+    model = apply()
+    _, calls = trace(model, sample, steps=2)
+    # Both prompts are in one call of the U-Net, yet only the positive row attends.
+    assert {tuple(sorted(kinds)) for kinds, _ in calls} == {(POSITIVE, NEGATIVE)}
+    assert set(counted["rows"]) == {1}
+    block = models.cat_model.ref_adapter.model.block(FIRST_BLOCK)
+    x = hidden_states(2)
+    out = patch_of(model)(x, options(NEGATIVE, POSITIVE))
+    assert torch.equal(out[0], x[0] + block.attn3.to_out[0].bias)
+    assert torch.allclose(out[1:], x[1:] + block(x[1:], prompt.tokens), atol=1e-5)
+
+
+def test_half_precision_hidden_states_keep_their_type(apply):
+    patch = patch_of(apply())
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        out = patch(hidden_states(2, dtype), options(POSITIVE, NEGATIVE))
+        assert out.dtype == dtype
+        assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_unet_samples_nearly_the_same(models, apply, sample, monkeypatch, dtype):
+    monkeypatch.setattr(management, "unet_dtype", lambda **kwargs: dtype)
+    monkeypatch.setattr(management, "unet_manual_cast", lambda *args, **kwargs: None)
+    half = build_unet(models.file)
+    assert half.model.get_dtype() == dtype
+    matrices = patch_of(apply(half)).folded.model.parameters()
+    assert {matrix.dtype for matrix in matrices} == {dtype}
+    whole = sample(apply())
+    approximate = sample(apply(half))
+    assert approximate.isfinite().all()
+    assert (whole - approximate).abs().mean() < 0.1 * whole.abs().mean()
+
+
+# When -----------------------------------------------------------------------------------------
 
 
 def test_an_empty_range_is_bit_identical_to_the_plain_model(models, apply, sample):
@@ -77,196 +195,229 @@ def test_an_empty_range_is_bit_identical_to_the_plain_model(models, apply, sampl
     ],
 )
 def test_steps_outside_the_range_are_bit_identical(
-    models, apply, sample, counted, start, end, active
+    models, apply, sample, counted, blocks, start, end, active
 ):
-    _, plain = trace(models.model, sample, steps=4)
     patched = apply(start=start, end=end)
+    _, plain = trace(models.model, sample, steps=4)
     _, limited = trace(patched, sample, steps=4)
     assert len(limited) == len(plain) == 4
-    before_any = active.index(True)
-    for step in range(before_any):  # the inputs are still the same here, so the outputs must be
+    first_active = active.index(True)
+    for step in range(first_active):  # the inputs are still the same here, so the outputs must be
         assert torch.equal(limited[step][1], plain[step][1])
-    assert not torch.equal(limited[before_any][1], plain[before_any][1])
+    assert not torch.equal(limited[first_active][1], plain[first_active][1])
     counted["rows"].clear()
     sample(patched, steps=4)
-    assert len(counted["rows"]) == sum(active) * len(
-        dict(models.cat_model.architecture.ref_adapter.blocks)
-    )
+    assert len(counted["rows"]) == sum(active) * blocks
 
 
-def test_late_steps_outside_the_range_run_the_plain_unet(models, apply):
-    """The same input through both models at a noise level past the end."""
-    from cat_diffusion.nodes.apply_ref_adapter import RefAdapterPatch
-
-    patch = patches(apply(end=0.5))[0]
-    assert isinstance(patch, RefAdapterPatch)
-    x = torch.randn(2, 16, 32)
-    options = {"block": ("input", 1), "block_index": 0, "cond_or_uncond": [0, 1]}
-    assert patch(x, {**options, "sigmas": torch.tensor([0.05])}) is x
-    assert not torch.equal(patch(x, {**options, "sigmas": torch.tensor([14.0])}), x)
+def test_late_steps_outside_the_range_run_the_plain_unet(apply):
+    """The same input at a noise level past the end, and at one before it."""
+    patch = patch_of(apply(end=0.5))
+    x = hidden_states(2)
+    assert patch(x, options(POSITIVE, NEGATIVE, sigma=0.05)) is x
+    assert not torch.equal(patch(x, options(POSITIVE, NEGATIVE, sigma=14.0)), x)
 
 
-def test_the_visual_prompt_is_folded_once_for_all_samplings(models, apply, sample, counted):
-    model, blocks = apply(), len(models.cat_model.architecture.ref_adapter.blocks)
-    sample(model, steps=5)
-    sample(model, seed=2, steps=1)
-    assert counted["folds"] == blocks
-    assert len(counted["rows"]) == 6 * blocks
+# For whom -------------------------------------------------------------------------------------
 
 
-def test_unconditional_rows_take_the_bias_only(models, apply, sample, counted, prompt):
-    model = apply()
-    _, calls = trace(model, sample, steps=2)
-    assert {tuple(sorted(conds)) for conds, _ in calls} == {(0, 1)}  # both in one call of the U-Net
-    assert set(counted["rows"]) == {1}  # yet only the conditional row attends
-    x, block = (
-        torch.randn(2, 16, 32),
-        models.cat_model.ref_adapter.model.block("input_blocks.1.1.transformer_blocks.0"),
-    )
-    out = patches(model)[0](
-        x,
-        {
-            "block": ("input", 1),
-            "block_index": 0,
-            "cond_or_uncond": [1, 0],
-            "sigmas": torch.ones(1),
-        },
-    )
-    assert torch.equal(out[0], x[0] + block.attn3.to_out[0].bias)
-    assert torch.allclose(out[1:], x[1:] + block(x[1:], prompt.tokens), atol=1e-5)
-
-
-def test_cfg_1_runs_the_conditional_row_alone(models, apply, sample, counted):
+def test_cfg_1_runs_the_conditional_row_alone(models, apply, sample):
     latent, calls = trace(apply(), sample, cfg=1.0)
-    assert {tuple(conds) for conds, _ in calls} == {(0,)}
+    assert {tuple(kinds) for kinds, _ in calls} == {(POSITIVE,)}
     assert not torch.equal(latent, sample(models.model, cfg=1.0))
 
 
-def test_low_memory_runs_cond_and_uncond_apart_with_the_same_result(
+def test_low_memory_runs_both_prompts_apart_with_the_same_result(
     models, apply, sample, monkeypatch
 ):
     together = sample(apply())
     monkeypatch.setattr(models.model.model, "memory_required", lambda *args, **kwargs: 1e20)
     apart, calls = trace(apply(), sample)
-    assert {tuple(conds) for conds, _ in calls} == {(0,), (1,)}
-    assert torch.allclose(apart, together, atol=1e-4 * together.abs().max())
+    assert {tuple(kinds) for kinds, _ in calls} == {(POSITIVE,), (NEGATIVE,)}
+    assert_close(apart, together)
+
+
+def test_a_batch_of_prompts_equals_single_runs(apply, stack):
+    """N prompts go with N latents row by row; fewer prompts repeat; one serves all."""
+    x = hidden_states(8)
+    chunks = options(NEGATIVE, POSITIVE)
+    single = [patch_of(apply(visual_prompt=stack(factor))) for factor in (1.0, -2.0)]
+    many = patch_of(apply(visual_prompt=stack(1.0, -2.0)))(x, chunks)
+    for row in range(4):
+        rows = [row, 4 + row]
+        one = single[row % 2](x[rows], chunks)
+        assert torch.allclose(many[rows], one, atol=1e-5)
+    everything = single[0](x, chunks)
+    assert torch.allclose(everything[4:5], single[0](x[[0, 4]], chunks)[1:], atol=1e-5)
+
+
+@pytest.mark.parametrize("prompts, latents", [(1, 3), (3, 3), (2, 4), (3, 1)])
+def test_batches_of_latents(apply, unfolded, sample, stack, conditioned, prompts, latents):
+    latent = {"samples": conditioned[2]["samples"].repeat(latents, 1, 1, 1)}
+    visual_prompt = stack(*range(1, prompts + 1))
+    out = sample(apply(visual_prompt=visual_prompt), latent=latent)
+    assert len(out) == latents
+    assert_close(out, sample(unfolded(visual_prompt), latent=latent))
+
+
+def test_area_conditioning_crops_the_latent(apply, unfolded, sample, conditioned):
+    """The host runs the area by itself, on a piece of the latent: one more positive chunk."""
+    corner = {"area": (4, 4, 2, 2), "strength": 1.0, "set_area_to_bounds": False}
+    positive = list(conditioned[0])
+    for text, values in conditioned[0]:
+        positive.append([text, {**values, **corner}])
+    found, calls = trace(apply(), sample, positive=positive)
+    assert {tuple(out.shape[-2:]) for _, out in calls} == {(8, 8), (4, 4)}
+    assert_close(found, sample(unfolded(), positive=positive))
+
+
+def test_rows_of_several_positive_chunks_keep_their_prompts(apply, stack):
+    """Combined or area conditioning at cfg 1 puts several positive chunks under each other."""
+    patch = patch_of(apply(visual_prompt=stack(1.0, -2.0)))
+    x = hidden_states(2)
+    for latents in (x[:1], x, x.repeat(2, 1, 1)):
+        count = len(latents)
+        single = patch(latents, options(POSITIVE))
+        double = patch(latents.repeat(2, 1, 1), options(POSITIVE, POSITIVE))
+        triple = patch(latents.repeat(3, 1, 1), options(POSITIVE, NEGATIVE, POSITIVE))
+        assert torch.allclose(double[:count], single, atol=1e-5)
+        assert torch.allclose(double[count:], single, atol=1e-5)
+        assert torch.allclose(triple[:count], single, atol=1e-5)
+        assert torch.allclose(triple[2 * count :], single, atol=1e-5)
+
+
+def test_self_attention_guidance_keeps_its_unconditional_pass_unconditional(
+    apply, sample, counted, blocks
+):
+    """The stock node runs the negative prompt alone, which looks like a positive one."""
+    (guided,) = SelfAttentionGuidance.execute(apply(), 0.5, 2.0).args
+    latent, calls = trace(guided, sample, steps=3)
+    assert any(kinds == [POSITIVE] for kinds, _ in calls)
+    assert latent.isfinite().all()
+    assert len(counted["rows"]) == sum(len(kinds) == 2 for kinds, _ in calls) * blocks
+
+
+# Beside others --------------------------------------------------------------------------------
 
 
 def test_one_patched_model_in_two_samplers_and_again(apply, sample):
     model = apply()
-    first, other = sample(model), sample(model, sampler="euler", scheduler="normal", steps=2)
+    euler = {"sampler": "euler", "scheduler": "normal", "steps": 2}
+    first = sample(model)
+    other = sample(model, **euler)
     assert torch.equal(first, sample(model))
-    assert torch.equal(other, sample(model.clone(), sampler="euler", scheduler="normal", steps=2))
-
-
-@pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2m", "heun", "uni_pc", "lcm"])
-def test_other_samplers(apply, sample, sampler):
-    assert sample(apply(), sampler=sampler, scheduler="karras", steps=3).isfinite().all()
+    assert torch.equal(other, sample(model.clone(), **euler))
 
 
 def test_several_adapters_on_one_model(apply, sample, stack):
-    one, two = apply(), apply(apply(), visual_prompt=stack(-3.0))
-    assert len(patches(two)) == 2 and len(patches(one)) == 1
+    one = apply()
+    two = apply(apply(), visual_prompt=stack(-3.0))
+    assert len(symbols.middle_patches(one)) == 1
+    assert len(symbols.middle_patches(two)) == 2
     assert not torch.equal(sample(one), sample(two))
     assert torch.equal(sample(one), sample(apply(apply(), strength=0.0)))
 
 
-def test_changing_the_strength_loads_none_of_the_models_again(models, apply, sample, monkeypatch):
-    sample(apply())
-    loads = []
-    for patcher in (models.model, models.cat_model.ref_adapter, models.cat_model.sem_inpainter):
-        load = patcher.load
-        monkeypatch.setattr(
-            patcher,
-            "load",
-            lambda *args, load=load, **kwargs: loads.append(1) or load(*args, **kwargs),
-        )
-    results = [sample(apply(strength=strength)) for strength in (0.5, 1.0, -1.0)]
-    assert not torch.equal(results[0], results[1]) and not torch.equal(results[1], results[2])
-    assert not loads
-
-
-def test_a_batch_of_prompts_equals_single_runs(apply, stack, conditioned):
-    """N prompts go with N latents row by row; fewer prompts repeat; one serves all."""
-    x = torch.randn(8, 16, 32)
-    options = {
-        "block": ("input", 1),
-        "block_index": 0,
-        "cond_or_uncond": [1, 0],
-        "sigmas": torch.ones(1),
-    }
-    single = [patches(apply(visual_prompt=stack(factor)))[0] for factor in (1.0, -2.0)]
-    many = patches(apply(visual_prompt=stack(1.0, -2.0)))[0](x, options)
-    for row in range(4):
-        one = single[row % 2](torch.stack((x[row], x[4 + row])), options)
-        assert torch.allclose(many[[row, 4 + row]], one, atol=1e-5)
-    assert torch.allclose(single[0](x, options)[4:5], single[0](x[[0, 4]], options)[1:], atol=1e-5)
-
-
-@pytest.mark.parametrize("prompts, latents", [(1, 3), (3, 3), (2, 4), (3, 1)])
-def test_batches_of_latents(apply, sample, stack, conditioned, prompts, latents):
-    latent = {"samples": conditioned[2]["samples"].repeat(latents, 1, 1, 1)}
-    out = sample(apply(visual_prompt=stack(*range(1, prompts + 1))), latent=latent)
-    assert len(out) == latents and out.isfinite().all()
-
-
-def test_area_conditioning_crops_the_latent_and_still_works(apply, sample, conditioned):
-    area = [
-        [c, {**d, "area": (4, 4, 2, 2), "strength": 1.0, "set_area_to_bounds": False}]
-        for c, d in conditioned[0]
-    ]
-    assert sample(apply(), positive=conditioned[0] + area).isfinite().all()
-
-
 def test_clones_and_deep_copies_share_the_patch(apply):
     model = apply()
-    assert patches(model.clone())[0] is patches(model)[0]
-    assert copy.deepcopy(patches(model)[0]) is patches(model)[0]
-    assert patches(model)[0].to("cpu") is patches(model)[0].to(torch.float16) is patches(model)[0]
+    patch = patch_of(model)
+    assert patch_of(model.clone()) is patch
+    assert copy.deepcopy(patch) is patch
+    assert patch.to("cpu") is patch
+    assert patch.to(torch.float16) is patch
 
 
 def test_the_original_model_is_left_alone(models, apply):
     apply()
-    assert "middle_patch" not in models.model.model_options["transformer_options"].get(
-        "patches", {}
-    )
+    assert symbols.middle_patches(models.model) == []
 
 
 def test_it_works_next_to_other_patches(models, apply, sample):
     model = models.model.clone()
     model.set_model_attn2_output_patch(lambda x, options: x * 0.5)
     model.set_model_sampler_post_cfg_function(lambda arguments: arguments["denoised"] * 0.9)
-    alone, both = sample(model), sample(apply(model))
-    assert both.isfinite().all() and not torch.equal(alone, both)
+    alone = sample(model)
+    both = sample(apply(model))
+    assert both.isfinite().all()
+    assert not torch.equal(alone, both)
     assert torch.equal(alone, sample(apply(model, strength=0.0)))
 
 
+def test_wrappers_of_the_host_see_the_patched_model(apply, sample):
+    """Other packs wrap APPLY_MODEL; the patch must not depend on being called directly."""
+    calls = []
+
+    def wrapper(executor, *args, **kwargs):
+        calls.append(executor)
+        return executor(*args, **kwargs)
+
+    plain = sample(apply())
+    model = apply()
+    model.add_wrapper(WrappersMP.APPLY_MODEL, wrapper)
+    assert torch.equal(sample(model), plain)
+    assert calls
+
+
+def test_a_compiled_model_gives_the_same_and_follows_a_new_strength(apply, sample):
+    for strength in (1.0, -0.5):
+        model = apply(strength=strength)
+        plain = sample(model, steps=2)
+        set_torch_compile_wrapper(model, backend="eager")
+        assert_close(sample(model, steps=2), plain)
+
+
+# What it keeps --------------------------------------------------------------------------------
+
+
+def test_the_visual_prompt_is_folded_once_for_all_samplings(apply, sample, counted, blocks):
+    model = apply()
+    sample(model, steps=5)
+    sample(model, seed=2, steps=1)
+    assert counted["folds"] == blocks
+    assert len(counted["rows"]) == 6 * blocks
+
+
+def test_changing_the_strength_loads_none_of_the_models_again(models, apply, sample, monkeypatch):
+    sample(apply())
+    loads = []
+    for patcher in (models.model, models.cat_model.ref_adapter, models.cat_model.sem_inpainter):
+
+        def count(*args, load=patcher.load, **kwargs):
+            loads.append(load)
+            return load(*args, **kwargs)
+
+        monkeypatch.setattr(patcher, "load", count)
+    half, whole, opposite = (sample(apply(strength=strength)) for strength in (0.5, 1.0, -1.0))
+    assert not torch.equal(half, whole)
+    assert not torch.equal(whole, opposite)
+    assert not loads
+
+
 def test_the_folded_matrices_load_with_the_model_and_the_adapter_itself_does_not(models, apply):
-    found = apply().model_patches_models()
-    assert [type(patcher.model).__name__ for patcher in found] == ["FoldedRefAdapter"]
-    shared = {id(parameter) for parameter in models.cat_model.ref_adapter.model.parameters()}
-    assert not shared & {id(parameter) for parameter in found[0].model.parameters()}
+    patchers = apply().model_patches_models()
+    assert [type(patcher.model).__name__ for patcher in patchers] == ["FoldedRefAdapter"]
+    adapter = {id(weight) for weight in models.cat_model.ref_adapter.model.parameters()}
+    matrices = {id(matrix) for matrix in patchers[0].model.parameters()}
+    assert not adapter & matrices
 
 
 def test_the_host_counts_them_to_the_byte_and_nothing_stays_after_unloading(apply, sample):
-    """Whatever the patch holds is in the one model that it names; with that unloaded and dropped, nothing is left."""
-    import comfy.model_management as management
-
+    """What the patch holds is in the one model that it names; after that nothing is left."""
     management.unload_all_models()  # other tests' models
     model = apply()
     sample(model)
-    patch = patches(model)[0]
-    size = sum(
-        parameter.numel() * parameter.element_size()
-        for parameter in patch.folded.model.parameters()
-    )
+    patch = patch_of(model)
+    size = 0
+    for matrix in patch.folded.model.parameters():
+        size += matrix.numel() * matrix.element_size()
     loaded = {type(entry.model.model).__name__: entry for entry in management.current_loaded_models}
     assert loaded["FoldedRefAdapter"].model is patch.folded
     assert loaded["FoldedRefAdapter"].model_loaded_memory() == patch.folded.model_size() == size
     assert "RefAdapter" not in loaded
     assert not any(isinstance(value, torch.Tensor) for value in vars(patch).values())
     management.unload_all_models()
-    assert not management.current_loaded_models and patch.folded.loaded_size() == 0
+    assert not management.current_loaded_models
+    assert patch.folded.loaded_size() == 0
     alive = weakref.ref(patch.folded.model)
     del model, patch, loaded
     gc.collect()
@@ -278,108 +429,18 @@ def test_a_partial_load_samples_the_same(apply, sample, pytestconfig):
         pytest.skip("the host pages in what a layer needs; there is no partial load")
     model = apply()
     whole = sample(model)
-    patcher = patches(model)[0].folded
+    patcher = patch_of(model).folded
     patcher.unpatch_model(patcher.offload_device)
     patcher.patch_model(patcher.load_device, lowvram_model_memory=1)
     assert patcher.loaded_size() == 0
     assert torch.equal(sample(model), whole)
 
 
-def test_half_precision_hidden_states_keep_their_type(apply):
-    patch = patches(apply())[0]
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        x = torch.randn(2, 16, 32, dtype=dtype)
-        out = patch(
-            x,
-            {
-                "block": ("input", 1),
-                "block_index": 0,
-                "cond_or_uncond": [0, 1],
-                "sigmas": torch.ones(1),
-            },
-        )
-        assert out.dtype == dtype and out.isfinite().all()
-
-
 def test_a_sampling_leaves_no_trace_on_the_patch(apply, sample):
-    from comfyui_version import __version__
-
     model = apply()
-    before = dict(vars(patches(model)[0]), _negatives=set())
+    patch = patch_of(model)
+    before = vars(patch) | {"_negatives": set()}  # its own set is the same object afterwards
     sample(model)
-    if tuple(map(int, __version__.split(".")[:2])) < (
-        0,
-        30,
-    ):  # older hosts do not call a patch's cleanup
-        patches(model)[0].cleanup()
-    assert vars(patches(model)[0]) == before
-
-
-def test_wrappers_of_the_host_see_the_patched_model(apply, sample):
-    """Other packs wrap APPLY_MODEL; the patch must not depend on being called directly."""
-    from comfy.patcher_extension import WrappersMP
-
-    seen = []
-
-    def wrapper(executor, *args, **kwargs):
-        seen.append(1)
-        return executor(*args, **kwargs)
-
-    plain = sample(apply())
-    model = apply()
-    model.add_wrapper(WrappersMP.APPLY_MODEL, wrapper)
-    assert torch.equal(sample(model), plain) and seen
-
-
-def test_a_compiled_model_gives_the_same_and_follows_a_new_strength(apply, sample):
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
-
-    for strength in (1.0, -0.5):
-        model = apply(strength=strength)
-        plain = sample(model, steps=2)
-        set_torch_compile_wrapper(model, backend="eager")
-        assert torch.allclose(sample(model, steps=2), plain, atol=1e-4 * plain.abs().max())
-
-
-def test_rows_of_several_positive_chunks_keep_their_prompts(apply, stack):
-    """Combined or area conditioning at cfg 1 puts several positive chunks under each other."""
-    patch = patches(apply(visual_prompt=stack(1.0, -2.0)))[0]
-    x = torch.randn(2, 16, 32)
-    options = {"block": ("input", 1), "block_index": 0, "sigmas": torch.ones(1)}
-    for latents in (x[:1], x, x.repeat(2, 1, 1)):
-        single = patch(latents, {**options, "cond_or_uncond": [0]})
-        double = patch(torch.cat((latents, latents)), {**options, "cond_or_uncond": [0, 0]})
-        triple = patch(torch.cat((latents,) * 3), {**options, "cond_or_uncond": [0, 1, 0]})
-        count = len(latents)
-        assert torch.allclose(double[:count], single, atol=1e-5) and torch.allclose(
-            double[count:], single, atol=1e-5
-        )
-        assert torch.allclose(triple[:count], single, atol=1e-5) and torch.allclose(
-            triple[2 * count :], single, atol=1e-5
-        )
-
-
-def test_self_attention_guidance_keeps_its_unconditional_pass_unconditional(apply, sample, counted):
-    """The stock node runs the negative prompt alone, which looks like a positive one."""
-    from comfy_extras.nodes_sag import SelfAttentionGuidance
-
-    guided = SelfAttentionGuidance.execute(apply(), 0.5, 2.0).args[0]
-    latent, calls = trace(guided, sample, steps=3)
-    assert any(conds == [0] for conds, _ in calls) and latent.isfinite().all()
-    assert len(counted["rows"]) == sum(len(conds) == 2 for conds, _ in calls) * 7
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_half_precision_unet_samples_nearly_the_same(models, apply, sample, monkeypatch, dtype):
-    import comfy.model_management
-
-    monkeypatch.setattr(comfy.model_management, "unet_dtype", lambda **kwargs: dtype)
-    monkeypatch.setattr(comfy.model_management, "unet_manual_cast", lambda *args, **kwargs: None)
-    half = build_unet(models.file)
-    assert half.model.get_dtype() == dtype
-    assert {parameter.dtype for parameter in patches(apply(half))[0].folded.model.parameters()} == {
-        dtype
-    }
-    whole, approximate = sample(apply()), sample(apply(half))
-    assert approximate.isfinite().all()
-    assert (whole - approximate).abs().mean() < 0.1 * whole.abs().mean()
+    if tuple(map(int, __version__.split(".")[:2])) < (0, 30):
+        patch.cleanup()  # older hosts do not call it
+    assert vars(patch) == before

@@ -54,7 +54,7 @@ def examples(folder, count=4):
 
 
 @pytest.fixture
-def place(pack, monkeypatch, tmp_path):
+def place(monkeypatch, tmp_path):
     """ComfyUI's folders, with four examples in input/things."""
     import folder_paths
 
@@ -70,7 +70,7 @@ def place(pack, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def nodes(pack):
+def nodes():
     return train_parts
 
 
@@ -451,7 +451,7 @@ def test_kept_samples_are_the_fresh_ones(models, nodes, place):
 
 
 @pytest.mark.parametrize("values", [[1.0], [2.0, float("nan"), 1.0], [3.0] * 50])
-def test_curves_of_odd_runs(pack, values):
+def test_curves_of_odd_runs(values):
     from cat_diffusion.cat_core.pictures import plots
 
     picture = plots.curves(

@@ -22,7 +22,7 @@ def second(picture):
 
 
 @pytest.fixture(scope="module")
-def predict(pack, models):
+def predict(models):
     from cat_diffusion.nodes.visual_prompt import predict
 
     def run(image, mask, text="spoon", previous=None):
@@ -35,7 +35,7 @@ def predict(pack, models):
 
 
 @pytest.fixture(scope="module")
-def demo(pack):
+def demo():
     from demo_model import score
 
     with torch.inference_mode():
@@ -172,7 +172,7 @@ def test_the_node_sends_its_cells_and_a_picture(models, picture):
     assert output.ui["cat_cells"] == ["".join(map(str, cells))] and len(output.ui["images"]) == 1
 
 
-def test_scenes_are_what_lies_in_the_pack(pack):
+def test_scenes_are_what_lies_in_the_pack():
     from cat_diffusion.nodes.demo_scene import FOLDER, CATDemoScene
 
     names = CATDemoScene.define_schema().inputs[0].options

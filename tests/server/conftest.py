@@ -11,7 +11,7 @@ from PIL import Image
 
 
 @pytest.fixture(scope="session")
-def base(pack, tiny, tiny_file, tmp_path_factory):
+def base(tiny, tiny_file, tmp_path_factory):
     """ComfyUI's user folder: checkpoints good and bad, a photograph, a LoRA."""
     import torch
     from safetensors.torch import save_file

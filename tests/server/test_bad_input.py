@@ -189,7 +189,7 @@ def test_a_name_outside_the_folder_is_refused_before_anything_runs(server, promp
         server.run(prompt)
 
 
-def test_a_name_outside_the_folder_is_refused_by_the_node_itself(pack):
+def test_a_name_outside_the_folder_is_refused_by_the_node_itself():
     """Even if the host's check were not there."""
     model_files.register_folder()
     for name in ("../outside.safetensors", "/etc/passwd", "../../../../etc/passwd"):

@@ -47,7 +47,7 @@ def made(tmp_path_factory):
     return Made(folder, command)
 
 
-def test_one_command_makes_a_checkpoint_that_loads(made, pack):
+def test_one_command_makes_a_checkpoint_that_loads(made):
     assert set(weights.PREFIXES) == set(weights.read(made.checkpoint).parts)
     assert len(score.load(made.checkpoint)) == 5
     with open(made.folder / "demo.log.csv", newline="") as file:
@@ -61,7 +61,7 @@ def test_what_is_done_is_not_done_again(made):
     assert made.stamps() == before
 
 
-def test_scaled_latents_are_standard_and_reconstruct_the_same(pack):
+def test_scaled_latents_are_standard_and_reconstruct_the_same():
     generator = torch.Generator().manual_seed(0)
     vae = networks.networks(generator)["vae"].eval()
     pictures = torch.rand(4, 3, 64, 64, generator=generator) * 2 - 1
@@ -87,7 +87,7 @@ def tokenize(texts):
     return ids
 
 
-def test_clip_is_judged_on_every_object_that_shows(pack):
+def test_clip_is_judged_on_every_object_that_shows():
     """Terms against sums over pictures and objects, written out."""
     parts = networks.networks(torch.Generator().manual_seed(0))
     vision = parts["clip_vision"]

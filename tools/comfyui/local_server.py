@@ -1,6 +1,6 @@
-"""A ComfyUI server with this pack in it, on loopback, driven over HTTP and websocket as a browser would.
+"""A ComfyUI server with this pack in it, on loopback, driven as a browser would.
 
-Runs in ComfyUI's Python (needs aiohttp, which ComfyUI brings).
+Over HTTP and websocket. Runs in ComfyUI's Python (needs aiohttp, which ComfyUI brings).
 """
 
 import asyncio
@@ -22,14 +22,18 @@ import aiohttp
 from comfyui import ROOT, launch
 
 PACK_FOLDER = "cat-diffusion"
+LONGEST_START = 180  # seconds
+LONGEST_STOP = 10
+TEXT_ON_NODE = 3  # kind of a binary message (protocol.py of the host)
+ENDS = ("execution_error", "execution_interrupted", "execution_success")
 
 
 class ServerError(RuntimeError):
-    """The server did not start, refused a prompt, or a node failed; the message says which and why."""
+    """The server did not start, refused a prompt or closed the connection; the message says why."""
 
 
 @dataclass
-class Run:
+class PromptResult:
     """What came of one prompt."""
 
     outputs: dict = field(default_factory=dict)  # node id -> its ui outputs
@@ -37,6 +41,46 @@ class Run:
     texts: dict[str, str] = field(default_factory=dict)  # node id -> sentence shown on it
     error: dict | None = None  # the execution_error message
     interrupted: bool = False
+
+
+class _Listener:
+    """Makes a PromptResult of a prompt's messages, in the order in which they come."""
+
+    def __init__(self):
+        self.result = PromptResult()
+        self.ended = False
+        self._node = None  # that is running
+        self._since = 0.0
+
+    def hear_bytes(self, message: bytes) -> None:
+        """A binary message: of these only the text shown on a node counts."""
+        kind = int.from_bytes(message[:4], "big")
+        if kind != TEXT_ON_NODE:
+            return
+        end_of_name = 8 + int.from_bytes(message[4:8], "big")
+        node = message[8:end_of_name].decode()
+        self.result.texts[node] = message[end_of_name:].decode()
+
+    def hear(self, kind: str, data: dict) -> None:
+        """A message in JSON."""
+        if kind in ENDS or kind == "executing":
+            self._stop_clock()
+        if kind == "executing":
+            self._node = data.get("node")
+            self._since = time.monotonic()
+        elif kind == "executed" and data.get("output"):
+            self.result.outputs[data["node"]] = data["output"]
+        elif kind == "execution_error":
+            self.result.error = data
+        elif kind == "execution_interrupted":
+            self.result.interrupted = True
+        self.ended = kind in ENDS
+
+    def _stop_clock(self) -> None:
+        if self._node is not None:
+            spent = time.monotonic() - self._since
+            self.result.seconds[self._node] = self.result.seconds.get(self._node, 0) + spent
+        self._node = None
 
 
 def make_base(base: Path) -> None:
@@ -72,20 +116,10 @@ class LocalServer:
         self.log = base / "server.log"
         self.client = uuid.uuid4().hex
         root = Path(comfyui or os.environ[launch.COMFYUI])
-        self.command = [
-            sys.executable,
-            str(root / "main.py"),
-            "--listen",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-            "--base-directory",
-            str(base),
-            "--disable-auto-launch",
-            "--database-url",
-            "sqlite:///:memory:",
-            *arguments,
-        ]
+        self.command = [sys.executable, str(root / "main.py")]
+        self.command += ["--listen", "127.0.0.1", "--port", str(self.port)]
+        self.command += ["--base-directory", str(base), "--disable-auto-launch"]
+        self.command += ["--database-url", "sqlite:///:memory:", *arguments]
 
     def __enter__(self):
         with open(self.log, "w") as log:
@@ -104,16 +138,17 @@ class LocalServer:
         return self
 
     def __exit__(self, *_):
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT if os.name != "nt" else signal.SIGTERM)
-            try:
-                self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+        if self.process.poll() is not None:
+            return
+        self.process.send_signal(signal.SIGINT if os.name != "nt" else signal.SIGTERM)
+        try:
+            self.process.wait(LONGEST_STOP)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
-    def _wait(self, seconds: int = 180) -> None:
-        end = time.monotonic() + seconds
+    def _wait(self) -> None:
+        end = time.monotonic() + LONGEST_START
         while time.monotonic() < end:
             if self.process.poll() is not None:
                 raise ServerError(f"ComfyUI ended while starting. Its log ends:\n{self.tail()}")
@@ -123,7 +158,7 @@ class LocalServer:
             except (aiohttp.ClientError, OSError):
                 time.sleep(0.2)
         raise ServerError(
-            f"ComfyUI did not answer within {seconds} s. Its log ends:\n{self.tail()}"
+            f"ComfyUI did not answer within {LONGEST_START} s. Its log ends:\n{self.tail()}"
         )
 
     def tail(self, lines: int = 30) -> str:
@@ -148,67 +183,43 @@ class LocalServer:
                 raise ServerError(content.decode(errors="replace"))
             return json.loads(content) if content.strip() else None
 
-    def run(self, prompt: dict, on_event: Callable[[str, dict], None] | None = None) -> Run:
+    def run(
+        self, prompt: dict, on_event: Callable[[str, dict], None] | None = None
+    ) -> PromptResult:
         """Queue an API-format prompt and wait until it has ended, however it does.
 
         Args:
             on_event: called with every message of this prompt, (type, data).
         """
-        return asyncio.run(self._run(prompt, on_event or (lambda kind, data: None)))
+        return asyncio.run(self._run(prompt, on_event))
 
-    async def _run(self, prompt, on_event) -> Run:
-        run, running, since = Run(), None, 0.0
+    async def _run(self, prompt, on_event) -> PromptResult:
+        listener = _Listener()
         url = f"{self.url}/ws?clientId={self.client}"
+        body = {"prompt": prompt, "client_id": self.client}
         async with (
             aiohttp.ClientSession() as session,
-            session.ws_connect(url, max_msg_size=0) as socket_,
+            session.ws_connect(url, max_msg_size=0) as messages,
         ):
-            queued = await self._request(
-                "POST", "/prompt", {"prompt": prompt, "client_id": self.client}
-            )
-            async for message in socket_:
+            queued = await self._request("POST", "/prompt", body)
+            async for message in messages:
                 if message.type == aiohttp.WSMsgType.BINARY:
-                    if int.from_bytes(message.data[:4], "big") == 3:  # text shown on a node
-                        length = int.from_bytes(message.data[4:8], "big")
-                        run.texts[message.data[8 : 8 + length].decode()] = message.data[
-                            8 + length :
-                        ].decode()
+                    listener.hear_bytes(message.data)
                     continue
                 if message.type != aiohttp.WSMsgType.TEXT:
-                    raise ServerError(
-                        f"ComfyUI closed the connection. Its log ends:\n{self.tail()}"
-                    )
+                    break
                 event = json.loads(message.data)
-                kind, data = event["type"], event["data"]
+                kind = event["type"]
+                data = event["data"]
                 if data.get("prompt_id") not in (None, queued["prompt_id"]):
-                    continue
-                on_event(kind, data)
-                if kind in (
-                    "executing",
-                    "execution_error",
-                    "execution_interrupted",
-                    "execution_success",
-                ):
-                    if running is not None:
-                        run.seconds[running] = (
-                            run.seconds.get(running, 0) + time.monotonic() - since
-                        )
-                    running, since = (
-                        data.get("node") if kind == "executing" else None,
-                        time.monotonic(),
-                    )
-                if kind == "executed" and data.get("output"):
-                    run.outputs[data["node"]] = data["output"]
-                elif kind == "execution_error":
-                    run.error = data
-                    return run
-                elif kind == "execution_interrupted":
-                    run.interrupted = True
-                    return run
-                elif kind == "execution_success":
-                    return run
+                    continue  # of another prompt
+                if on_event:
+                    on_event(kind, data)
+                listener.hear(kind, data)
+                if listener.ended:
+                    return listener.result
         raise ServerError(f"ComfyUI closed the connection. Its log ends:\n{self.tail()}")
 
     def image_path(self, image: dict) -> Path:
-        """Where a picture of `Run.outputs[...]["images"]` lies."""
+        """Where a picture of `PromptResult.outputs[...]["images"]` lies."""
         return self.base / image["type"] / image["subfolder"] / image["filename"]
