@@ -26,7 +26,10 @@ class VisualPrompt:
 def blend(
     predicted: torch.Tensor, observed: torch.Tensor, patch_mask: torch.Tensor
 ) -> torch.Tensor:
-    """Predicted features inside the hole, observed ones outside: (B, N, D) x 2, (B, 1, G, G) -> (B, N, D)."""
+    """Predicted features inside the hole, observed ones outside.
+
+    (B, N, D) x 2, (B, 1, G, G) -> (B, N, D).
+    """
     m = patch_mask.flatten(1).unsqueeze(2).to(predicted)  # (B, N, 1)
     return m * predicted + (1 - m) * observed
 

@@ -1,21 +1,25 @@
 """The arrays that CAT-Diffusion's networks see, from pictures and masks of any size.
 
-Follows the test branch of the official dataset class step by step: 8-bit pictures, Pillow's bicubic resize
-to 512x512 without keeping the aspect ratio, from there to CLIP's 224x224, truncation after the grey fill.
-Each of these choices changes the features if made otherwise.
+Follows the test branch of the official dataset class step by step: 8-bit pictures, Pillow's bicubic
+resize to 512x512 without keeping the aspect ratio, from there to CLIP's 224x224, truncation after
+the grey fill. Each of these choices changes the features if made otherwise.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from einops import rearrange, reduce
 from PIL import Image
+
+from .pictures.tensors import WHITE, from_levels, to_levels
 
 SIZE = 512  # pixels, the official working size
 CLIP_SIZE = 224  # pixels
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 GREY = 127  # fill of the hole in what CLIP sees
+HIDDEN = 128  # from this level of the mask on, a pixel hides its patch
 
 
 @dataclass(frozen=True)
@@ -37,92 +41,107 @@ def clip_input(
         mask: (B or 1, 1, H', W') in [0, 1], 1 = repaint, soft or hard; None means no hole.
         patch_size: side of CLIP's patches in pixels.
     """
-    mask = image.new_zeros(1, 1, 1, 1) if mask is None else mask
-    image_224, mask_224 = (
-        _resize(_resize(_uint8(x), SIZE, SIZE), CLIP_SIZE, CLIP_SIZE) for x in (image, mask)
-    )
-    m = mask_224 / 255.0  # float64, as in the official code
-    masked = (image_224 * (1 - m) + 1 * m * GREY).astype(np.uint8)  # truncated, not rounded
-    side = CLIP_SIZE // patch_size
-    cells = (mask_224[..., 0] >= 128).reshape(-1, side, patch_size, side, patch_size)
-    patch_mask = torch.from_numpy(cells.any(axis=(2, 4)).astype(np.int64)).unsqueeze(1)
-    batch = len(masked)
+    if mask is None:
+        mask = image.new_zeros(1, 1, 1, 1)
+    image_224 = _clip_sized(image)  # (B, 224, 224, 3) uint8
+    mask_224 = _clip_sized(mask)  # (B or 1, 224, 224, 1) uint8
+
+    hole = mask_224 / WHITE  # float64, as in the official code
+    filled = image_224 * (1 - hole) + hole * GREY
+    masked_image = _channels_first(filled.astype(np.uint8))  # truncated, not rounded
+
+    hidden = mask_224.squeeze(3) >= HIDDEN
+    cells = "b (row y) (column x) -> b 1 row column"
+    patch_mask = reduce(hidden, cells, "max", y=patch_size, x=patch_size)
+
+    batch = len(masked_image)
     return ClipInput(
-        _tensor(image_224).expand(batch, -1, -1, -1),
-        _tensor(masked),
-        patch_mask.expand(batch, -1, -1, -1),
+        image=_channels_first(image_224).expand(batch, -1, -1, -1),
+        masked_image=masked_image,
+        patch_mask=torch.from_numpy(patch_mask).long().expand(batch, -1, -1, -1),
     )
 
 
 def clip_normalise(image: torch.Tensor) -> torch.Tensor:
     """CLIP's pixel values: (B, 3, 224, 224) uint8 -> float32."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-    return (image.float() / 255 - mean) / std
+    mean = torch.tensor(CLIP_MEAN).view(3, 1, 1)
+    std = torch.tensor(CLIP_STD).view(3, 1, 1)
+    return (from_levels(image) - mean) / std
 
 
-def resize(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """(B, C, H, W) in [0, 1] -> (B, C, height, width) uint8, by Pillow's bicubic filter."""
-    return _tensor(_resize(_uint8(x), height, width))
+    return _channels_first(_resized(_channels_last(image), height, width))
 
 
 def resize_mask(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """(B, 1, H, W) in [0, 1] -> (B, 1, height, width) in [0, 1]; untouched if the size fits already."""
-    return (
-        mask.float()
-        if tuple(mask.shape[-2:]) == (height, width)
-        else resize(mask, height, width).float() / 255
-    )
+    """(B, 1, H, W) in [0, 1] -> (B, 1, height, width) in [0, 1].
+
+    Untouched if the size fits already, else in 8 bits.
+    """
+    if tuple(mask.shape[-2:]) == (height, width):
+        return mask.float()
+    return from_levels(resize(mask, height, width))
 
 
 def latent_mask(
     mask: torch.Tensor, height: int, width: int, threshold: float = 0.5
 ) -> torch.Tensor:
-    """The mask that the U-Net sees: (B, 1, H, W) in [0, 1] -> (B, 1, height, width), exactly 0 or 1.
+    """The mask that the U-Net sees.
 
     A cell is masked above the threshold; the official training data uses 0.
+
+    Args:
+        mask: (B, 1, H, W) in [0, 1].
+    Returns:
+        (B, 1, height, width), exactly 0 or 1.
     """
-    return (resize(mask, height, width) / 255.0 > threshold).float()
+    return (from_levels(resize(mask, height, width)) > threshold).float()
 
 
 def vae_input(image: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """What CAT's VAE encodes: the hole faded to black by the soft mask.
 
-    (B, 3, H, W) and (B or 1, 1, H, W), both in [0, 1] -> (B, 3, H, W) float64 in [-1, 1], no rounding after 8 bits.
+    Args:
+        image: (B, 3, H, W) in [0, 1].
+        mask: (B or 1, 1, H, W) in [0, 1], 1 = repaint; None means no hole.
+    Returns:
+        (B, 3, H, W) float64 in [-1, 1], not rounded after 8 bits.
     """
-    image = _uint8(image)
-    m = 0.0 if mask is None else _uint8(mask) / 255.0
-    return _tensor(image * (1 - m) / 127.5 - 1)
+    levels = _channels_last(image)
+    hole = 0.0
+    if mask is not None:
+        hole = _channels_last(mask) / WHITE
+    faded = levels * (1 - hole)
+    return _channels_first(faded / (WHITE / 2) - 1)
 
 
-def _uint8(x: torch.Tensor) -> np.ndarray:
+# Between torch and Pillow -------------------------------------------------------------------------
+
+
+def _channels_last(image: torch.Tensor) -> np.ndarray:
     """(B, C, H, W) in [0, 1] -> (B, H, W, C) uint8."""
-    return (
-        x.detach()
-        .float()
-        .cpu()
-        .mul(255)
-        .round()
-        .clamp(0, 255)
-        .to(torch.uint8)
-        .permute(0, 2, 3, 1)
-        .numpy()
-    )
+    return rearrange(to_levels(image), "b c h w -> b h w c").numpy()
 
 
-def _tensor(arrays: np.ndarray) -> torch.Tensor:
+def _channels_first(array: np.ndarray) -> torch.Tensor:
     """(B, H, W, C) -> (B, C, H, W)."""
-    return torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous()
+    return rearrange(torch.from_numpy(array), "b h w c -> b c h w").contiguous()
 
 
-def _resize(arrays: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(B, H, W, 1 or 3) uint8 -> (B, height, width, 1 or 3) uint8 by Pillow's bicubic filter."""
-    pictures = [
-        Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array) for array in arrays
-    ]
-    resized = np.stack(
-        [
-            np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
-            for picture in pictures
-        ]
-    )
-    return resized.reshape(len(arrays), height, width, -1)
+def _clip_sized(image: torch.Tensor) -> np.ndarray:
+    """(B, C, H, W) in [0, 1] -> (B, 224, 224, C) uint8, by way of the working size."""
+    levels = _resized(_channels_last(image), SIZE, SIZE)
+    return _resized(levels, CLIP_SIZE, CLIP_SIZE)
+
+
+def _resized(levels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(B, H, W, C) uint8 -> (B, height, width, C) uint8 by Pillow's bicubic filter, C 1 or 3."""
+    batch, _, _, channels = levels.shape
+    resized = np.empty((batch, height, width, channels), np.uint8)
+    for number, array in enumerate(levels):
+        if channels == 1:
+            array = array.squeeze(2)  # Pillow's grey pictures have no axis for it
+        picture = Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC)
+        resized[number] = np.asarray(picture).reshape(height, width, channels)
+    return resized

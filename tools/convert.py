@@ -1,10 +1,13 @@
-"""Convert CAT-Diffusion checkpoints: official file in, safetensors out, for this pack and for stock loaders.
+"""Convert CAT-Diffusion checkpoints to safetensors, for this pack and for stock loaders.
 
-    python tools/convert.py official.ckpt --base sd15_cat_inpainting.safetensors --cat-weights cat.safetensors
-    python tools/convert.py sd15_inpainting.safetensors clip_vision.safetensors cat.safetensors --full cat_full.safetensors
+    python tools/convert.py official.ckpt \\
+        --base sd15_cat_inpainting.safetensors --cat-weights cat.safetensors
+    python tools/convert.py sd15_inpainting.safetensors clip_vision.safetensors cat.safetensors \\
+        --full cat_full.safetensors
 
-Run it with ComfyUI's Python (it needs torch and safetensors). Outputs are written to a temporary name and renamed;
-nothing is overwritten unless --overwrite is given. Memory: the checkpoint is mapped, not loaded, where the format allows.
+Run it with ComfyUI's Python (it needs torch and safetensors). Outputs are written to a temporary
+name and renamed; nothing is overwritten unless --overwrite is given. The checkpoint is mapped, not
+loaded, where the format allows.
 """
 
 import argparse
@@ -21,7 +24,8 @@ def main() -> int:
         type=Path,
         nargs="+",
         help="official checkpoint (.ckpt or .safetensors), CAT weights, "
-        "SD 1.5 inpainting checkpoint, CLIP vision file; of parts that several have, the last one's is taken",
+        "SD 1.5 inpainting checkpoint, CLIP vision file; "
+        "of parts that several have, the last one's is taken",
     )
     parser.add_argument(
         "--base",
@@ -57,22 +61,27 @@ def main() -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
     arguments = parser.parse_args()
-    outputs = [
-        path
-        for path in (arguments.base, arguments.cat_weights, arguments.clip_vision, arguments.full)
-        if path
-    ]
-    if not outputs:
-        parser.error("nothing to write: give --base, --cat-weights, --clip-vision or --full")
-    if wrong := [path for path in outputs if path.suffix.lower() != ".safetensors"]:
-        parser.error(f"{wrong[0]} must end in .safetensors")
-    if len({path.absolute() for path in outputs}) < len(outputs):
-        parser.error("two outputs have the same name")
+    _check_outputs(parser, arguments)
     try:
         from official import conversion
     except ModuleNotFoundError as error:
         parser.error(f"{sys.executable} has no {error.name}; run this with ComfyUI's Python")
     return conversion.command(arguments)
+
+
+def _check_outputs(parser: argparse.ArgumentParser, arguments) -> None:
+    """Exit with a usage error unless there is something to write, under fitting names."""
+    outputs = set()
+    for path in (arguments.base, arguments.cat_weights, arguments.clip_vision, arguments.full):
+        if path is None:
+            continue
+        if path.suffix.lower() != ".safetensors":
+            parser.error(f"{path} must end in .safetensors")
+        if path.absolute() in outputs:
+            parser.error("two outputs have the same name")
+        outputs.add(path.absolute())
+    if not outputs:
+        parser.error("nothing to write: give --base, --cat-weights, --clip-vision or --full")
 
 
 if __name__ == "__main__":

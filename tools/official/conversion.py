@@ -3,6 +3,9 @@
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from cat_diffusion.cat_core import weights
 
@@ -10,78 +13,94 @@ from cat_diffusion.cat_core import weights
 def command(arguments) -> int:
     """Convert as the arguments say; returns the exit code."""
     try:
-        return convert(arguments)
+        convert(arguments)
     except weights.WeightsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-
-
-def convert(arguments) -> int:
-    """Read, check, split, write."""
-    for path in filter(
-        None, (arguments.base, arguments.cat_weights, arguments.clip_vision, arguments.full)
-    ):
-        if path.exists() and not arguments.overwrite:
-            raise weights.WeightsError(
-                f"{path} exists already and was not touched. Give --overwrite to replace it."
-            )
-    dtype = weights.DTYPES.get(arguments.dtype)
-    files = []
-    for path in arguments.checkpoint:
-        with _step(f"Reading and checking {path}"):
-            files.append(weights.read(path, inert_objects=arguments.inert_objects))
-    file = weights.merge(files)
-    print(f"Found {weights.describe(file.parts)}.")
-    origins = [part.metadata.get("provenance", f"converted from {part.name}") for part in files]
-    header = {"licence": arguments.licence, "provenance": "; ".join(origins)}
-
-    def save(path, tensors, metadata):
-        size = sum(t.numel() * (dtype or t.dtype).itemsize for t in tensors.values()) / 1e9
-        with _step(f"Writing {path} ({size:.2f} GB)"):
-            weights.save(path, tensors, metadata, dtype, arguments.overwrite)
-
-    plain = {"format": "pt", "license": header["licence"], "provenance": header["provenance"]}
-    if arguments.base:
-        save(arguments.base, weights.split(file)[0], plain)
-    if arguments.clip_vision:
-        file.require("clip_vision")
-        save(arguments.clip_vision, file.parts["clip_vision"], plain)
-    if arguments.cat_weights:
-        parts = {
-            part: file.parts[part]
-            for part in ("sem_inpainter", "ref_adapter")
-            if part in file.parts
-        }
-        save(
-            arguments.cat_weights,
-            weights.flat(parts),
-            weights.cat_metadata(parts, file.architecture, **header),
-        )
-    if arguments.full:
-        save(
-            arguments.full,
-            weights.flat(file.parts),
-            weights.cat_metadata(file.parts, file.architecture, **header),
-        )
     return 0
 
 
-class _step:
-    """Print what is done, how long it has been going on (on a terminal), and how long it took."""
+def convert(arguments) -> None:
+    """Read, check, split, write."""
+    if not arguments.overwrite:
+        _check_free(arguments)
+    files = []
+    for path in arguments.checkpoint:
+        with _announced(f"Reading and checking {path}"):
+            files.append(weights.read(path, inert_objects=arguments.inert_objects))
+    file = weights.merge(files)
+    print(f"Found {weights.describe(file.parts)}.")
+    origins = "; ".join(_origin(part_file) for part_file in files)
+    _write_for_stock_loaders(file, arguments, origins)
+    _write_for_the_pack(file, arguments, origins)
 
-    def __init__(self, text: str):
-        self.text = text
 
-    def __enter__(self):
-        self.start, self.done = time.monotonic(), threading.Event()
-        print(f"{self.text} ...", end="", flush=True)
-        if sys.stdout.isatty():
-            threading.Thread(target=self._tick, daemon=True).start()
+def _check_free(arguments) -> None:
+    """Raise before anything is read if there is a file where one is to be written."""
+    outputs = (arguments.base, arguments.cat_weights, arguments.clip_vision, arguments.full)
+    for path in outputs:
+        if path and path.exists():
+            raise weights.WeightsError(
+                f"{path} exists already and was not touched. Give --overwrite to replace it."
+            )
 
-    def _tick(self):
-        while not self.done.wait(1):
-            print(f"\r{self.text} ... {time.monotonic() - self.start:.0f} s", end="", flush=True)
 
-    def __exit__(self, kind, *_):
-        self.done.set()
-        print("" if kind else f" done in {time.monotonic() - self.start:.1f} s", flush=True)
+def _origin(file: weights.Checkpoint) -> str:
+    """Where the weights come from, as far as the file knows."""
+    return file.metadata.get("provenance", f"converted from {file.name}")
+
+
+def _write_for_stock_loaders(file: weights.Checkpoint, arguments, origins: str) -> None:
+    """Parts that ComfyUI's own loaders know."""
+    metadata = {"format": "pt", "license": arguments.licence, "provenance": origins}
+    if arguments.base:
+        base, _ = weights.split(file)
+        _write(arguments.base, base, metadata, arguments)
+    if arguments.clip_vision:
+        file.require("clip_vision")
+        _write(arguments.clip_vision, file.parts["clip_vision"], metadata, arguments)
+
+
+def _write_for_the_pack(file: weights.Checkpoint, arguments, origins: str) -> None:
+    """Files whose header holds the architecture."""
+    outputs = (
+        (arguments.cat_weights, file.only("sem_inpainter", "ref_adapter")),
+        (arguments.full, file.parts),
+    )
+    for path, parts in outputs:
+        if path:
+            metadata = weights.cat_metadata(
+                parts, file.architecture, licence=arguments.licence, provenance=origins
+            )
+            _write(path, weights.flat(parts), metadata, arguments)
+
+
+def _write(path: Path, tensors, metadata: dict[str, str], arguments) -> None:
+    dtype = weights.DTYPES.get(arguments.dtype)
+    size = 0
+    for tensor in tensors.values():
+        size += tensor.numel() * (dtype or tensor.dtype).itemsize
+    with _announced(f"Writing {path} ({size / 1e9:.2f} GB)"):
+        weights.save(path, tensors, metadata, dtype, arguments.overwrite)
+
+
+@contextmanager
+def _announced(text: str) -> Iterator[None]:
+    """Print what is done and how long it took; on a terminal the seconds are counted meanwhile."""
+    start = time.monotonic()
+    done = threading.Event()
+
+    def count_seconds():
+        while not done.wait(1):
+            print(f"\r{text} ... {time.monotonic() - start:.0f} s", end="", flush=True)
+
+    print(f"{text} ...", end="", flush=True)
+    if sys.stdout.isatty():
+        threading.Thread(target=count_seconds, daemon=True).start()
+    ending = ""
+    try:
+        yield
+        ending = f" done in {time.monotonic() - start:.1f} s"
+    finally:
+        done.set()
+        print(ending, flush=True)
