@@ -43,6 +43,7 @@ class SemInpainterConfig:
         cls, tensors: Tensors, num_attention_heads: int | None = None
     ) -> "SemInpainterConfig":
         """Read every size off the parameters; the head count cannot be seen in them."""
+        # encoder.layers.<number>.<parameter>
         layers = {key.split(".")[2] for key in tensors if key.startswith("encoder.layers.")}
         try:
             positions, hidden_size = tensors["embeddings.position_embedding.weight"].shape

@@ -46,9 +46,10 @@ def clip_input(
     image_224 = _clip_sized(image)  # (B, 224, 224, 3) uint8
     mask_224 = _clip_sized(mask)  # (B or 1, 224, 224, 1) uint8
 
-    hole = mask_224 / WHITE  # float64, as in the official code
+    # In float64, and truncated, not rounded, as in the official code.
+    hole = mask_224 / WHITE
     filled = image_224 * (1 - hole) + hole * GREY
-    masked_image = _channels_first(filled.astype(np.uint8))  # truncated, not rounded
+    masked_image = _channels_first(filled.astype(np.uint8))
 
     hidden = mask_224.squeeze(3) >= HIDDEN
     cells = "b (row y) (column x) -> b 1 row column"

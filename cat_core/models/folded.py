@@ -38,6 +38,7 @@ class PromptedBlock(nn.Module):
             conditional: which of the batches look at their prompts; the others get what an
                 all-zero prompt adds, the bias.
         """
+        # Asked first, as even a call that changes nothing costs time in each step.
         if not x.is_contiguous():
             x = x.contiguous()
         block = self._beside(x)
@@ -96,11 +97,13 @@ class FoldedBlock(PromptedBlock):
         heads = self.heads
         head_width = keys.shape[2] // heads  # d
 
+        # A, with the columns of all heads beside each other.
         keys = rearrange(keys, "p m (h d) -> p h m d", h=heads)
         into_scores = keys @ rearrange(to_q, "(h d) c -> h d c", h=heads)
         into_scores = rearrange(into_scores, "p h m c -> p c (h m)")
         self.a = _kept(into_scores * head_width**-0.5, dtype)
 
+        # B, with the rows of all heads below each other: the product adds the heads up.
         values = rearrange(values, "p m (h d) -> p h m d", h=heads)
         out_of_weights = values @ rearrange(to_out, "c (h d) -> h d c", h=heads)
         out_of_weights = rearrange(out_of_weights, "p h m c -> p (h m) c")

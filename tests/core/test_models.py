@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from cat_diffusion.cat_core.config import (
     ArchitectureError,
     RefAdapterConfig,
     SemInpainterConfig,
+    unet_blocks,
 )
 from cat_diffusion.cat_core.models.folded import FoldedBlock, fold
 from cat_diffusion.cat_core.models.ref_adapter import RefAdapter, RefAdapterBlock
@@ -31,9 +33,12 @@ TINY = SemInpainterConfig(
     global_intermediate_size=64,
 )
 BLOCKS = RefAdapterConfig(
-    32,
-    4,
-    (("input_blocks.1.1.transformer_blocks.0", 40), ("middle_block.1.transformer_blocks.0", 80)),
+    visual_size=32,
+    num_heads=4,
+    blocks=(
+        ("input_blocks.1.1.transformer_blocks.0", 40),
+        ("middle_block.1.transformer_blocks.0", 80),
+    ),
 )
 
 
@@ -46,49 +51,64 @@ def random_(module, seed=0):
 
 def test_full_size_has_every_official_key_shape_and_parameter():
     shapes = json.loads((GOLDENS / "official_checkpoint_shapes.json").read_text())
-    parts, unknown = weights.sort_keys(
-        {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    )
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    parts, unknown = weights.sort_keys(tensors)
     assert not unknown
     architecture = Architecture(
-        SemInpainterConfig.from_tensors(parts["sem_inpainter"]),
-        RefAdapterConfig.from_tensors(parts["ref_adapter"]),
+        sem_inpainter=SemInpainterConfig.from_tensors(parts["sem_inpainter"]),
+        ref_adapter=RefAdapterConfig.from_tensors(parts["ref_adapter"]),
     )
     assert architecture.sem_inpainter == SemInpainterConfig()
+    assert architecture.ref_adapter.blocks == unet_blocks(parts["unet"])
     assert len(architecture.ref_adapter.blocks) == 16
-    modules = weights.cat_modules(architecture, device="meta")
-    for part, module in modules.items():
-        found = {key: list(value.shape) for key, value in module.state_dict().items()}
-        assert found == {key: list(value.shape) for key, value in parts[part].items()}
-    assert {
-        part: sum(p.numel() for p in module.parameters()) for part, module in modules.items()
-    } == {"sem_inpainter": 324_872_192, "ref_adapter": 50_377_280}
+    sizes = {}
+    for part, module in weights.cat_modules(architecture, device="meta").items():
+        state = module.state_dict()
+        assert state.keys() == parts[part].keys()
+        for key, tensor in state.items():
+            assert tensor.shape == parts[part][key].shape
+        sizes[part] = sum(parameter.numel() for parameter in module.parameters())
+    assert sizes == {"sem_inpainter": 324_872_192, "ref_adapter": 50_377_280}
+
+
+def test_blocks_are_in_natural_order():
+    widths = {"output_blocks.9.1": 3, "output_blocks.10.1": 4, "middle_block.1": 2}
+    tensors = {}
+    for name in sorted(widths):
+        tensors[f"{name}.transformer_blocks.0.norm1.weight"] = torch.empty(widths[name])
+    assert unet_blocks(tensors) == (
+        ("middle_block.1.transformer_blocks.0", 2),
+        ("output_blocks.9.1.transformer_blocks.0", 3),
+        ("output_blocks.10.1.transformer_blocks.0", 4),
+    )
 
 
 @pytest.mark.parametrize(
     "dtype, stored, computed", [(torch.float16, 1e-3, 4e-3), (torch.bfloat16, 1e-2, 4e-2)]
 )
 def test_half_precision_stays_near_the_goldens(dtype, stored, computed):
-    """Of the largest value: weights in half precision computed in fp32, as the nodes do, and all of it in half precision."""
+    """Of the largest value.
+
+    Weights in half precision computed in fp32, as the nodes do, and all of it in half precision.
+    """
     heads = json.loads((GOLDENS / "index.json").read_text())["tiny_fusion"]["num_attention_heads"]
     tensors = weights.sort_keys(load_file(GOLDENS / "fusion_tiny.safetensors"))[0]["sem_inpainter"]
-    model = (
-        SemInpainter(SemInpainterConfig.from_tensors(tensors, heads)).requires_grad_(False).eval()
-    )
+    model = SemInpainter(SemInpainterConfig.from_tensors(tensors, heads))
+    model.requires_grad_(False).eval()
+    halves = {key: tensor.to(dtype).float() for key, tensor in tensors.items()}
     cases = load_file(GOLDENS / "fusion_cases.safetensors")
     for case in {key.split(".")[0] for key in cases}:
-        inputs = [
-            cases[f"{case}.{key}"] for key in ("clip_x", "global_clip_x", "prompt_pool", "mask16")
-        ]
-        inputs = inputs[0][:, 1:], inputs[1][:, 0], inputs[2][:, 0], inputs[3]
         golden = cases[f"{case}.out.spatial_raw"]
         for compute, bound in ((torch.float32, stored), (dtype, computed)):
-            model.float().load_state_dict(
-                {key: value.to(dtype).float() for key, value in tensors.items()}
+            model.float().load_state_dict(halves)
+            predicted = model.to(compute)(
+                patches=cases[f"{case}.clip_x"][:, 1:].to(compute),
+                image=cases[f"{case}.global_clip_x"][:, 0].to(compute),
+                text=cases[f"{case}.prompt_pool"][:, 0].to(compute),
+                patch_mask=cases[f"{case}.mask16"].to(compute),
             )
-            error = (
-                model.to(compute)(*(t.to(compute) for t in inputs)).patches.float() - golden
-            ).abs().max() / golden.abs().max()
+            difference = predicted.patches.float() - golden
+            error = difference.abs().max() / golden.abs().max()
             print(f"{case}, weights {dtype}, computed in {compute}: {error:.1e}")
             assert 0 < error <= bound
 
@@ -97,12 +117,11 @@ def test_a_zero_visual_prompt_adds_exactly_the_bias():
     adapter = random_(RefAdapter(BLOCKS))
     block = adapter.block("input_blocks.1.1.transformer_blocks.0")
     x = torch.randn(2, 9, 40)
-    bias = block.attn3.to_out[0].bias
+    bias = block.attn3.out.bias
     assert torch.equal(block(x, torch.zeros(2, 64, 32)), bias.expand(2, 9, 40))
     folded = fold(block, torch.zeros(1, 64, 32), torch.float32)
-    assert torch.equal(folded(x, [False]), x + bias) and torch.allclose(
-        folded(x, [True]), x + bias, atol=1e-6
-    )
+    assert torch.equal(folded(x, [False]), x + bias)
+    assert torch.allclose(folded(x, [True]), x + bias, atol=1e-6)
 
 
 # (width, tokens, heads): folded, folded, keys and values kept
@@ -110,22 +129,17 @@ SHAPES = [(80, 16, 4), (640, 64, 8), (40, 64, 4)]
 
 
 def block_and_reference(width, tokens, heads, dtype, x, prompts, conditional, strength):
-    """An adapter in `dtype`, what it adds to x unfolded in its own precision, and the same in fp64."""
+    """An adapter in `dtype`, and x with what it adds unfolded, in its own precision and in fp64."""
     block = random_(RefAdapterBlock(width, 32, heads)).to(dtype)
     with torch.no_grad():
         block.norm4.weight += 1
     latents = len(x) // len(conditional)
-    rows = torch.cat(
-        [prompts[torch.arange(latents) % len(prompts)] * looks for looks in conditional]
-    )
+    prompt_of_latent = prompts[torch.arange(latents) % len(prompts)]
+    rows = torch.cat([prompt_of_latent * looks for looks in conditional])
     unfolded = x + strength * block(x, rows)
-    exact = x.double() + strength * random_like(block)(x.double(), rows.double())
+    block_64 = copy.deepcopy(block).double()
+    exact = x.double() + strength * block_64(x.double(), rows.double())
     return block, unfolded, exact
-
-
-def random_like(block):
-    """The same weights in fp64."""
-    return copy.deepcopy(block).double()
 
 
 @pytest.mark.parametrize("width, tokens, heads", SHAPES)
@@ -155,23 +169,19 @@ def test_folding_is_no_worse_in_half_precision(width, tokens, heads, dtype, scal
     """Against fp64 on the same halves, for flat and for sharp attention."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(4, 64, width, generator=generator).to(dtype)
-    prompts = (
-        scale
-        * (
-            torch.randn(1, tokens, 32, generator=generator)
-            + 2 * torch.randn(1, 1, 32, generator=generator)
-        )
-    ).to(dtype)
+    own = torch.randn(1, tokens, 32, generator=generator)
+    shared = torch.randn(1, 1, 32, generator=generator)
+    prompts = (scale * (own + 2 * shared)).to(dtype)
     block, unfolded, exact = block_and_reference(
         width, tokens, heads, dtype, x, prompts, [True], 1.0
     )
     out = fold(block, prompts, dtype)(x, [True])
     assert out.dtype == dtype
-    errors = [(found.double() - exact).norm().item() for found in (out, unfolded)]
-    print(f"folded / unfolded error {errors[0] / errors[1]:.2f}")
-    assert (
-        errors[0] <= 1.01 * errors[1]
-    )  # flat attention: both lose almost only what the last rounding takes
+    error = (out.double() - exact).norm().item()
+    error_unfolded = (unfolded.double() - exact).norm().item()
+    print(f"folded / unfolded error {error / error_unfolded:.2f}")
+    # Flat attention: both lose almost only what the last rounding takes.
+    assert error <= 1.01 * error_unfolded
 
 
 def test_hidden_states_may_be_of_another_type_and_layout_than_the_folded_matrices():
@@ -180,7 +190,9 @@ def test_hidden_states_may_be_of_another_type_and_layout_than_the_folded_matrice
     whole = folded(x.transpose(1, 2), [True, False])
     assert torch.equal(whole, folded(x.transpose(1, 2).contiguous(), [True, False]))
     half = folded(x.transpose(1, 2).bfloat16(), [True, False])
-    assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), whole, atol=0.1)
+    assert half.dtype == torch.bfloat16
+    assert torch.allclose(half.float(), whole, atol=0.1)
+    assert torch.equal(whole, folded(x.transpose(1, 2), [True, False]))
 
 
 def test_an_adapter_knows_only_its_own_blocks():
@@ -189,18 +201,17 @@ def test_an_adapter_knows_only_its_own_blocks():
 
 
 def test_blend_and_pool_keep_what_is_outside():
-    observed, predicted = torch.randn(1, 256, 32), torch.randn(1, 256, 32)
+    observed = torch.randn(1, 256, 32)
+    predicted = torch.randn(1, 256, 32)
     mask = torch.zeros(1, 1, 16, 16)
     assert torch.equal(features.blend(predicted, observed, mask), observed)
     assert torch.equal(features.blend(predicted, observed, mask + 1), predicted)
     mask[0, 0, 2:4, 6:8] = 1  # exactly the pooled cell (1, 3), row-major
-    before, after = (
-        features.pool(x) for x in (observed, features.blend(predicted, observed, mask))
-    )
+    before = features.pool(observed)
+    after = features.pool(features.blend(predicted, observed, mask))
     assert (before != after).any(dim=2).nonzero().tolist() == [[0, 1 * 8 + 3]]
-    assert torch.allclose(
-        after[0, 11], predicted.view(16, 16, 32)[2:4, 6:8].mean((0, 1)), atol=1e-6
-    )
+    mean = predicted.view(16, 16, 32)[2:4, 6:8].mean((0, 1))
+    assert torch.allclose(after[0, 11], mean, atol=1e-6)
 
 
 def test_rows_of_a_batch_do_not_see_each_other():
@@ -213,7 +224,8 @@ def test_rows_of_a_batch_do_not_see_each_other():
     )
     together = model(*inputs)
     for i in range(3):
-        for whole, single in zip(together, model(*(x[i : i + 1] for x in inputs))):
+        alone = model(*(x[i : i + 1] for x in inputs))
+        for whole, single in zip(together, alone, strict=True):
             assert torch.allclose(whole[i : i + 1], single, atol=1e-4)
 
 
@@ -225,21 +237,30 @@ def test_operations_and_attention_can_be_injected():
             calls.append("linear")
             return super().forward(x)
 
-    class Ops:
-        LayerNorm, Embedding = torch.nn.LayerNorm, torch.nn.Embedding
+    def attention(q, k, v, heads):
+        calls.append("attention")
+        return v
 
-    Ops.Linear = Linear
-    model = SemInpainter(
-        TINY, ops=Ops, attention=lambda q, k, v, heads: calls.append("attention") or v
+    ops = SimpleNamespace(
+        Linear=Linear,
+        LayerNorm=torch.nn.LayerNorm,
+        Embedding=torch.nn.Embedding,
     )
+    model = SemInpainter(TINY, ops=ops, attention=attention)
     model(
-        torch.randn(1, 256, 32), torch.randn(1, 32), torch.randn(1, 24), torch.zeros(1, 1, 16, 16)
+        patches=torch.randn(1, 256, 32),
+        image=torch.randn(1, 32),
+        text=torch.randn(1, 24),
+        patch_mask=torch.zeros(1, 1, 16, 16),
     )
-    assert calls.count("attention") == 2 and calls.count("linear") == 2 * 3 + 2 * 6
+    assert calls.count("attention") == 2
+    assert calls.count("linear") == 2 * 3 + 2 * 6
 
 
 def test_architecture_survives_the_header_and_nothing_else_passes():
-    architecture = Architecture(TINY, BLOCKS, 4, 4, 4)
+    architecture = Architecture(
+        TINY, BLOCKS, unet_num_heads=4, clip_text_num_heads=4, clip_vision_num_heads=4
+    )
     assert Architecture.from_json(architecture.to_json()) == architecture
     for text in (
         "",
