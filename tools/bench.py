@@ -2,8 +2,9 @@
 
     python tools/bench.py [--sections step adapter ...] [--size 512] [--json measured.json]
 
-Forms that are compared run in turn, in one process, and ratios are those of the same round. Weights are random and of full
-size unless --checkpoint names a file; they are made into the cache on first use (3.5 GB).
+Forms that are compared run in turn, in one process, and ratios are those of the same round. Weights
+are random and of full size unless --checkpoint names a file; they are made into the cache on first
+use (3.5 GB).
 """
 
 import argparse

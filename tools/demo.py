@@ -3,9 +3,10 @@
     python tools/demo.py [--label "red star"] [--scene 3] [--hole box|exact] [--out cat_demo.png]
     python tools/demo.py --full-size [--steps 4]
 
-Needs only Python >= 3.10, git and pip; installs ComfyUI into a cache on first use. The first form uses the bundled demo
-model, which knows coloured shapes on drawn scenes and nothing else. No trained CAT-Diffusion weights of full size are
-public, so the second writes random ones: it shows that a photograph goes through, and what that costs.
+Needs only Python >= 3.10, git and pip; installs ComfyUI into a cache on first use. The first form
+uses the bundled demo model, which knows coloured shapes on drawn scenes and nothing else. No
+trained CAT-Diffusion weights of full size are public, so the second writes random ones: it shows
+that a photograph goes through, and what that costs.
 """
 
 import argparse
@@ -17,6 +18,24 @@ from comfyui import install, launch
 
 
 def main() -> int:
+    parser = command_line()
+    arguments = parser.parse_args()
+    if not 0 <= arguments.scene < 100_000:
+        parser.error(f"there is no scene {arguments.scene}: expected 0 to 99999")
+    out = arguments.out.absolute()
+    if not out.parent.is_dir() or out.suffix.lower() not in (".png", ".jpg", ".webp"):
+        parser.error(
+            f"cannot write {out}: expected a name ending in .png, .jpg or .webp "
+            "in a folder that exists"
+        )
+    if launch.COMFYUI not in os.environ:
+        return run_in_comfyui(parser, arguments)
+    from demo_model import showcase
+
+    return showcase.command(arguments, out)
+
+
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     launch.add_host_options(parser)
     parser.add_argument(
@@ -45,25 +64,18 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("cat_demo.png"), help="where to write the picture"
     )
-    arguments = parser.parse_args()
-    if not 0 <= arguments.scene < 100_000:
-        parser.error(f"there is no scene {arguments.scene}: expected 0 to 99999")
-    out = arguments.out.absolute()
-    if not out.parent.is_dir() or out.suffix.lower() not in (".png", ".jpg", ".webp"):
-        parser.error(
-            f"cannot write {out}: expected a name ending in .png, .jpg or .webp in a folder that exists"
-        )
-    if launch.COMFYUI not in os.environ:
-        start = time.monotonic()
-        try:
-            host = install.chosen_host(arguments.comfyui, arguments.python)
-        except install.SetupError as error:
-            parser.error(str(error))
-        print(f"ComfyUI: {host.path} ({time.monotonic() - start:.1f} s)", flush=True)
-        return launch.run_again(host)
-    from demo_model import showcase
+    return parser
 
-    return showcase.command(arguments, out)
+
+def run_in_comfyui(parser: argparse.ArgumentParser, arguments) -> int:
+    """Run this command again in a ComfyUI's Python, and say which; returns its exit code."""
+    start = time.monotonic()
+    try:
+        host = install.chosen_host(arguments.comfyui, arguments.python)
+    except install.SetupError as error:
+        parser.error(str(error))
+    print(f"ComfyUI: {host.path} ({time.monotonic() - start:.1f} s)", flush=True)
+    return launch.run_again(host)
 
 
 def positive(text: str) -> int:

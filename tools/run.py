@@ -25,17 +25,18 @@ TOOLS = {
 
 
 def main() -> int:
+    listing = "; ".join(f"{name}, {purpose}" for name, (purpose, _) in TOOLS.items())
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="NAME is one of: "
-        + "; ".join(f"{name}, {text}" for name, (text, _) in TOOLS.items()),
+        description=__doc__.splitlines()[0], epilog=f"NAME is one of: {listing}"
     )
     launch.add_host_options(parser)
     parser.add_argument("name", choices=TOOLS, metavar="NAME")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of that tool")
     arguments = parser.parse_args()
-    launch.enter_comfyui(parser, arguments, *TOOLS[arguments.name][1])
+    _, requirements = TOOLS[arguments.name]
+    launch.enter_comfyui(parser, arguments, *requirements)
     launch.start_host("--cpu" in arguments.arguments or not launch.has_gpu())
+    # The tool reads its own command line, and names itself in its --help.
     sys.argv = [arguments.name, *arguments.arguments]
     return importlib.import_module(arguments.name).main()
 

@@ -5,11 +5,15 @@ import statistics
 from dataclasses import dataclass
 
 MARKS = "<!-- tools/bench.py writes from here -->", "<!-- to here -->"
+HEAD = ("| | median | middle half | over its reference | |", "|---|---|---|---|---|")
 
 
 @dataclass
 class Row:
-    """A line of the table: measured values, and their ratios to the reference's value of the same round."""
+    """A line of the table.
+
+    Measured values, and their ratios to the reference's value of the same round.
+    """
 
     what: str
     unit: str
@@ -19,15 +23,14 @@ class Row:
 
     def cells(self) -> list[str]:
         """What it is, median and unit, middle half, ratio and its middle half, note."""
-        digits = 1 if statistics.median(self.values) >= 100 else 3
-        ratio = (
-            f"x {statistics.median(self.ratios):.3f} {_spread(self.ratios, 3)}".rstrip()
-            if self.ratios
-            else ""
-        )
+        median = statistics.median(self.values)
+        digits = 1 if median >= 100 else 3
+        ratio = ""
+        if self.ratios:
+            ratio = f"x {statistics.median(self.ratios):.3f} {_spread(self.ratios, 3)}".rstrip()
         return [
             self.what,
-            f"{statistics.median(self.values):.{digits}f} {self.unit}",
+            f"{median:.{digits}f} {self.unit}",
             _spread(self.values, digits),
             ratio,
             self.note,
@@ -40,35 +43,34 @@ class Row:
 
 def rows_in_turn(seconds: dict[str, list[float]], reference: str | None = None) -> list[Row]:
     """Rows of forms that were timed in turn, with ratios to the reference of the same round."""
-    return [
-        Row(
-            what,
-            "s",
-            values,
-            [a / b for a, b in zip(values, seconds[reference])]
-            if reference not in (None, what)
-            else [],
-        )
-        for what, values in seconds.items()
-    ]
+    rows = []
+    for what, values in seconds.items():
+        row = Row(what, "s", values)
+        if reference not in (None, what):
+            for value, its_reference in zip(values, seconds[reference], strict=True):
+                row.ratios.append(value / its_reference)
+        rows.append(row)
+    return rows
 
 
 def page(text: str, machine: dict[str, str], sections: dict[str, list[Row]]) -> str:
-    """A Markdown page with the tables of a run in place of those between its marks; ValueError if it has no marks."""
+    """A Markdown page with the tables of a run in place of those between its marks.
+
+    Raises ValueError if it has no marks.
+    """
     begin, end = MARKS
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(f"expected the lines {begin} and {end}, once each")
-    lines = [begin, "", *(f"- {key}: {value}" for key, value in machine.items())]
+    lines = [begin, ""]
+    for key, value in machine.items():
+        lines.append(f"- {key}: {value}")
     for name, rows in sections.items():
-        lines += [
-            "",
-            f"**{name}**",
-            "",
-            "| | median | middle half | over its reference | |",
-            "|---|---|---|---|---|",
-        ]
-        lines += ["| " + " | ".join(row.cells()) + " |" for row in rows]
-    return text[: text.index(begin)] + "\n".join(lines) + "\n\n" + text[text.index(end) :]
+        lines += ["", f"**{name}**", "", *HEAD]
+        for row in rows:
+            lines.append("| " + " | ".join(row.cells()) + " |")
+    before = text[: text.index(begin)]
+    after = text[text.index(end) :]
+    return before + "\n".join(lines) + "\n\n" + after
 
 
 def _spread(values: list[float], digits: int) -> str:

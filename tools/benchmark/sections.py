@@ -1,29 +1,45 @@
-"""The benchmark's sections one after the other, and what machine they ran on; tools/bench.py's work."""
+"""The benchmark's sections one after the other; tools/bench.py's work."""
 
 import dataclasses
+import functools
+import gc
 import json
-import os
-import platform
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-import comfy.ldm.modules.attention
 import torch
-from comfyui_version import __version__
 
-from comfyui import ROOT, install
+from cat_diffusion.nodes.host import memory
+from cat_diffusion.nodes.host.symbols import no_progress_bars
+from demo_model import showcase
 
-from . import loading, sampling, training_steps
-from .contents import SECTIONS, STEADY_MEMORY
-from .rows import page
+from . import growth, loading_section, picture_sections, profiling, step_sections, training_steps
+from .bench_models import Bench
+from .contents import SECTIONS
+from .machine import load, machine
+from .rows import Row, page
+
+# Those that measure the models of one process.
+OF_MODELS = {
+    "operations": step_sections.operations,
+    "step": step_sections.step,
+    "adapter": step_sections.adapter,
+    "image": picture_sections.image,
+    "sem-inpainter": picture_sections.sem_inpainter,
+    "growth": growth.growth,
+    "compile": profiling.compiled,
+    "kernels": profiling.kernels,
+    "profile": profiling.adapter_operators,
+}
+OF_PROCESSES = {"loading": loading_section.loading, "training": training_steps.training}
 
 
 def command(arguments) -> int:
     """Run the sections that the arguments name, print them, and write them where asked."""
-    arguments.checkpoint = arguments.checkpoint or random_weights()
+    arguments.checkpoint = arguments.checkpoint or showcase.random_weights()
     where = machine(arguments.cpu)
-    print("\n".join(f"{key}: {value}" for key, value in where.items()), flush=True)
+    for key, value in where.items():
+        print(f"{key}: {value}", flush=True)
     results = {}
     for name in arguments.sections:
         print(f"\n{name}: {SECTIONS[name]}", flush=True)
@@ -34,68 +50,43 @@ def command(arguments) -> int:
     where["load average at the end"] = load()
     print(f"\nload average at the end: {where['load average at the end']}")
     if arguments.page:
-        arguments.page.write_text(page(arguments.page.read_text("utf-8"), where, results), "utf-8")
+        written = page(arguments.page.read_text("utf-8"), where, results)
+        arguments.page.write_text(written, "utf-8")
     if arguments.json:
-        settings = {
-            key: str(value) if isinstance(value, Path) else value
-            for key, value in vars(arguments).items()
-        }
-        sections = {
-            name: [dataclasses.asdict(row) for row in rows] for name, rows in results.items()
-        }
-        arguments.json.write_text(
-            json.dumps({"machine": where, "settings": settings, "sections": sections}, indent=1)
-        )
+        arguments.json.write_text(_as_json(where, arguments, results))
     return 0
 
 
-def section(name: str, arguments):
+def section(name: str, arguments) -> Iterator[Row]:
     """The rows of a section, one after the other as they are measured."""
-
-    if name in ("loading", "training"):
-        sampling.release()
-        return (
-            loading.loading(arguments) if name == "loading" else training_steps.training(arguments)
-        )
-    return sampling.section(name, arguments)
-
-
-def random_weights() -> Path:
-    """The full-size random checkpoint of the demo and the tests, made if it is not there yet."""
-    path = install.cache_dir() / "demo/models/cat_diffusion/random_weights_fp16.safetensors"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run(
-            [sys.executable, ROOT / "tools/run.py", "demo_model.random_checkpoint", path],
-            check=True,
-        )
-    return path
+    if name in OF_PROCESSES:
+        release()
+        yield from OF_PROCESSES[name](arguments)
+        return
+    with no_progress_bars(), torch.inference_mode():
+        bench = _bench(arguments.checkpoint, arguments.size, arguments.rounds, arguments.cpu)
+        yield from OF_MODELS[name](bench, arguments)
 
 
-def machine(cpu: bool) -> dict[str, str]:
-    """What the numbers were measured on."""
-
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ]
-        name = names[0] if names else name
-    device = "CPU only" if cpu else torch.cuda.get_device_name()
-    return {
-        "device": device,
-        "processor": f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
-        "software": f"ComfyUI {__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}",
-        "attention": comfy.ldm.modules.attention.optimized_attention.__name__,
-        "memory": "glibc keeps what is freed"
-        if STEADY_MEMORY.items() <= os.environ.items()
-        else "the system's allocator, unchanged",
-        "load average at the start": load(),
-    }
+@functools.lru_cache(maxsize=1)
+def _bench(checkpoint: Path, size: int, rounds: int, cpu: bool) -> Bench:
+    """The models, kept from section to section."""
+    return Bench(checkpoint, size, rounds, cpu)
 
 
-def load() -> str:
-    """How busy the machine is, its own work included."""
-    return " ".join(f"{x:.2f}" for x in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown"
+def release() -> None:
+    """Let go of the models: training wants their memory."""
+    _bench.cache_clear()
+    memory.clear_memory()
+    gc.collect()
+
+
+def _as_json(where: dict, arguments, results: dict[str, list[Row]]) -> str:
+    """Every single value, and the command line."""
+    settings = {}
+    for key, value in vars(arguments).items():
+        settings[key] = str(value) if isinstance(value, Path) else value
+    sections = {}
+    for name, rows in results.items():
+        sections[name] = [dataclasses.asdict(row) for row in rows]
+    return json.dumps({"machine": where, "settings": settings, "sections": sections}, indent=1)

@@ -59,9 +59,13 @@ def start_host(cpu: bool = True) -> None:
         sys.exit(f"Set {COMFYUI} to a ComfyUI folder and run this with that ComfyUI's Python.")
     if os.environ[COMFYUI] not in sys.path:
         sys.path.insert(0, os.environ[COMFYUI])
+    # Late: it imports ComfyUI, which can be found only now.
     from cat_diffusion.nodes.host import startup
 
     startup.configure(cpu)
+
+
+# The launcher runs in any Python, which may have no PyTorch: below, each imports it for itself.
 
 
 def has_gpu() -> bool:
