@@ -1,7 +1,8 @@
-"""ComfyUI's dynamic VRAM, which it turns on by itself on a GPU, turned on by hand on a CPU: `--dynamic-vram`.
+"""ComfyUI's dynamic VRAM, turned on by hand on a CPU: `--dynamic-vram`.
 
-Its own reader of files, its layers without weights and its ModelPatcherDynamic. What needs a GPU is left out: the address space
-that weights are paged into; they are computed with from the mapped file instead.
+ComfyUI turns it on by itself on a GPU: its own reader of files, its layers without weights and its
+ModelPatcherDynamic. What needs a GPU is left out: the address space that weights are paged into;
+they are computed with from the mapped file instead.
 """
 
 import sys
@@ -12,9 +13,10 @@ from paths import COMFYUI
 
 
 def turn_on() -> None:
-    """Before anything else of ComfyUI is imported, as its main.py does."""
+    """Before anything else of ComfyUI is imported, as its main.py does (main.py:278)."""
     if sys.platform == "darwin":
         pytest.exit("ComfyUI has no dynamic VRAM on a Mac.", returncode=0)
+    # Late, one after the other: each reads at its import what was set before it.
     import comfy_aimdo.control
 
     assert comfy_aimdo.control.init()
@@ -40,11 +42,11 @@ def turn_on() -> None:
 def ordinary_layers():
     """For what makes weights itself, as tools do, which run without dynamic VRAM."""
     memory_management = sys.modules.get("comfy.memory_management")
-    enabled = getattr(memory_management, "aimdo_enabled", False)
-    if enabled:
-        memory_management.aimdo_enabled = False
+    if not getattr(memory_management, "aimdo_enabled", False):
+        yield
+        return
+    memory_management.aimdo_enabled = False
     try:
         yield
     finally:
-        if enabled:
-            memory_management.aimdo_enabled = True
+        memory_management.aimdo_enabled = True

@@ -1,9 +1,15 @@
-"""Help pages and translations say what the nodes are: no input, error or picture that does not exist, and none left out."""
+"""Help pages and translations say what the nodes are.
+
+No input, error or picture that does not exist, and none left out.
+"""
 
 import ast
 import asyncio
 import json
 import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from paths import ROOT
@@ -15,14 +21,30 @@ DOCS = ROOT / "web/docs"
 CHINESE = ROOT / "locales/zh"
 
 
+class Page(NamedTuple):
+    """A help page that there should be."""
+
+    node: str
+    path: Path
+
+    @property
+    def text(self) -> str:
+        return self.path.read_text("utf-8")
+
+    @property
+    def is_english(self) -> bool:
+        return self.path.parent == DOCS
+
+
 @pytest.fixture(scope="module")
 def nodes():
     """Node id -> what a browser is told of it."""
     pack = asyncio.run(extension.comfy_entrypoint())
-    return {
-        info["name"]: info
-        for info in (node.GET_NODE_INFO_V1() for node in asyncio.run(pack.get_node_list()))
-    }
+    known = {}
+    for node in asyncio.run(pack.get_node_list()):
+        info = node.GET_NODE_INFO_V1()
+        known[info["name"]] = info
+    return known
 
 
 @pytest.fixture(scope="module")
@@ -32,100 +54,110 @@ def chinese():
 
 @pytest.fixture(scope="module")
 def pages(nodes):
-    """(node id, path) of all help pages that there should be."""
-    return [(node, DOCS / name) for node in nodes for name in (f"{node}.md", f"{node}/zh.md")]
+    pages = []
+    for node in nodes:
+        pages.append(Page(node, DOCS / f"{node}.md"))
+        pages.append(Page(node, DOCS / node / "zh.md"))
+    return pages
 
 
-def inputs(info):
+def inputs(info) -> dict[str, dict]:
     """Input id -> its options."""
-    return {
-        name: (*value, {})[1]
-        for kind in ("required", "optional")
-        for name, value in info["input"].get(kind, {}).items()
-    }
+    options = {}
+    for kind in ("required", "optional"):
+        for name, value in info["input"].get(kind, {}).items():
+            options[name] = value[1] if len(value) > 1 else {}
+    return options
+
+
+# Pages ----------------------------------------------------------------------------------------
 
 
 def test_every_node_has_both_pages_and_nothing_else_has(nodes, pages, chinese):
-    assert set(DOCS.rglob("*.md")) == {path for _, path in pages}
-    for node, path in pages:
-        names = (nodes if path.parent == DOCS else chinese)[node]
-        assert path.read_text("utf-8").startswith(f"# {names['display_name']}\n"), path
+    assert set(DOCS.rglob("*.md")) == {page.path for page in pages}
+    for page in pages:
+        names = nodes if page.is_english else chinese
+        title = names[page.node]["display_name"]
+        assert page.text.startswith(f"# {title}\n"), page.path
 
 
 def test_pictures_exist_and_are_small(pages):
-    """ComfyUI takes a page's relative addresses as relative to docs/, for NODE/zh.md too, and does so for pictures only."""
+    """ComfyUI takes relative addresses as relative to docs/, for NODE/zh.md too.
+
+    It does so for pictures only.
+    """
     used = set()
-    for _, path in pages:
-        text = path.read_text("utf-8")
-        pictures = re.findall(r"!\[[^\]]+\]\(([^)\s]+)\)", text)
-        assert pictures, f"{path} has no picture"
+    for page in pages:
+        pictures = re.findall(r"!\[[^\]]+\]\(([^)\s]+)\)", page.text)
+        assert pictures, f"{page.path} has no picture"
         for picture in pictures:
             used.add(DOCS / picture)
             assert (DOCS / picture).stat().st_size <= 60 * 1024, picture
             assert Image.open(DOCS / picture).width <= 640, picture
-        links = re.findall(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)", text)
-        assert all(link.startswith("https://") for link in links), (path, links)
+        links = re.findall(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)", page.text)
+        assert all(link.startswith("https://") for link in links), (page.path, links)
     assert used == {path for path in DOCS.rglob("*") if path.suffix in (".png", ".jpg")}
 
 
 def test_bold_names_are_inputs_or_outputs(nodes, pages, chinese):
-    for node, path in pages:
-        info, names = nodes[node], chinese[node]
-        if path.parent == DOCS:
+    for page in pages:
+        if page.is_english:
+            info = nodes[page.node]
             known = {*inputs(info), *info["output_name"]}
         else:
-            known = {
-                entry["name"]
-                for kind in ("inputs", "outputs")
-                for entry in names[kind].values()
-                if "name" in entry
-            }
-        found = set(re.findall(r"\*\*(.+?)\*\*", path.read_text("utf-8")))
-        assert found <= known, f"{path}: {found - known}"
+            names = chinese[page.node]
+            entries = [*names["inputs"].values(), *names["outputs"].values()]
+            known = {entry["name"] for entry in entries if "name" in entry}
+        bold = set(re.findall(r"\*\*(.+?)\*\*", page.text))
+        assert bold <= known, f"{page.path}: {bold - known}"
 
 
 def test_quoted_errors_are_in_the_code(pages):
-    """The fragments at the beginning of a line under the last heading; … stands for what the node fills in."""
-    said = [
-        text
-        for folder in ("nodes", "cat_core")
-        for path in (ROOT / folder).rglob("*.py")
-        for text in sentences(ast.parse(path.read_text("utf-8")))
-    ]
-    counts = {}
-    for node, path in pages:
-        last = path.read_text("utf-8").rpartition("\n## ")[2]
-        quoted = [
-            fragment
-            for line in last.splitlines()
-            if line.startswith("- `")
-            for fragment in re.findall(r"`([^`]+)`", re.split(" — |— ", line)[0])
-        ]
+    """The fragments at the beginning of a line under the last heading.
+
+    … stands for what the node fills in.
+    """
+    said = []
+    for folder in ("nodes", "cat_core"):
+        for path in (ROOT / folder).rglob("*.py"):
+            said += sentences(ast.parse(path.read_text("utf-8")))
+    explained = {}
+    for page in pages:
+        quoted = quoted_errors(page.text)
+        explained.setdefault(page.node, []).append(quoted)
         for fragment in quoted:
             pattern = re.compile(".*".join(map(re.escape, fragment.split("…"))), re.DOTALL)
-            assert any(map(pattern.search, said)), f"{path}: no error says {fragment!r}"
-        counts.setdefault(node, []).append(quoted)
-    for node, (english, other) in counts.items():
+            assert any(map(pattern.search, said)), f"{page.path}: no error says {fragment!r}"
+    for node, (english, other) in explained.items():
         assert english == other, f"{node}: the pages explain different errors"
 
 
-def sentences(tree):
+def quoted_errors(page: str) -> list[str]:
+    """What stands in quotes before the dash of each item under the last heading."""
+    quoted = []
+    for line in page.rpartition("\n## ")[2].splitlines():
+        if line.startswith("- `"):
+            before_dash = re.split(" — |— ", line)[0]
+            quoted += re.findall(r"`([^`]+)`", before_dash)
+    return quoted
+
+
+def sentences(tree: ast.AST) -> Iterator[str]:
     """All texts of a module, with … where values are filled in."""
-    inner = {
-        id(part)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.JoinedStr)
-        for part in node.values
-    }
+    inner = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
+            inner.update(id(part) for part in node.values)
             yield "".join(
                 part.value if isinstance(part, ast.Constant) else "…" for part in node.values
             )
-        elif (
-            isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inner
-        ):
+    for node in ast.walk(tree):
+        is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if is_text and id(node) not in inner:
             yield node.value
+
+
+# Translations ---------------------------------------------------------------------------------
 
 
 def test_chinese_names_everything_once(nodes, chinese):
@@ -135,37 +167,47 @@ def test_chinese_names_everything_once(nodes, chinese):
         assert set(names) == {"display_name", "description", "inputs", "outputs"}
         assert set(names["inputs"]) == set(inputs(info)), node
         for name, options in inputs(info).items():
-            assert set(names["inputs"][name]) == {
-                "name",
-                *(["tooltip"] if options.get("tooltip") else []),
-            }, (node, name)
-        wanted = {}
-        for index, (kind, name) in enumerate(zip(info["output"], info["output_name"])):
-            tooltip = (info["output_tooltips"] or {index: None})[index]
-            # An output called like its type is named by ComfyUI's own list of types.
-            wanted[str(index)] = {
-                *(["name"] if name != kind else []),
-                *(["tooltip"] if tooltip else []),
-            }
-        assert {index: set(entry) for index, entry in names["outputs"].items()} == {
-            index: fields for index, fields in wanted.items() if fields
-        }, node
+            expected = {"name", "tooltip"} if options.get("tooltip") else {"name"}
+            assert set(names["inputs"][name]) == expected, (node, name)
+        translated = {index: set(entry) for index, entry in names["outputs"].items()}
+        assert translated == output_fields(info), node
+
+
+def output_fields(info) -> dict[str, set[str]]:
+    """Number of an output -> what of it needs a translation; none where nothing does."""
+    tooltips = info["output_tooltips"] or [None] * len(info["output"])
+    fields = {}
+    for index, kind in enumerate(info["output"]):
+        needed = set()
+        # An output called like its type is named by ComfyUI's own list of types.
+        if info["output_name"][index] != kind:
+            needed.add("name")
+        if tooltips[index]:
+            needed.add("tooltip")
+        if needed:
+            fields[str(index)] = needed
+    return fields
 
 
 def test_chinese_names_the_categories(nodes):
     known = json.loads((CHINESE / "main.json").read_text("utf-8"))["nodeCategories"]
-    assert {part for info in nodes.values() for part in info["category"].split("/")} <= set(known)
+    for info in nodes.values():
+        assert set(info["category"].split("/")) <= set(known)
 
 
 def test_translations_hold_no_characters_with_a_meaning(chinese):
     """The browser's translator reads {}, @ and | as its own signs and shows something else."""
-    assert not re.search(r"[{}@|]", "".join(texts(chinese)))
-    assert all(text.strip() == text and text for text in texts(chinese))
+    for text in texts(chinese):
+        assert not re.search(r"[{}@|]", text)
+        assert text
+        assert text.strip() == text
 
 
-def texts(value):
-    return (
-        [value]
-        if isinstance(value, str)
-        else [text for inner in value.values() for text in texts(inner)]
-    )
+def texts(value) -> list[str]:
+    """All texts at the leaves."""
+    if isinstance(value, str):
+        return [value]
+    leaves = []
+    for inner in value.values():
+        leaves += texts(inner)
+    return leaves
