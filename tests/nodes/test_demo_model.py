@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import dynamic_vram
 import numpy as np
 import pytest
 import torch
@@ -98,7 +99,8 @@ def test_another_label_changes_the_object(demo, judged, drawn, own_labels):
 
 def test_random_weights_fail(judged, drawn, own_labels, tmp_path):
     """The bar above is one that a model without training does not reach."""
-    modules = networks.networks(torch.Generator().manual_seed(5))
+    with dynamic_vram.ordinary_layers():
+        modules = networks.networks(torch.Generator().manual_seed(5))
     parts = {part: module.state_dict() for part, module in modules.items()}
     described = networks.architecture(modules["unet"])
     path = tmp_path / "untrained.safetensors"

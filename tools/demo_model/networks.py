@@ -5,15 +5,8 @@ They are built from the host's own classes. The visual grid is the real one (224
 """
 
 import itertools
-import json
 import math
-import os
 
-import comfy.clip_model
-import comfy.ldm.models.autoencoder
-import comfy.ldm.modules.diffusionmodules.openaimodel
-import comfy.ops
-import comfy.sd1_clip
 import torch
 from einops import repeat
 from torch import nn
@@ -25,54 +18,15 @@ from cat_diffusion.cat_core.config import (
     SemInpainterConfig,
     unet_blocks,
 )
+from cat_diffusion.nodes.host import modules
 
 SIZE = 128  # side of the demo model's pictures, in pixels
 LATENT_SCALE = 0.18215  # Stable Diffusion's: latents are multiplied by it
-_OPS = comfy.ops.disable_weight_init  # the host's layers, without an initialisation of their own
 _VISION = 64  # width of CLIP's vision part, SemInpainter and visual prompt
 _TEXT = 32  # width of CLIP's text part
-_HEADS = 4
+_HEADS = 4  # of all but CLIP's text part
+_TEXT_HEADS = 2
 _PATCH = 14
-_VISUAL = {
-    "model_type": "clip_vision_model",
-    "hidden_act": "quick_gelu",
-    "hidden_size": _VISION,
-    "image_size": 224,
-    "patch_size": _PATCH,
-    "num_channels": 3,
-    "intermediate_size": 2 * _VISION,
-    "num_hidden_layers": 4,
-    "num_attention_heads": _HEADS,
-    "projection_dim": _TEXT,
-}
-_VAE = {
-    "double_z": True,
-    "z_channels": 4,
-    "resolution": 256,
-    "in_channels": 3,
-    "out_ch": 3,
-    "ch": 32,
-    "ch_mult": [1, 1, 2, 2],
-    "num_res_blocks": 1,
-    "attn_resolutions": [],
-    "dropout": 0.0,
-}
-_UNET = {
-    "image_size": 32,
-    "in_channels": 9,
-    "out_channels": 4,
-    "model_channels": 64,
-    "num_res_blocks": 1,
-    "channel_mult": [1, 2],
-    "num_heads": _HEADS,
-    "use_spatial_transformer": True,
-    "transformer_depth": [0, 1],
-    "transformer_depth_output": [0, 0, 1, 1],
-    "transformer_depth_middle": 1,
-    "context_dim": _TEXT,
-    "use_linear_in_transformer": False,
-    "legacy": False,
-}
 # Layers that end a residual branch start at zero, so that a fresh network passes its input on.
 _BRANCH_ENDS = (
     "out_proj.",
@@ -89,23 +43,22 @@ _NUMBERED_NORMS = (".in_layers.0.weight", ".out_layers.0.weight", ".out.0.weight
 
 def networks(generator: torch.Generator) -> dict[str, nn.Module]:
     """Fresh modules by part (see weights.PREFIXES), in fp32."""
-    with open(
-        os.path.join(os.path.dirname(comfy.sd1_clip.__file__), "sd1_clip_config.json")
-    ) as stock:
-        text = json.load(stock) | {
-            "hidden_size": _TEXT,
-            "intermediate_size": 4 * _TEXT,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-        }
-    unet = comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel
     parts = {
-        "clip_text": comfy.clip_model.CLIPTextModel(text, torch.float32, None, _OPS),
-        "clip_vision": comfy.clip_model.CLIPVisionModelProjection(
-            _VISUAL, torch.float32, None, _OPS
+        "clip_text": modules.clip_text(
+            width=_TEXT, layers=2, heads=_TEXT_HEADS, mlp_width=4 * _TEXT
         ),
-        "vae": comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig=_VAE, embed_dim=4),
-        "unet": unet(**_UNET, dtype=torch.float32, operations=_OPS),
+        "clip_vision": modules.clip_vision(
+            width=_VISION, layers=4, heads=_HEADS, mlp_width=2 * _VISION, projection=_TEXT
+        ),
+        "vae": modules.vae(channels=32, multipliers=(1, 1, 2, 2), res_blocks=1),
+        "unet": modules.unet(
+            channels=64,
+            multipliers=(1, 2),
+            transformer_depth=(0, 1),
+            res_blocks=1,
+            heads=_HEADS,
+            text_width=_TEXT,
+        ),
     }
     parts |= weights.cat_modules(architecture(parts["unet"]), dtype=torch.float32)
     for module in parts.values():
@@ -139,7 +92,7 @@ def architecture(unet: nn.Module) -> Architecture:
             blocks=unet_blocks(unet.state_dict()),
         ),
         unet_num_heads=_HEADS,
-        clip_text_num_heads=2,
+        clip_text_num_heads=_TEXT_HEADS,
         clip_vision_num_heads=_HEADS,
     )
 

@@ -9,10 +9,6 @@ import argparse
 from dataclasses import dataclass
 
 import torch
-from comfy.clip_model import CLIPTextModel, CLIPVisionModelProjection
-from comfy.ldm.models.autoencoder import AutoencoderKL
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-from comfy.ops import disable_weight_init
 from torch import nn
 
 from cat_diffusion.cat_core import weights
@@ -23,6 +19,7 @@ from cat_diffusion.cat_core.config import (
     SemInpainterConfig,
     unet_blocks,
 )
+from cat_diffusion.nodes.host import modules
 
 
 @dataclass(frozen=True)
@@ -86,14 +83,14 @@ def random_checkpoint(
     """Parts by name, and their architecture; a seed gives the same weights on any machine."""
     sizes = SIZES[size]
     with torch.device("meta"):  # shapes alone
-        modules = _stock_modules(sizes)
-        architecture = _architecture(sizes, modules["unet"])
-        modules |= weights.cat_modules(architecture)
+        networks = _stock_networks(sizes)
+        architecture = _architecture(sizes, networks["unet"])
+        networks |= weights.cat_modules(architecture)
     generator = torch.Generator().manual_seed(seed)
     parts = {}
     for part in weights.PREFIXES:
         parts[part] = {}
-        for key, tensor in modules[part].state_dict().items():
+        for key, tensor in networks[part].state_dict().items():
             # SD 1.5 has no text projection; the host's class makes one all the same.
             if not key.startswith("text_projection"):
                 parts[part][key] = _random(key, tensor.shape, generator).to(dtype)
@@ -127,84 +124,37 @@ def _architecture(sizes: CheckpointSize, unet: nn.Module) -> Architecture:
     )
 
 
-def _stock_modules(sizes: CheckpointSize) -> dict[str, nn.Module]:
+def _stock_networks(sizes: CheckpointSize) -> dict[str, nn.Module]:
     """The parts that are no CAT-Diffusion's own, by name."""
+    text = sizes.text_width
+    vision = sizes.vision_width
     return {
-        "unet": _unet(sizes),
-        "vae": _vae(sizes),
-        "clip_text": _clip_text(sizes),
-        "clip_vision": _clip_vision(sizes),
+        "unet": modules.unet(
+            channels=sizes.unet_channels,
+            multipliers=sizes.channel_mult,
+            transformer_depth=sizes.transformer_depth,
+            res_blocks=sizes.unet_res_blocks,
+            heads=sizes.unet_heads,
+            text_width=text,
+        ),
+        "vae": modules.vae(
+            channels=sizes.vae_channels,
+            multipliers=sizes.vae_mult,
+            res_blocks=sizes.vae_res_blocks,
+        ),
+        "clip_text": modules.clip_text(
+            width=text,
+            layers=sizes.text_layers,
+            heads=sizes.clip_heads or text // HEAD_WIDTH,
+            mlp_width=4 * text,
+        ),
+        "clip_vision": modules.clip_vision(
+            width=vision,
+            layers=sizes.vision_layers,
+            heads=sizes.clip_heads or vision // HEAD_WIDTH,
+            mlp_width=4 * vision,
+        ),
     }
-
-
-def _unet(sizes: CheckpointSize) -> nn.Module:
-    # The host counts transformers by residual block; on the way up each level has one block more.
-    depth = []
-    depth_up = []
-    for level_depth in sizes.transformer_depth:
-        depth += [level_depth] * sizes.unet_res_blocks
-        depth_up += [level_depth] * (sizes.unet_res_blocks + 1)
-    return UNetModel(
-        image_size=32,
-        in_channels=9,
-        model_channels=sizes.unet_channels,
-        out_channels=4,
-        num_res_blocks=[sizes.unet_res_blocks] * len(sizes.channel_mult),
-        channel_mult=list(sizes.channel_mult),
-        num_heads=sizes.unet_heads,
-        num_head_channels=-1,
-        use_spatial_transformer=True,
-        transformer_depth=depth,
-        transformer_depth_output=depth_up,
-        transformer_depth_middle=1,
-        context_dim=sizes.text_width,
-        legacy=False,
-        operations=disable_weight_init,
-    )
-
-
-def _vae(sizes: CheckpointSize) -> nn.Module:
-    config = {
-        "double_z": True,
-        "z_channels": 4,
-        "resolution": 256,
-        "in_channels": 3,
-        "out_ch": 3,
-        "ch": sizes.vae_channels,
-        "ch_mult": list(sizes.vae_mult),
-        "num_res_blocks": sizes.vae_res_blocks,
-        "attn_resolutions": [],
-        "dropout": 0.0,
-    }
-    return AutoencoderKL(ddconfig=config, embed_dim=4)
-
-
-def _clip_text(sizes: CheckpointSize) -> nn.Module:
-    config = {
-        "hidden_size": sizes.text_width,
-        "intermediate_size": 4 * sizes.text_width,
-        "num_hidden_layers": sizes.text_layers,
-        "num_attention_heads": sizes.clip_heads or sizes.text_width // HEAD_WIDTH,
-        "hidden_act": "quick_gelu",
-        "max_position_embeddings": 77,
-        "eos_token_id": 49407,
-    }
-    return CLIPTextModel(config, None, None, nn)
-
-
-def _clip_vision(sizes: CheckpointSize) -> nn.Module:
-    config = {
-        "hidden_size": sizes.vision_width,
-        "intermediate_size": 4 * sizes.vision_width,
-        "num_hidden_layers": sizes.vision_layers,
-        "num_attention_heads": sizes.clip_heads or sizes.vision_width // HEAD_WIDTH,
-        "hidden_act": "quick_gelu",
-        "image_size": 224,
-        "patch_size": 14,
-        "num_channels": 3,
-        "model_type": "clip_vision_model",
-    }
-    return CLIPVisionModelProjection(config, None, None, nn)
 
 
 def _random(key: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:

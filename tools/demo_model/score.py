@@ -17,18 +17,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-import nodes
 from cat_diffusion.cat_core.files import replacing
 from cat_diffusion.cat_core.pictures.tensors import channels_last, to_levels
 from cat_diffusion.nodes.apply_ref_adapter import apply_ref_adapter
 from cat_diffusion.nodes.conditioning import inpaint_conditioning
+from cat_diffusion.nodes.host import sampling as host_sampling
 from cat_diffusion.nodes.load import Models, load_full_checkpoint
 from cat_diffusion.nodes.visual_prompt import predict
 from comfyui import ROOT, install, launch
 from demo_model import classifier, scenes
 
-SAMPLER = "ddim"
-SCHEDULER = "ddim_uniform"
 AT_ONCE = 16  # pictures
 _ACROSS = 4  # holes side by side on a contact sheet
 _CAPTION = 14  # pixels, height of the label below each
@@ -36,7 +34,7 @@ _CAPTION = 14  # pixels, height of the label below each
 
 @dataclass(frozen=True)
 class Sampling:
-    """KSampler's numbers."""
+    """KSampler's numbers; sampler and scheduler are the paper's."""
 
     steps: int = 20
     cfg: float = 3.0
@@ -202,23 +200,21 @@ def sample(
         mask: MASK (B, S, S), 1 = repaint.
         from_noise: start from noise alone instead of adding it to the photo's own latent.
     """
-    positive = nodes.CLIPTextEncode().encode(models.clip, label)[0]
-    negative = nodes.CLIPTextEncode().encode(models.clip, "")[0]
+    positive = host_sampling.encode_prompt(models.clip, label)
+    negative = host_sampling.encode_prompt(models.clip, "")
     positive, negative, latent = inpaint_conditioning(positive, negative, models.vae, image, mask)
     if from_noise:
         latent = latent | {"samples": torch.zeros_like(latent["samples"])}
-    sampled = nodes.KSampler().sample(
+    sampled = host_sampling.ksample(
         patched,
-        sampling.seed,
-        sampling.steps,
-        sampling.cfg,
-        SAMPLER,
-        SCHEDULER,
-        positive,
-        negative,
-        latent,
-    )[0]
-    made = nodes.VAEDecode().decode(models.vae, sampled)[0].clamp(0, 1)
+        seed=sampling.seed,
+        steps=sampling.steps,
+        cfg=sampling.cfg,
+        positive=positive,
+        negative=negative,
+        latent=latent,
+    )
+    made = host_sampling.decode(models.vae, sampled).clamp(0, 1)
     return torch.where(mask[..., None] > 0.5, made, image)
 
 
