@@ -2,10 +2,10 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import comfy.sample
-import comfy.samplers
 import numpy as np
 import torch
 from PIL import Image
@@ -16,233 +16,243 @@ from cat_diffusion.cat_core.config import Architecture, RefAdapterConfig, SemInp
 from cat_diffusion.cat_core.features import VisualPrompt
 from cat_diffusion.nodes.apply_ref_adapter import apply_ref_adapter
 from cat_diffusion.nodes.conditioning import official_sigmas
+from cat_diffusion.nodes.host import sampling, symbols
 from cat_diffusion.nodes.host.build import build_cat_model, build_unet
 
 BOUND = 1e-5  # of the largest value, fp32
+EXACT = 0.0
+SMALLEST = 1e-30  # of a golden's largest value, to divide by
+CFG = 7.5
+Tensors = dict[str, torch.Tensor]
 
 
-def command(parser, goldens: Path) -> int:
+@dataclass(frozen=True)
+class CaseResult:
+    """How far the pack is from the official implementation in one tensor; NaN for other shapes."""
+
+    name: str
+    absolute: float  # largest error
+    relative: float  # the same, over the largest golden value
+    bound: float  # of the relative error
+
+    @property
+    def is_within(self) -> bool:
+        return self.relative <= self.bound  # False for NaN
+
+    def __str__(self):
+        verdict = "ok  " if self.is_within else "FAIL"
+        return (
+            f"{verdict} {self.name:<44} abs {self.absolute:.2e}  rel {self.relative:.2e}  "
+            f"bound {self.bound:.0e}"
+        )
+
+
+def command(parser, folder: Path) -> int:
     """Print a line a case; returns 1 if an error exceeds its bound."""
+    failures = 0
     try:
-        failures = sum(_report(*line) for line in Cases(goldens).run())
+        for result in results(Goldens(folder)):
+            print(result, flush=True)
+            failures += not result.is_within
     except FileNotFoundError as error:
-        parser.error(f"{goldens} is incomplete: {error}")
-    print(
-        f"{failures} of the cases exceed their bound."
-        if failures
-        else "All cases are within their bounds."
-    )
-    return int(failures > 0)
+        parser.error(f"{folder} is incomplete: {error}")
+    if failures:
+        print(f"{failures} of the cases exceed their bound.")
+        return 1
+    print("All cases are within their bounds.")
+    return 0
 
 
-def _report(name: str, absolute: float, relative: float, bound: float) -> bool:
-    ok = relative <= bound  # False for NaN
-    print(
-        f"{'ok  ' if ok else 'FAIL'} {name:<44} abs {absolute:.2e}  rel {relative:.2e}  bound {bound:.0e}",
-        flush=True,
-    )
-    return not ok
-
-
-class Cases:
-    """All cases of one golden folder; `run` yields (name, absolute error, relative error, bound)."""
+class Goldens:
+    """A folder of tensors that the official implementation produced; index.json describes them."""
 
     def __init__(self, folder: Path):
-
-        self.folder, self.load = folder, load_file
+        self.folder = folder
         self.index = json.loads((folder / "index.json").read_text())
 
-    def run(self):
+    def tensors(self, name: str) -> Tensors:
+        """Everything in a file."""
+        return load_file(self.folder / name)
 
-        for cases in (self.preprocessing, self.sem_inpainter, self.unet, self.trajectory):
-            with torch.inference_mode():
-                yield from cases()
+    def cases(self, name: str) -> Iterator[tuple[str, Tensors]]:
+        """Name and tensors of each case in a file, whose keys are `case.tensor`."""
+        cases: dict[str, Tensors] = {}
+        for key, tensor in self.tensors(name).items():
+            case, tensor_name = key.split(".", 1)
+            cases.setdefault(case, {})[tensor_name] = tensor
+        yield from cases.items()
 
-    def preprocessing(self):
-        """Bit-exact: the whole array's sha256 where the index has one, else the stored samples."""
+    def picture(self, kind: str, number: str, mode: str) -> torch.Tensor:
+        """A picture or mask of the preprocessing cases, (1, C, H, W) in [0, 1]."""
+        path = self.folder / "preproc" / f"{kind}{number}.png"
+        levels = torch.from_numpy(np.array(Image.open(path).convert(mode)))
+        if mode == "L":
+            levels = levels.unsqueeze(2)
+        return levels.permute(2, 0, 1).unsqueeze(0).float() / 255
 
-        stored = self.load(self.folder / "preproc.safetensors")
-        for name, facts in self.index["files"]["preproc.safetensors"]["images"].items():
-            number = name.removeprefix("img")
-            pictures = [
-                np.array(Image.open(self.folder / "preproc" / f"{kind}{number}.png").convert(mode))
-                for kind, mode in (("img", "RGB"), ("mask", "L"))
-            ]
-            image = torch.from_numpy(pictures[0]).permute(2, 0, 1)[None].float() / 255
-            mask = torch.from_numpy(pictures[1])[None, None].float() / 255
-            seen = preprocess.clip_input(image, mask)
-            image_512, mask_512 = (
-                preprocess.resize(image, 512, 512),
-                preprocess.resize(mask, 512, 512),
-            )
-            masked = preprocess.vae_input(image_512 / 255.0, mask_512 / 255.0)
-            for key, array in {
-                "image_512_u8": image_512,
-                "mask_512_u8": mask_512,
-                "image_224_u8": seen.image,
-                "masked_image_224_u8": seen.masked_image,
-                "masked_image_512_f64": masked,
-                "masked_image_512_f32": masked.float(),
-                "jpg_f32": preprocess.vae_input(image_512 / 255.0).float(),
-            }.items():
-                array = array[0].permute(1, 2, 0).squeeze(2).contiguous().numpy()
-                same = hashlib.sha256(array.tobytes()).hexdigest() == facts["sha256"][key]
-                yield (
-                    f"preprocessing {name} {key} sha256",
-                    *((0.0, 0.0) if same else (float("nan"),) * 2),
-                    0.0,
-                )
-            latent = preprocess.latent_mask(mask_512 / 255.0, 64, 64)
-            for key, found in {
-                "mask_16": seen.patch_mask.flatten(),
-                "mask_64": latent[0, 0],
-            }.items():
-                yield f"preprocessing {name} {key}", *_error(found, stored[f"{name}.{key}"]), 0.0
-            pixels = preprocess.clip_normalise(seen.masked_image)[0][:, ::4, ::4]
-            yield (
-                f"preprocessing {name} clip_pixel_values",
-                *_error(pixels, stored[f"{name}.clip_pixel_values_sub4"]),
-                BOUND,
-            )
-
-    def sem_inpainter(self):
-        """In the core with torch's own operations, and in the host with the host's."""
-
-        file = self._file("fusion_tiny.safetensors")
-        tensors = file.parts["sem_inpainter"]
-        core = weights.cat_modules(file.architecture)["sem_inpainter"]
-        core.load_state_dict(tensors)
-        hosted = build_cat_model(file).sem_inpainter.model
-        for case, golden in self._cases("fusion_cases.safetensors"):
-            for where, model in (("core", core), ("host", hosted)):
-                observed, mask = golden["clip_x"][:, 1:], golden["mask16"]
-                out = model(
-                    observed, golden["global_clip_x"][:, 0], golden["prompt_pool"][:, 0], mask
-                )
-                tokens = features.pool(features.blend(out.patches, observed, mask))
-                for key, found in {
-                    "spatial_raw": out.patches,
-                    "spatial_stage2": tokens,
-                    "pooled": out.image.unsqueeze(1),
-                    "label": out.label.unsqueeze(1),
-                }.items():
-                    yield (
-                        f"SemInpainter {case} {key} ({where})",
-                        *_error(found, golden[f"out.{key}"]),
-                        BOUND,
-                    )
-
-    def unet(self):
-        """The host's U-Net with the pack's patch, as the sampler calls it."""
-
-        for case, golden in self._cases("unet_cases.safetensors"):
-            conditional = bool(golden["fusion"].any())
-            model = self._patched(golden["fusion"])
-            options = {
-                **model.model_options["transformer_options"],
-                "cond_or_uncond": [0 if conditional else 1],
-                "sigmas": torch.ones(len(golden["x"])),
-            }
-            x = torch.cat((golden["x"], golden["mask"], golden["masked_latent"]), dim=1)
-            eps = model.model.diffusion_model(
-                x, golden["timesteps"], context=golden["context"], transformer_options=options
-            )
-            yield f"U-Net with RefAdapter {case}", *_error(eps, golden["out.eps"]), BOUND
-
-    def trajectory(self):
-        """5 DDIM steps with CFG 7.5 through the host's sampler, on the sigmas of CAT Scheduler."""
-
-        golden = {
-            key.removeprefix("traj."): value
-            for key, value in self.load(self.folder / "ddim.safetensors").items()
-            if key.startswith("traj.")
-        }
-        model = self._patched(golden["fusion"])
-        scale = model.model.latent_format.scale_factor
-        values = {
-            "concat_latent_image": golden["masked_latent"] / scale,
-            "concat_mask": golden["mask"],
-        }
-        positive, negative = (
-            [[golden[key], dict(values)]] for key in ("context", "uncond_context")
-        )
-        sigmas = official_sigmas(model, len(golden["x_steps"]))
-        # The official latents are those of the host divided by sqrt(1 + sigma^2).
-        start = (1 + sigmas[0] ** 2).sqrt() / sigmas[0]
-        steps = []
-        out = comfy.sample.sample_custom(
-            model,
-            golden["x_T"] * start,
-            7.5,
-            comfy.samplers.sampler_object("ddim"),
-            sigmas,
-            positive,
-            negative,
-            golden["x_T"] * 0,
-            disable_pbar=True,
-            seed=0,
-            callback=lambda i, denoised, x, total: steps.append((x, denoised)),
-        )
-        for i, (x, denoised) in enumerate(steps):
-            if i:
-                found = x / (1 + sigmas[i] ** 2).sqrt()
-                yield (
-                    f"trajectory latent after step {i}",
-                    *_error(found, golden["x_steps"][i - 1]),
-                    BOUND,
-                )
-            yield (
-                f"trajectory prediction in step {i + 1}",
-                *_error(denoised, golden["pred_x0_steps"][i]),
-                BOUND,
-            )
-        final = out * scale / (1 + sigmas[-1] ** 2).sqrt()
-        yield "trajectory final latent", *_error(final, golden["out.final_latent"]), BOUND
-
-    def _patched(self, visual_prompt):
-        """The golden U-Net in the host, with the golden RefAdapter looking at (B, 64, D) tokens."""
-
-        file = self._file("unet_tiny.safetensors")
-        prompt = VisualPrompt(*(visual_prompt,) * 5)  # only its tokens are read
-        return apply_ref_adapter(build_unet(file), build_cat_model(file), prompt)
-
-    def _file(self, name: str):
-        """A golden weights file in fp32; head counts come from the index, as tensors do not tell them."""
-
-        parts, _ = weights.sort_keys(
-            {key: value.float() for key, value in self.load(self.folder / name).items()}
-        )
-        heads, unet_heads = (
-            self.index[key][field]
-            for key, field in (("tiny_fusion", "num_attention_heads"), ("tiny_unet", "num_heads"))
-        )
-        architecture = Architecture(
-            SemInpainterConfig.from_tensors(parts["sem_inpainter"], heads)
-            if "sem_inpainter" in parts
-            else None,
-            RefAdapterConfig.from_tensors(parts["ref_adapter"], unet_heads)
-            if "ref_adapter" in parts
-            else None,
-            unet_heads,
-        )
+    def checkpoint(self, name: str) -> weights.Checkpoint:
+        """A weights file in fp32; head counts come from the index, as tensors do not tell them."""
+        tensors = {key: tensor.float() for key, tensor in self.tensors(name).items()}
+        parts, _ = weights.sort_keys(tensors)
+        heads = self.index["tiny_fusion"]["num_attention_heads"]
+        unet_heads = self.index["tiny_unet"]["num_heads"]
+        sem_inpainter = None
+        ref_adapter = None
+        if "sem_inpainter" in parts:
+            sem_inpainter = SemInpainterConfig.from_tensors(parts["sem_inpainter"], heads)
+        if "ref_adapter" in parts:
+            ref_adapter = RefAdapterConfig.from_tensors(parts["ref_adapter"], unet_heads)
+        architecture = Architecture(sem_inpainter, ref_adapter, unet_heads)
         return weights.Checkpoint(self.folder / name, parts, architecture)
 
-    def _cases(self, name: str):
-        tensors = self.load(self.folder / name)
-        for case in dict.fromkeys(key.split(".", 1)[0] for key in tensors):
-            yield (
-                case,
-                {
-                    key.removeprefix(case + "."): value
-                    for key, value in tensors.items()
-                    if key.startswith(case + ".")
-                },
-            )
+    def patched_unet(self, tokens: torch.Tensor):
+        """The U-Net in the host, with the RefAdapter looking at tokens (B, 64, D)."""
+        file = self.checkpoint("unet_tiny.safetensors")
+        prompt = VisualPrompt(
+            tokens=tokens,
+            before=tokens,  # only the tokens are read
+            after=tokens,
+            patch_mask=tokens,
+            picture=tokens,
+        )
+        return apply_ref_adapter(build_unet(file), build_cat_model(file), prompt)
 
 
-def _error(found, golden) -> tuple[float, float]:
-    """Largest absolute error, and the same relative to the largest golden value."""
-    if found.shape != golden.shape:
-        return float("nan"), float("nan")
-    absolute = (found.double() - golden.double()).abs().max().item()
-    return absolute, absolute / max(golden.double().abs().max().item(), 1e-30)
+def results(goldens: Goldens) -> Iterator[CaseResult]:
+    """All cases."""
+    for cases in (preprocessing, sem_inpainter, unet, trajectory):
+        with torch.inference_mode():
+            yield from cases(goldens)
+
+
+def preprocessing(goldens: Goldens) -> Iterator[CaseResult]:
+    """Bit-exact: the whole array's sha256 where the index has one, else the stored samples."""
+    stored = goldens.tensors("preproc.safetensors")
+    pictures = goldens.index["files"]["preproc.safetensors"]["images"]
+    for name, facts in pictures.items():
+        number = name.removeprefix("img")
+        image = goldens.picture("img", number, "RGB")
+        mask = goldens.picture("mask", number, "L")
+        title = f"preprocessing {name}"
+
+        seen = preprocess.clip_input(image, mask)
+        image_512 = preprocess.resize(image, 512, 512)
+        mask_512 = preprocess.resize(mask, 512, 512)
+        masked = preprocess.vae_input(image_512 / 255.0, mask_512 / 255.0)
+        arrays = {
+            "image_512_u8": image_512,
+            "mask_512_u8": mask_512,
+            "image_224_u8": seen.image,
+            "masked_image_224_u8": seen.masked_image,
+            "masked_image_512_f64": masked,
+            "masked_image_512_f32": masked.float(),
+            "jpg_f32": preprocess.vae_input(image_512 / 255.0).float(),
+        }
+        for key, array in arrays.items():
+            same = _sha256(array) == facts["sha256"][key]
+            error = 0.0 if same else float("nan")
+            yield CaseResult(f"{title} {key} sha256", error, error, EXACT)
+
+        latent_mask = preprocess.latent_mask(mask_512 / 255.0, 64, 64)
+        patch_mask = seen.patch_mask.flatten()
+        yield _compared(f"{title} mask_16", patch_mask, stored[f"{name}.mask_16"], EXACT)
+        yield _compared(f"{title} mask_64", latent_mask[0, 0], stored[f"{name}.mask_64"], EXACT)
+        pixels = preprocess.clip_normalise(seen.masked_image)[0][:, ::4, ::4]
+        golden = stored[f"{name}.clip_pixel_values_sub4"]
+        yield _compared(f"{title} clip_pixel_values", pixels, golden)
+
+
+def _sha256(array: torch.Tensor) -> str:
+    """Of (1, C, H, W), as the official arrays lie in memory: (H, W, C), or (H, W) for C = 1."""
+    official = array[0].permute(1, 2, 0).squeeze(2).contiguous()
+    return hashlib.sha256(official.numpy().tobytes()).hexdigest()
+
+
+def sem_inpainter(goldens: Goldens) -> Iterator[CaseResult]:
+    """In the core with torch's own operations, and in the host with the host's."""
+    file = goldens.checkpoint("fusion_tiny.safetensors")
+    core = weights.cat_modules(file.architecture)["sem_inpainter"]
+    core.load_state_dict(file.parts["sem_inpainter"])
+    hosted = build_cat_model(file).sem_inpainter.model
+    for case, golden in goldens.cases("fusion_cases.safetensors"):
+        for where, model in (("core", core), ("host", hosted)):
+            for key, tensor in _sem_inpainter_outputs(model, golden).items():
+                title = f"SemInpainter {case} {key} ({where})"
+                yield _compared(title, tensor, golden[f"out.{key}"])
+
+
+def _sem_inpainter_outputs(model, golden: Tensors) -> Tensors:
+    """By the golden's names."""
+    observed = golden["clip_x"][:, 1:]
+    image = golden["global_clip_x"][:, 0]
+    text = golden["prompt_pool"][:, 0]
+    mask = golden["mask16"]
+    out = model(observed, image, text, mask)
+    return {
+        "spatial_raw": out.patches,
+        "spatial_stage2": features.pool(features.blend(out.patches, observed, mask)),
+        "pooled": out.image.unsqueeze(1),
+        "label": out.label.unsqueeze(1),
+    }
+
+
+def unet(goldens: Goldens) -> Iterator[CaseResult]:
+    """The host's U-Net with the pack's patch, as the sampler calls it."""
+    for case, golden in goldens.cases("unet_cases.safetensors"):
+        model = goldens.patched_unet(golden["fusion"])
+        conditional = bool(golden["fusion"].any())
+        options = {
+            **model.model_options["transformer_options"],
+            "cond_or_uncond": [0 if conditional else 1],
+            "sigmas": torch.ones(len(golden["x"])),
+        }
+        x = torch.cat((golden["x"], golden["mask"], golden["masked_latent"]), dim=1)
+        eps = model.model.diffusion_model(
+            x, golden["timesteps"], context=golden["context"], transformer_options=options
+        )
+        yield _compared(f"U-Net with RefAdapter {case}", eps, golden["out.eps"])
+
+
+def trajectory(goldens: Goldens) -> Iterator[CaseResult]:
+    """5 DDIM steps with CFG 7.5 through the host's sampler, on the sigmas of CAT Scheduler."""
+    golden = dict(goldens.cases("ddim.safetensors"))["traj"]
+    model = goldens.patched_unet(golden["fusion"])
+    scale = model.model.latent_format.scale_factor
+    values = symbols.inpaint_values(golden["masked_latent"] / scale, golden["mask"])
+    sigmas = official_sigmas(model, len(golden["x_steps"]))
+    # The official latents are those of the host divided by sqrt(1 + sigma^2).
+    start = (1 + sigmas[0] ** 2).sqrt() / sigmas[0]
+    steps = []
+
+    def on_step(number, denoised, x, total):
+        steps.append((x, denoised))
+
+    out = sampling.sample_on_sigmas(
+        model,
+        golden["x_T"] * start,
+        sigmas,
+        cfg=CFG,
+        positive=[[golden["context"], dict(values)]],
+        negative=[[golden["uncond_context"], dict(values)]],
+        latent=golden["x_T"] * 0,
+        callback=on_step,
+    )
+    for number, (x, denoised) in enumerate(steps):
+        if number > 0:
+            latent = x / (1 + sigmas[number] ** 2).sqrt()
+            title = f"trajectory latent after step {number}"
+            yield _compared(title, latent, golden["x_steps"][number - 1])
+        title = f"trajectory prediction in step {number + 1}"
+        yield _compared(title, denoised, golden["pred_x0_steps"][number])
+    final = out * scale / (1 + sigmas[-1] ** 2).sqrt()
+    yield _compared("trajectory final latent", final, golden["out.final_latent"])
+
+
+def _compared(
+    name: str, tensor: torch.Tensor, golden: torch.Tensor, bound: float = BOUND
+) -> CaseResult:
+    if tensor.shape != golden.shape:
+        return CaseResult(name, float("nan"), float("nan"), bound)
+    absolute = (tensor.double() - golden.double()).abs().max().item()
+    largest = golden.double().abs().max().item()
+    return CaseResult(name, absolute, absolute / max(largest, SMALLEST), bound)
