@@ -1,131 +1,118 @@
-"""A real ComfyUI server with this pack and tiny checkpoints, and the prompts that users would build."""
+"""A real ComfyUI server with this pack and tiny checkpoints, and the prompts that users build."""
 
 import copy
 import json
+import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from paths import ROOT
 from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from cat_diffusion.cat_core import weights
+from comfyui.local_server import LocalServer, make_base
+
+CAT_PARTS = ("sem_inpainter", "ref_adapter")
+ORIGIN = {"licence": "MIT", "provenance": "x"}
+PHOTOS = {"photo.png": (64, 64), "odd.png": (75, 101), "large.png": (512, 512)}
 
 
 @pytest.fixture(scope="session")
 def base(tiny, tiny_file, tmp_path_factory):
     """ComfyUI's user folder: checkpoints good and bad, a photograph, a LoRA."""
-    import torch
-    from safetensors.torch import save_file
-
-    from cat_diffusion.cat_core import weights
-    from comfyui.local_server import make_base
-
     base = tmp_path_factory.mktemp("base")
     make_base(base)
     shutil.copytree(Path(__file__).parent / "helper_nodes", base / "custom_nodes/helper_nodes")
     folder = base / "models/cat_diffusion"
-    shutil.copy(tiny_file, folder / "tiny.safetensors")
+    write_good_files(folder, tiny, tiny_file)
+    write_bad_files(folder, tiny, tiny_file, marker=base / "ran")
+    save_file({"x": torch.rand(1)}, base / "models/outside.safetensors")
+    write_lora(base / "models/loras/tiny.safetensors")
+    write_photos(base / "input")
+    return base
+
+
+def write_good_files(folder, tiny, tiny_file):
+    """Full checkpoints, and files of the CAT parts."""
     (folder / "sub").mkdir()
+    shutil.copy(tiny_file, folder / "tiny.safetensors")
     shutil.copy(tiny_file, folder / "sub/tiny.safetensors")
     parts, architecture = tiny
-    for part in ("sem_inpainter", "ref_adapter"):
-        weights.write_cat_weights(
-            folder / f"{part}.safetensors",
-            {part: parts[part]},
-            architecture,
-            licence="MIT",
-            provenance="x",
-        )
-    weights.write_cat_weights(
-        folder / "cat.safetensors",
-        {part: parts[part] for part in ("sem_inpainter", "ref_adapter")},
-        architecture,
-        licence="MIT",
-        provenance="x",
-    )
+    cat_parts = {part: parts[part] for part in CAT_PARTS}
+    weights.write_cat_weights(folder / "cat.safetensors", cat_parts, architecture, **ORIGIN)
+    for part, tensors in cat_parts.items():
+        path = folder / f"{part}.safetensors"
+        weights.write_cat_weights(path, {part: tensors}, architecture, **ORIGIN)
+    lightning = {"state_dict": weights.flat(parts), "epoch": 7, "global_step": 40_000}
+    torch.save(lightning, folder / "lightning.ckpt")
+
+
+def write_bad_files(folder, tiny, tiny_file, marker):
+    """Each is wrong in one way; `marker` appears if the code inside evil.ckpt runs."""
+    parts, architecture = tiny
     official = weights.flat(parts)
+    header = weights.cat_metadata(parts, architecture, **ORIGIN)
     (folder / "cut.safetensors").write_bytes(tiny_file.read_bytes()[:100_000])
     (folder / "empty.safetensors").touch()
     torch.save(official, folder / "mislabelled.safetensors")
     save_file({"lora_unet_x.lora_up.weight": torch.rand(3)}, folder / "lora.safetensors")
-    gone = "model.diffusion_model.out.2.bias"
-    header = weights.cat_metadata(parts, architecture, licence="MIT", provenance="x")
-    save_file(
-        {key: tensor for key, tensor in official.items() if key != gone},
-        folder / "missing.safetensors",
-        header,
-    )
-    save_file(
-        official | {"first_stage_model.extra.bias": torch.rand(3)},
-        folder / "extra.safetensors",
-        header,
-    )
-    broken = official["fusion_model.post_layernorm.bias"].clone()
-    broken[3] = float("nan")
-    save_file(
-        official | {"fusion_model.post_layernorm.bias": broken}, folder / "nan.safetensors", header
-    )
-    torch.save({"state_dict": official, "callbacks": Evil(base / "ran")}, folder / "evil.ckpt")
-    torch.save(
-        {"state_dict": official, "epoch": 7, "global_step": 40_000}, folder / "lightning.ckpt"
-    )
-    save_file({"x": torch.rand(1)}, base / "models/outside.safetensors")
 
-    name = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q"
-    (base / "models/loras").mkdir()
-    save_file(
-        {
-            f"{name}.lora_up.weight": torch.randn(64, 4),
-            f"{name}.lora_down.weight": torch.randn(4, 64),
-        },
-        base / "models/loras/tiny.safetensors",
-    )
+    missing = dict(official)
+    del missing["model.diffusion_model.out.2.bias"]
+    save_file(missing, folder / "missing.safetensors", header)
 
-    photo, mask = (
-        Image.open(ROOT / "tools/photograph" / name) for name in ("photo.jpg", "mask.png")
-    )
-    for name, size in (("photo.png", (64, 64)), ("odd.png", (75, 101)), ("large.png", (512, 512))):
-        picture = photo.resize(size).convert("RGBA")
-        picture.putalpha(mask.resize(size).point(lambda value: 255 - value))
-        picture.save(base / "input" / name)
-    photo.resize((64, 64)).save(base / "input/opaque.png")
-    return base
+    extra = official | {"first_stage_model.extra.bias": torch.rand(3)}
+    save_file(extra, folder / "extra.safetensors", header)
+
+    bias = official["fusion_model.post_layernorm.bias"].clone()
+    bias[3] = float("nan")
+    nan = official | {"fusion_model.post_layernorm.bias": bias}
+    save_file(nan, folder / "nan.safetensors", header)
+
+    torch.save({"state_dict": official, "callbacks": Evil(marker)}, folder / "evil.ckpt")
 
 
 class Evil:
+    """Unpickling it touches a file."""
+
     def __init__(self, marker):
         self.marker = marker
 
     def __reduce__(self):
-        import os
-
         return os.system, (f"touch {self.marker}",)
+
+
+def write_lora(path):
+    """For one layer of the tiny U-Net."""
+    path.parent.mkdir()
+    layer = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q"
+    matrices = {
+        f"{layer}.lora_up.weight": torch.randn(64, 4),
+        f"{layer}.lora_down.weight": torch.randn(4, 64),
+    }
+    save_file(matrices, path)
+
+
+def write_photos(folder):
+    """The demo's photograph in three sizes, transparent where its hole is, and opaque."""
+    photo = Image.open(ROOT / "tools/photograph/photo.jpg")
+    mask = Image.open(ROOT / "tools/photograph/mask.png")
+    for name, size in PHOTOS.items():
+        picture = photo.resize(size).convert("RGBA")
+        picture.putalpha(mask.resize(size).point(lambda value: 255 - value))
+        picture.save(folder / name)
+    photo.resize((64, 64)).save(folder / "opaque.png")
 
 
 @pytest.fixture(scope="session")
 def server(base):
     """The running server."""
-    from comfyui.local_server import LocalServer
-
     with LocalServer(base, "--cpu") as server:
         yield server
-
-
-@pytest.fixture
-def prompt():
-    """The example workflow on the tiny checkpoint and a small photograph; also saves the latent."""
-    prompt = json.loads((ROOT / "workflows/api/cat_inpaint.json").read_text())
-    by_class = {}
-    for number, node in prompt.items():
-        by_class.setdefault(node["class_type"], node["inputs"])
-    by_class["CATLoadCheckpoint"]["checkpoint"] = "tiny.safetensors"
-    by_class["LoadImage"]["image"] = "photo.png"
-    by_class["ImageScaleToTotalPixels"]["megapixels"] = 0.01
-    by_class["KSampler"]["steps"] = 2
-    prompt["latent"] = {
-        "class_type": "SaveLatent",
-        "inputs": {"samples": ["10", 0], "filename_prefix": "latent"},
-    }
-    return Prompt(prompt)
 
 
 class Prompt(dict):
@@ -140,39 +127,77 @@ class Prompt(dict):
         self[name] = {"class_type": class_type, "inputs": inputs}
         return [name, 0]
 
+    def relink(self, link, other):
+        """Let all inputs that come from one output come from another."""
+        for node in self.values():
+            for name, value in node["inputs"].items():
+                if value == link:
+                    node["inputs"][name] = other
+
     def copy(self):
         return Prompt(copy.deepcopy(dict(self)))
 
 
 @pytest.fixture
-def run(server, base):
-    """Run a prompt that must succeed; returns (Run, latent tensor)."""
-    from safetensors.torch import load_file
+def example():
+    """The example workflow as it is."""
+    return Prompt(json.loads((ROOT / "workflows/api/cat_inpaint.json").read_text()))
+
+
+@pytest.fixture
+def prompt(example):
+    """The example workflow on the tiny checkpoint and a small photograph.
+
+    It also saves the latent.
+    """
+    example.inputs("CATLoadCheckpoint")["checkpoint"] = "tiny.safetensors"
+    example.inputs("LoadImage")["image"] = "photo.png"
+    example.inputs("ImageScaleToTotalPixels")["megapixels"] = 0.01
+    example.inputs("KSampler")["steps"] = 2
+    example.add("latent", "SaveLatent", samples=["10", 0], filename_prefix="latent")
+    return example
+
+
+@pytest.fixture
+def run(server):
+    """Run a prompt that must succeed; returns (PromptResult, latent tensor or None)."""
 
     def run(prompt, **kwargs):
         result = server.run(prompt, **kwargs)
-        assert result.error is None, (
-            result.error["exception_message"] + "\n" + "".join(result.error["traceback"])
-        )
-        latent = result.outputs.get("latent")
-        return result, load_file(server.image_path(latent["latents"][0]))[
-            "latent_tensor"
-        ] if latent else None
+        if result.error is not None:
+            traceback = "".join(result.error["traceback"])
+            pytest.fail(f"{result.error['exception_message']}\n{traceback}")
+        saved = result.outputs.get("latent")
+        if saved is None:
+            return result, None
+        path = server.image_path(saved["latents"][0])
+        return result, load_file(path)["latent_tensor"]
 
-    run.server = server
     return run
 
 
 @pytest.fixture
+def picture(server):
+    """Read a picture that a prompt saved, by default the workflow's own: (H, W, 3) integers."""
+
+    def picture(result, node="17"):
+        path = server.image_path(result.outputs[node]["images"][0])
+        return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+    return picture
+
+
+@pytest.fixture
 def error(server):
-    """Run a prompt that must fail; returns (class of the node, message) as the error dialog shows them."""
+    """Run a prompt that must fail; returns (class of the node, message) as the dialog shows them.
+
+    The dialog shows the full path of any class of errors but ValueError.
+    """
 
     def error(prompt):
         result = server.run(prompt)
         assert result.error is not None
-        assert (
-            result.error["exception_type"] == "ValueError"
-        )  # the dialog shows the full path of any other class
+        assert result.error["exception_type"] == "ValueError"
         return result.error["node_type"], result.error["exception_message"].strip()
 
     return error
