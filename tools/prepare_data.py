@@ -1,13 +1,17 @@
-"""Write a training manifest for OpenImages, COCO, a plain folder or the official repository's lists.
+"""Write a training manifest for OpenImages, COCO, a folder or the official repository's lists.
 
     python tools/prepare_data.py openimages --classes class-descriptions-boxable.csv \\
-        --annotations train-annotations-object-segmentation.csv --images train --masks masks --out train.jsonl
-    python tools/prepare_data.py coco --instances instances_train2017.json --images train2017 --out coco.jsonl
+        --annotations train-annotations-object-segmentation.csv \\
+        --images train --masks masks --out train.jsonl
+    python tools/prepare_data.py coco --instances instances_train2017.json \\
+        --images train2017 --out coco.jsonl
     python tools/prepare_data.py folder --data pictures --out pictures/manifest.jsonl
-    python tools/prepare_data.py official --list openimages_train.txt --images . --masks . --out train.jsonl
+    python tools/prepare_data.py official --list openimages_train.txt \\
+        --images . --masks . --out train.jsonl
 
-A manifest names pictures relative to its own folder, so put it in a folder above the data. Bad samples are skipped,
-counted and named in OUT.report.txt beside it. Needs Pillow; coco also needs pycocotools (requirements-train.txt).
+A manifest names pictures relative to its own folder, so put it in a folder above the data. Bad
+samples are skipped, counted and named in OUT.report.txt beside it. Needs Pillow, numpy and tqdm,
+which ComfyUI's Python has; coco also needs pycocotools (requirements-train.txt).
 """
 
 import argparse
@@ -31,42 +35,68 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="source", required=True)
+    common = common_options()
+    areas = area_options()
+    add_openimages(commands, [common, areas])
+    add_coco(commands, [common, areas])
+    add_folder(commands, [common])
+    add_official(commands, [common, areas])
+    arguments = parser.parse_args()
+    if "min_area" in arguments and arguments.min_area > arguments.max_area:
+        parser.error(
+            f"--min-area {arguments.min_area} is above --max-area {arguments.max_area}, "
+            "so nothing would be left"
+        )
+    return arguments
+
+
+def common_options() -> argparse.ArgumentParser:
+    """What all sources have in common."""
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument(
         "--out", type=Path, required=True, metavar="MANIFEST", help="file to write (.jsonl)"
     )
-    common.add_argument(
+    options.add_argument(
         "--split",
         choices=("train", "validation", "test"),
         default="train",
         help="what the samples are for (default: train)",
     )
-    common.add_argument(
+    options.add_argument(
         "--check",
         action="store_true",
         help="decode every picture and mask; without it only their existence is checked",
     )
-    common.add_argument("--overwrite", action="store_true", help="replace a manifest that exists")
-    areas = argparse.ArgumentParser(add_help=False)
-    areas.add_argument(
+    options.add_argument("--overwrite", action="store_true", help="replace a manifest that exists")
+    return options
+
+
+def area_options() -> argparse.ArgumentParser:
+    """How large objects must be."""
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument(
         "--min-area",
-        type=_share,
+        type=share,
         default=0.0,
         metavar="SHARE",
         help="skip objects whose box covers less of the image, 0 to 1 (default: no limit)",
     )
-    areas.add_argument(
+    options.add_argument(
         "--max-area",
-        type=_share,
+        type=share,
         default=1.0,
         metavar="SHARE",
         help="skip objects whose box covers more of the image, 0 to 1 (default: no limit)",
     )
+    return options
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="source", required=True)
+
+def add_openimages(commands, parents: list[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
-        "openimages", parents=[common, areas], help="OpenImages V6: official CSV files and masks"
+        "openimages", parents=parents, help="OpenImages V6: official CSV files and masks"
     )
     command.add_argument(
         "--classes", type=Path, required=True, help="class-descriptions-boxable.csv"
@@ -84,23 +114,33 @@ def parse() -> argparse.Namespace:
         required=True,
         help="folders with the mask PNGs, flat or in subfolders by first hex digit",
     )
+
+
+def add_coco(commands, parents: list[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
-        "coco", parents=[common, areas], help="COCO instances; draws the masks beside the manifest"
+        "coco", parents=parents, help="COCO instances; draws the masks beside the manifest"
     )
     command.add_argument("--instances", type=Path, required=True, help="instances_*.json")
     command.add_argument("--captions", type=Path, help="captions_*.json of the same images")
     command.add_argument("--images", type=Path, required=True, help="folder with the images")
+
+
+def add_folder(commands, parents: list[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
-        "folder", parents=[common], help="image, mask and label side by side in one folder"
+        "folder", parents=parents, help="image, mask and label side by side in one folder"
     )
     command.add_argument(
         "--data",
         type=Path,
         required=True,
-        help="folder with LABEL_image.png and LABEL_mask.png, or NAME.jpg, NAME_mask.png and NAME.txt",
+        help="folder with LABEL_image.png and LABEL_mask.png, "
+        "or NAME.jpg, NAME_mask.png and NAME.txt",
     )
+
+
+def add_official(commands, parents: list[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
-        "official", parents=[common, areas], help="list files of the official repository"
+        "official", parents=parents, help="list files of the official repository"
     )
     command.add_argument(
         "--list", type=Path, required=True, help="text file with one Python dict a line"
@@ -111,19 +151,14 @@ def parse() -> argparse.Namespace:
     command.add_argument(
         "--masks", type=Path, required=True, help="folder that the list's mask paths start from"
     )
-    arguments = parser.parse_args()
-    if "min_area" in arguments and arguments.min_area > arguments.max_area:
-        parser.error(
-            f"--min-area {arguments.min_area} is above --max-area {arguments.max_area}, so nothing would be left"
-        )
-    return arguments
 
 
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    number = float(text)
+    if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not a share of the image, expected 0 to 1")
-    return value
+    return number
 
 
 if __name__ == "__main__":

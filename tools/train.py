@@ -1,11 +1,11 @@
 """Train CAT-Diffusion, one stage at a time.
 
-    python tools/train.py sem-inpainter --base sd15_inpainting.safetensors clip_vit_l14.safetensors \\
-        --data data/manifest.jsonl --run runs/sem-inpainter --cache cache/sem-inpainter
+    python tools/train.py sem-inpainter --data data/manifest.jsonl --run runs/sem-inpainter \\
+        --base sd15_inpainting.safetensors clip_vit_l14.safetensors --cache cache/sem-inpainter
 
-The same command continues a run that was stopped, killed or out of disk. For several GPUs start it with
-`accelerate launch tools/train.py ...` in ComfyUI's Python with CAT_DIFFUSION_COMFYUI set to ComfyUI's folder.
-Needs requirements-train.txt. Prepare data with tools/prepare_data.py.
+The same command continues a run that was stopped, killed or out of disk. For several GPUs start it
+with `accelerate launch tools/train.py ...` in ComfyUI's Python with CAT_DIFFUSION_COMFYUI set to
+ComfyUI's folder. Needs requirements-train.txt. Prepare data with tools/prepare_data.py.
 """
 
 import argparse
@@ -15,15 +15,28 @@ from pathlib import Path
 from comfyui import launch
 
 
-def command_line() -> argparse.ArgumentParser:
-    """The command line."""
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    add_inputs(parser)
+    add_settings(parser)
+    add_outputs(parser)
+    launch.add_host_options(parser)
+    arguments = parser.parse_args()
+    launch.enter_comfyui(parser, arguments, "train")
+    launch.start_host(arguments.cpu or not launch.has_gpu())
+    from training import stage_run
+
+    return stage_run.command(parser, arguments)
+
+
+def add_inputs(parser: argparse.ArgumentParser) -> None:
+    """What is trained, and on what."""
     parser.add_argument(
         "stage",
-        help="sem-inpainter, ref-adapter, ref-adapter-unet, cascade-sem-inpainter, cascade; unet (plain "
-        "inpainting), ref-adapter-observed (the ablation without SemInpainter)",
+        help="sem-inpainter, ref-adapter, ref-adapter-unet, cascade-sem-inpainter, cascade; "
+        "unet (plain inpainting), ref-adapter-observed (the ablation without SemInpainter)",
     )
     parser.add_argument(
         "--base",
@@ -31,8 +44,8 @@ def command_line() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="what to start from: SD 1.5 inpainting checkpoint, CLIP ViT-L/14 vision file, CAT weights of "
-        "earlier stages; of parts that several have, the last one's",
+        help="what to start from: SD 1.5 inpainting checkpoint, CLIP ViT-L/14 vision file, "
+        "CAT weights of earlier stages; of parts that several have, the last one's",
     )
     parser.add_argument(
         "--data", type=Path, required=True, help="manifest (JSON lines), see tools/prepare_data.py"
@@ -49,6 +62,10 @@ def command_line() -> argparse.ArgumentParser:
         type=Path,
         help="folder for encoded samples; filled first, then used instead of pictures",
     )
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """How it is trained."""
     parser.add_argument(
         "--masked",
         action="store_true",
@@ -80,32 +97,24 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpointing", action="store_true", help="recompute activations: less memory, more time"
     )
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    """What is written, and the machine."""
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     parser.add_argument(
         "--samples-every",
         type=int,
         default=1000,
         metavar="N",
-        help="draw RUN/samples/step-N.png on four fixed samples every N steps: inpainted pictures, or for "
-        "sem-inpainter the similarity of features; 0 = never",
+        help="draw RUN/samples/step-N.png on four fixed samples every N steps: inpainted pictures, "
+        "or for sem-inpainter the similarity of features; 0 = never",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--licence", default="unknown", help="licence of the result, for its header"
     )
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
-    launch.add_host_options(parser)
-    return parser
-
-
-def main() -> int:
-    parser = command_line()
-    arguments = parser.parse_args()
-    launch.enter_comfyui(parser, arguments, "train")
-    launch.start_host(arguments.cpu or not launch.has_gpu())
-    from training import stage_run
-
-    return stage_run.command(parser, arguments)
 
 
 if __name__ == "__main__":

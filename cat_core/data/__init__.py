@@ -1,1 +1,1 @@
-"""Training and test data: manifests of records, folders of examples, and the holes cut into their pictures."""
+"""Training and test data: manifests of records, folders of examples, holes in their pictures."""

@@ -1,5 +1,7 @@
 """Counts of what was used and what was skipped, and why."""
 
+from operator import itemgetter
+
 
 class Tally:
     """Counts what was used and what was skipped, and keeps the first ids of every reason."""
@@ -25,8 +27,10 @@ class Tally:
     def __str__(self) -> str:
         skipped = sum(self.skipped.values())
         lines = [f"{self.kept + skipped:,} samples: {self.kept:,} kept, {skipped:,} skipped"]
-        for reason, count in sorted(self.skipped.items(), key=lambda item: -item[1]):
+        for reason, count in sorted(self.skipped.items(), key=itemgetter(1), reverse=True):
             examples = self.examples[reason]
-            more = f", and {count - len(examples):,} more" if count > len(examples) else ""
-            lines.append(f"  {reason}: {count:,} ({', '.join(examples)}{more})")
+            names = ", ".join(examples)
+            if count > len(examples):
+                names += f", and {count - len(examples):,} more"
+            lines.append(f"  {reason}: {count:,} ({names})")
         return "\n".join(lines)

@@ -1,1 +1,1 @@
-"""Training CAT-Diffusion: stages as data, one loop for all, batches that depend on nothing but the step."""
+"""Training CAT-Diffusion: stages as data, one loop for all, batches that follow from the step."""

@@ -1,11 +1,12 @@
 """The losses, as equations, next to the forward passes that they judge.
 
-An objective is a module: called with a batch it returns, term by term, one number a sample. The loss of a global
-batch is the sum over terms of  sum(numbers) / (sum(weights) + extra),  however the batch is split over processes and
-accumulation steps; `weights` depend on the batch alone.
+An objective is a module: called with a batch it returns, term by term, one number a sample. The
+loss of a global batch is the sum over terms of  sum(numbers) / (sum(weights) + extra),  however the
+batch is split over processes and accumulation steps; `weights` depend on the batch alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -17,6 +18,20 @@ Batch = dict[str, torch.Tensor]
 Terms = dict[str, torch.Tensor]  # name -> (B,)
 
 
+class Objective(Protocol):
+    """What the loop asks of an objective, which is a module besides."""
+
+    extra: ClassVar[Mapping[str, float]]  # by term, what is added to the total weight
+
+    def weights(self, batch: Batch) -> Terms:
+        """What each sample weighs in each term."""
+        ...
+
+    def __call__(self, batch: Batch) -> tuple[Terms, Terms]:
+        """The loss terms, and figures that are only watched."""
+        ...
+
+
 class Distillation(nn.Module):
     """Stage 1: SemInpainter learns the features that CLIP gives for the whole picture.
 
@@ -24,14 +39,16 @@ class Distillation(nn.Module):
     teacher_patches (B, N, D), teacher_image (B, D).
 
     Args:
-        masked: count the error of masked patches only, as the paper writes it. The official code counts all.
+        masked: count the error of masked patches only, as the paper writes it. The official code
+            counts all.
     """
 
-    extra = {"patches": 1.0, "image": 0.0}
+    extra: ClassVar[Mapping[str, float]] = {"patches": 1.0, "image": 0.0}
 
     def __init__(self, sem_inpainter: SemInpainter, masked: bool = False):
         super().__init__()
-        self.sem_inpainter, self.masked = sem_inpainter, masked
+        self.sem_inpainter = sem_inpainter
+        self.masked = masked
 
     def weights(self, batch: Batch) -> Terms:
         return {
@@ -40,22 +57,27 @@ class Distillation(nn.Module):
         }
 
     def forward(self, batch: Batch) -> tuple[Terms, Terms]:
-        """Loss terms, and what to watch: cosine similarity to the teacher over masked patches, before and after."""
-        out = self.sem_inpainter(
+        """Loss terms, and what to watch.
+
+        That is the cosine similarity to the teacher over masked patches, before and after.
+        """
+        prediction = self.sem_inpainter(
             batch["patches"], batch["image"], batch["text"], batch["patch_mask"]
         )
-        m = batch["patch_mask"].flatten(1).float()  # (B, N)
-        error = (out.patches.float() - batch["teacher_patches"]).square().mean(2)  # (B, N)
+        patches = prediction.patches.float()  # (B, N, D)
+        image = prediction.image.float()  # (B, D)
+        teacher = batch["teacher_patches"]
+        hole = batch["patch_mask"].flatten(1).float()  # (B, N)
+
+        error = (patches - teacher).square().mean(2)  # (B, N)
+        counted = hole * error if self.masked else error
         terms = {
-            "patches": ((m * error) if self.masked else error).sum(1),
-            "image": (out.image.float() - batch["teacher_image"]).square().mean(1),
+            "patches": counted.sum(1),
+            "image": (image - batch["teacher_image"]).square().mean(1),
         }
         watched = {
-            name: masked_cosine(patches.detach(), batch["teacher_patches"], m)
-            for name, patches in (
-                ("cosine", out.patches.float()),
-                ("cosine_observed", batch["patches"]),
-            )
+            "cosine": masked_cosine(patches.detach(), teacher, hole),
+            "cosine_observed": masked_cosine(batch["patches"], teacher, hole),
         }
         return terms, watched
 
@@ -63,20 +85,23 @@ class Distillation(nn.Module):
 class Diffusion(nn.Module):
     """Stages 2 and 3: the U-Net learns to remove noise while it looks at the visual prompt.
 
-    Batch: latent, noise, masked_latent (B, 4, h, w), all scaled; latent_mask (B, 1, h, w); timestep (B,) int64;
-    context (B, L, T). Without a SemInpainter also teacher_patches (B, N, D): the visual prompt is the whole picture's
-    own features; or patches (B, N, D), those of the picture with its hole. With one, the inputs of SemInpainter (see
-    Distillation): gradients flow through it.
-    dropped (B,) bool: rows whose visual prompt is all zero (their context is expected to be the empty text's).
+    Batch: latent, noise, masked_latent (B, 4, h, w), all scaled; latent_mask (B, 1, h, w); timestep
+    (B,) int64; context (B, L, T). Without a SemInpainter also teacher_patches (B, N, D): the visual
+    prompt is the whole picture's own features; or patches (B, N, D), those of the picture with its
+    hole. With one, the inputs of SemInpainter (see Distillation): gradients flow through it.
+    dropped (B,) bool: rows whose visual prompt is all zero (their context is expected to be the
+    empty text's).
 
     Args:
-        denoiser: (x (B, 9, h, w), timestep (B,), context (B, L, T), visual_prompt (B, N/4, D)) -> noise (B, 4, h, w).
+        denoiser: (x (B, 9, h, w), timestep (B,), context (B, L, T), visual_prompt (B, N/4, D)) ->
+            noise (B, 4, h, w).
         alphas_cumprod: (1000,) the noise schedule.
         sem_inpainter: None for stage 2.
         observed: without a SemInpainter, take the visual prompt from the picture with its hole.
     """
 
-    extra = {"noise": 0.0}
+    extra: ClassVar[Mapping[str, float]] = {"noise": 0.0}
+    alphas_cumprod: torch.Tensor
 
     def __init__(
         self,
@@ -86,7 +111,9 @@ class Diffusion(nn.Module):
         observed: bool = False,
     ):
         super().__init__()
-        self.denoiser, self.sem_inpainter, self.observed = denoiser, sem_inpainter, observed
+        self.denoiser = denoiser
+        self.sem_inpainter = sem_inpainter
+        self.observed = observed
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
 
     def weights(self, batch: Batch) -> Terms:
@@ -94,36 +121,59 @@ class Diffusion(nn.Module):
 
     def visual_prompt(self, batch: Batch) -> torch.Tensor:
         """(B, N/4, D), zero where dropped."""
+        prompt = features.pool(self._patches(batch))
+        if "dropped" not in batch:
+            return prompt
+        kept = (~batch["dropped"]).view(-1, 1, 1)
+        return prompt * kept.to(prompt)
+
+    def _patches(self, batch: Batch) -> torch.Tensor:
+        """The features that the visual prompt shows, (B, N, D)."""
         if self.sem_inpainter is None:
-            patches = batch["patches" if self.observed else "teacher_patches"]
-        else:
-            out = self.sem_inpainter(
-                batch["patches"], batch["image"], batch["text"], batch["patch_mask"]
-            )
-            patches = features.blend(out.patches, batch["patches"], batch["patch_mask"])
-        prompt = features.pool(patches)
-        return (
-            prompt * (~batch["dropped"]).view(-1, 1, 1).to(prompt) if "dropped" in batch else prompt
+            return batch["patches"] if self.observed else batch["teacher_patches"]
+        prediction = self.sem_inpainter(
+            batch["patches"], batch["image"], batch["text"], batch["patch_mask"]
         )
+        return features.blend(prediction.patches, batch["patches"], batch["patch_mask"])
 
     def forward(self, batch: Batch) -> tuple[Terms, Terms]:
+        """The loss term; there is nothing to watch."""
         noisy = add_noise(batch["latent"], batch["noise"], self.alphas_cumprod[batch["timestep"]])
         x = torch.cat((noisy, batch["latent_mask"], batch["masked_latent"]), dim=1)  # (B, 9, h, w)
         predicted = self.denoiser(x, batch["timestep"], batch["context"], self.visual_prompt(batch))
-        return {"noise": (predicted.float() - batch["noise"]).square().mean((1, 2, 3))}, {}
+        error = (predicted.float() - batch["noise"]).square().mean((1, 2, 3))  # (B,)
+        return {"noise": error}, {}
+
+
+def combine(objective: Objective, terms: Terms, totals: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A part's share of the global batch's loss.
+
+    The sum over terms of sum(numbers) / (total weight + extra).
+    """
+    loss = torch.zeros(())
+    for name, numbers in terms.items():
+        loss = loss + numbers.sum() / (totals[name] + objective.extra[name])
+    return loss
 
 
 def add_noise(
     latent: torch.Tensor, noise: torch.Tensor, alpha_cumprod: torch.Tensor
 ) -> torch.Tensor:
-    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise; latent and noise (B, 4, h, w), alpha_cumprod (B,)."""
+    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise.
+
+    latent and noise (B, 4, h, w), alpha_cumprod (B,).
+    """
     a = alpha_cumprod.view(-1, 1, 1, 1)
     return a.sqrt() * latent + (1 - a).sqrt() * noise
 
 
 def masked_cosine(patches: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean cosine similarity over masked patches: (B, N, D) x 2, (B, N) -> (B,); NaN for rows without a mask."""
-    return (nn.functional.cosine_similarity(patches, teacher, dim=2) * mask).sum(1) / mask.sum(1)
+    """Mean cosine similarity over masked patches: (B, N, D) x 2, (B, N) -> (B,).
+
+    NaN for rows without a mask.
+    """
+    cosine = nn.functional.cosine_similarity(patches, teacher, dim=2)  # (B, N)
+    return (cosine * mask).sum(1) / mask.sum(1)
 
 
 def stable_diffusion_schedule() -> torch.Tensor:

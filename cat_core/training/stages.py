@@ -2,53 +2,65 @@
 
 from dataclasses import dataclass, replace
 
-NEW, PRETRAINED = 1e-4, 1e-5  # the official learning rates
+NEW = 1e-4  # the official learning rate of parts that start from nothing
+PRETRAINED = 1e-5  # the official learning rate of parts that know something already
 
 
 @dataclass(frozen=True)
 class Stage:
     """One stage of training.
 
-    `rates` maps a part (see weights.PREFIXES) to its learning rate; parts that are not in it are frozen.
+    `rates` maps a part (see weights.PREFIXES) to its learning rate; parts that are not in it are
+    frozen.
     """
 
     name: str
     objective: str  # "distillation" or "diffusion"
     rates: tuple[tuple[str, float], ...]
-    # The diffusion objective's visual prompt: CLIP's features of the "whole" picture, of the "observed" one with its hole,
-    # those "predicted" by SemInpainter, or None for plain inpainting without RefAdapter.
+    # The diffusion objective's visual prompt: CLIP's features of the "whole" picture, of the
+    # "observed" one with its hole, those "predicted" by SemInpainter, or None for plain inpainting
+    # without RefAdapter.
     prompt: str | None = "whole"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that this stage trains."""
+        return tuple(part for part, _ in self.rates)
+
+    @property
+    def diffusion(self) -> bool:
+        """Whether the stage denoises latents, which takes U-Net and VAE."""
+        return self.objective == "diffusion"
 
     def scaled(self, factor: float) -> "Stage":
         """The same stage with all rates times `factor`."""
         return replace(self, rates=tuple((part, rate * factor) for part, rate in self.rates))
 
 
-STAGES = {
-    stage.name: stage
-    for stage in (
-        Stage("sem-inpainter", "distillation", (("sem_inpainter", NEW),)),
-        Stage("unet", "diffusion", (("unet", NEW),), prompt=None),
-        Stage("ref-adapter", "diffusion", (("ref_adapter", NEW),)),
-        Stage("ref-adapter-unet", "diffusion", (("ref_adapter", NEW), ("unet", PRETRAINED))),
-        # The paper's ablation without SemInpainter.
-        Stage(
-            "ref-adapter-observed",
-            "diffusion",
-            (("ref_adapter", NEW), ("unet", PRETRAINED)),
-            prompt="observed",
-        ),
-        Stage(
-            "cascade-sem-inpainter",
-            "diffusion",
-            (("sem_inpainter", PRETRAINED),),
-            prompt="predicted",
-        ),
-        Stage(
-            "cascade",
-            "diffusion",
-            (("sem_inpainter", PRETRAINED), ("ref_adapter", PRETRAINED), ("unet", PRETRAINED)),
-            prompt="predicted",
-        ),
-    )
-}
+_IN_ORDER = (
+    Stage("sem-inpainter", "distillation", (("sem_inpainter", NEW),)),
+    Stage("unet", "diffusion", (("unet", NEW),), prompt=None),
+    Stage("ref-adapter", "diffusion", (("ref_adapter", NEW),)),
+    Stage("ref-adapter-unet", "diffusion", (("ref_adapter", NEW), ("unet", PRETRAINED))),
+    # The paper's ablation without SemInpainter.
+    Stage(
+        "ref-adapter-observed",
+        "diffusion",
+        (("ref_adapter", NEW), ("unet", PRETRAINED)),
+        prompt="observed",
+    ),
+    Stage(
+        "cascade-sem-inpainter",
+        "diffusion",
+        (("sem_inpainter", PRETRAINED),),
+        prompt="predicted",
+    ),
+    Stage(
+        "cascade",
+        "diffusion",
+        (("sem_inpainter", PRETRAINED), ("ref_adapter", PRETRAINED), ("unet", PRETRAINED)),
+        prompt="predicted",
+    ),
+)
+
+STAGES = {stage.name: stage for stage in _IN_ORDER}

@@ -1,38 +1,52 @@
 """The frozen networks of training, run by the host: CLIP, its text encoder and the VAE."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 
+from . import symbols
 from .clip import encode_image, encode_text, plain_tokens
+
+MOST_TEXTS = 10_000  # that are remembered: labels repeat, captions do not
 
 
 class HostEncoders:
-    """`cat_core.training.samples.Encoders` on the host's CLIP_VISION, CLIP, VAE and MODEL."""
+    """`cat_core.training.encoding.Encoders` on the host's CLIP_VISION, CLIP, VAE and MODEL."""
 
     def __init__(self, clip_vision, clip, vae=None, model=None):
-        self.clip_vision, self.clip, self.vae, self.model = clip_vision, clip, vae, model
-        self.texts: dict[tuple[str, str], torch.Tensor] = {}  # labels repeat
+        self.clip_vision = clip_vision
+        self.clip = clip
+        self.vae = vae
+        self.model = model
+        self.texts: dict[tuple[str, str], torch.Tensor] = {}
 
-    def image(self, pixels):
-        return tuple(x.cpu() for x in encode_image(self.clip_vision, pixels))
+    def image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, 3, 224, 224) uint8 -> patch features (B, N, D) and image feature (B, D)."""
+        patches, image = encode_image(self.clip_vision, pixels)
+        return patches.cpu(), image.cpu()
 
-    def text(self, texts):
-        return torch.cat(
-            [self._once("text", text, lambda text: encode_text(self.clip, text)) for text in texts]
-        )
+    def text(self, texts: Sequence[str]) -> torch.Tensor:
+        """-> pooled text features (B, T)."""
+        return torch.cat([self._once("text", text, self._pooled) for text in texts])
 
-    def context(self, texts):
-        def encode(text):
-            return self.clip.encode_from_tokens(plain_tokens(self.clip, text))
+    def context(self, texts: Sequence[str]) -> torch.Tensor:
+        """-> what cross-attention reads (B, 77, T)."""
+        return torch.cat([self._once("context", text, self._tokens) for text in texts])
 
-        return torch.cat([self._once("context", text, encode) for text in texts])
-
-    def latent(self, image):
+    def latent(self, image: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1] -> latents (B, 4, h, w) as the U-Net sees them."""
         latent = self.vae.encode(((image + 1) / 2).movedim(1, -1))
-        return self.model.model.process_latent_in(latent).cpu()
+        return symbols.scale_latent(self.model, latent).cpu()
 
-    def _once(self, kind, text, encode):
+    def _pooled(self, text: str) -> torch.Tensor:
+        return encode_text(self.clip, text)
+
+    def _tokens(self, text: str) -> torch.Tensor:
+        return self.clip.encode_from_tokens(plain_tokens(self.clip, text))
+
+    def _once(self, kind: str, text: str, encode: Callable[[str], torch.Tensor]) -> torch.Tensor:
         if (kind, text) not in self.texts:
-            if len(self.texts) > 10_000:
+            if len(self.texts) > MOST_TEXTS:
                 self.texts.clear()
             self.texts[kind, text] = encode(text).float().cpu()
         return self.texts[kind, text]

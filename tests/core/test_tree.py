@@ -36,7 +36,8 @@ def imported(path):
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield alias.name, None
+                if alias.name != "nodes":  # the host's: the pack's own is never imported so
+                    yield alias.name, None
         elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
             if node.level:

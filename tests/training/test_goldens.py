@@ -7,13 +7,22 @@ import torch
 from paths import GOLDENS
 from safetensors.torch import load_file
 
+from cat_diffusion.cat_core import features, weights
+from cat_diffusion.cat_core.training.objectives import (
+    Diffusion,
+    Distillation,
+    add_noise,
+    combine,
+    stable_diffusion_schedule,
+)
+from cat_diffusion.nodes.host.denoiser import Denoiser, trainable_unet
+from official.golden_cases import Goldens
+
 
 @pytest.fixture(scope="module")
 def golden():
-    return {
-        key.removeprefix("in."): value
-        for key, value in load_file(GOLDENS / "losses.safetensors").items()
-    }
+    tensors = load_file(GOLDENS / "losses.safetensors")
+    return {key.removeprefix("in."): value for key, value in tensors.items()}
 
 
 @pytest.fixture(scope="module")
@@ -21,30 +30,34 @@ def expected():
     return json.loads((GOLDENS / "losses.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def modules(pack):
-    """SemInpainter and denoiser with the golden weights."""
-    from cat_diffusion.cat_core import weights
-    from cat_diffusion.nodes.host.denoiser import Denoiser, trainable_unet
-    from official import golden_cases
-
-    def build(checkpointing=False):
-        cases = golden_cases.Cases(GOLDENS)
-        files = [cases._file(name) for name in ("fusion_tiny.safetensors", "unet_tiny.safetensors")]
-        built = [
-            weights.cat_modules(file.architecture)[part]
-            for file, part in zip(files, ("sem_inpainter", "ref_adapter"))
-        ]
-        for module, file, part in zip(built, files, ("sem_inpainter", "ref_adapter")):
-            module.load_state_dict(
-                {key: tensor.clone() for key, tensor in file.parts[part].items()}
-            )
-        return built[0], Denoiser(trainable_unet(files[1]), built[1], checkpointing)
-
-    return build
+@pytest.fixture
+def sem_inpainter():
+    """SemInpainter with the golden weights."""
+    return trainable("fusion_tiny.safetensors", "sem_inpainter")
 
 
-def batch_of(golden):
+@pytest.fixture
+def denoiser_of():
+    """Makes a denoiser with the golden weights."""
+
+    def denoiser_of(checkpointing=False):
+        file = Goldens(GOLDENS).checkpoint("unet_tiny.safetensors")
+        ref_adapter = trainable("unet_tiny.safetensors", "ref_adapter")
+        return Denoiser(trainable_unet(file), ref_adapter, checkpointing)
+
+    return denoiser_of
+
+
+def trainable(name, part):
+    """A part of a golden file as the core's own module."""
+    file = Goldens(GOLDENS).checkpoint(name)
+    module = weights.cat_modules(file.architecture)[part]
+    module.load_state_dict({key: tensor.clone() for key, tensor in file.parts[part].items()})
+    return module
+
+
+@pytest.fixture
+def batch(golden):
     return {
         "patches": golden["clip_x"][:, 1:],
         "image": golden["global_clip_x"][:, 0],
@@ -62,24 +75,20 @@ def batch_of(golden):
 
 
 def loss_of(objective, batch):
-    from cat_diffusion.cat_core.training.loop import combine
-
     terms, _ = objective(batch)
-    return combine(
-        objective, terms, {name: weight.sum() for name, weight in objective.weights(batch).items()}
-    )
+    totals = {name: weight.sum() for name, weight in objective.weights(batch).items()}
+    return combine(objective, terms, totals)
 
 
-def check_gradients(module, expected, names=lambda key: key):
-    found = {
-        names(key): parameter.grad.norm().item()
-        for key, parameter in module.named_parameters()
-        if parameter.grad is not None
-    }
-    assert found.keys() == expected.keys()
+def check_gradients(module, expected):
+    norms = {}
+    for key, parameter in module.named_parameters():
+        if parameter.grad is not None:
+            norms[key] = parameter.grad.norm().item()
+    assert norms.keys() == expected.keys()
     total = max(expected.values())
     for key, norm in expected.items():
-        assert abs(found[key] - norm) <= 2e-5 * max(norm, 1e-3 * total), key
+        assert abs(norms[key] - norm) <= 2e-5 * max(norm, 1e-3 * total), key
 
 
 @pytest.fixture(autouse=True)
@@ -89,11 +98,8 @@ def gradients():
         yield
 
 
-def test_distillation(modules, golden, expected):
-    from cat_diffusion.cat_core.training.objectives import Distillation
-
-    sem_inpainter, _ = modules()
-    loss = loss_of(Distillation(sem_inpainter), batch_of(golden))
+def test_distillation(sem_inpainter, batch, golden, expected):
+    loss = loss_of(Distillation(sem_inpainter), batch)
     official = expected["stage1_distillation"]
     assert abs(loss.item() - official["loss"]) <= 1e-5 * official["loss"]
     loss.backward()
@@ -106,37 +112,48 @@ def test_distillation(modules, golden, expected):
         close(sem_inpainter.get_parameter(key).grad, golden[f"grad.stage1.{key}"])
 
 
-def test_the_masked_form_counts_masked_patches_only(modules, golden):
-    from cat_diffusion.cat_core.training.objectives import Distillation
-
-    sem_inpainter, _ = modules()
-    batch = batch_of(golden)
+def test_the_masked_form_counts_masked_patches_only(sem_inpainter, batch):
+    """Against the error of each patch, summed over the hole by hand."""
     masked, _ = Distillation(sem_inpainter, masked=True)(batch)
     whole, watched = Distillation(sem_inpainter)(batch)
-    assert (masked["patches"] < whole["patches"]).all() and torch.equal(
-        masked["image"], whole["image"]
-    )
-    everything, _ = Distillation(sem_inpainter, masked=True)(
-        {**batch, "patch_mask": batch["patch_mask"] * 0 + 1}
-    )
-    assert everything["patches"].shape == (2,) and set(watched) == {"cosine", "cosine_observed"}
+    assert set(watched) == {"cosine", "cosine_observed"}
+    assert torch.equal(masked["image"], whole["image"])
+
+    predicted = sem_inpainter(
+        batch["patches"], batch["image"], batch["text"], batch["patch_mask"]
+    ).patches
+    error = ((predicted - batch["teacher_patches"]) ** 2).mean(2)  # (B, N)
+    for row, hole in enumerate(batch["patch_mask"].flatten(1).bool()):
+        assert 0 < hole.sum() < len(hole)
+        assert masked["patches"][row].item() == pytest.approx(error[row][hole].sum().item())
+        assert whole["patches"][row].item() == pytest.approx(error[row].sum().item())
+    assert (masked["patches"] < whole["patches"]).all()
+
+
+def test_a_hole_of_everything_makes_both_forms_one(sem_inpainter, batch):
+    everything = {**batch, "patch_mask": torch.ones_like(batch["patch_mask"])}
+    masked, _ = Distillation(sem_inpainter, masked=True)(everything)
+    whole, _ = Distillation(sem_inpainter)(everything)
+    assert masked["patches"].shape == (2,)
+    assert torch.equal(masked["patches"], whole["patches"])
 
 
 @pytest.mark.parametrize("stage, uses", [("stage2_eps", True), ("stage1_unet_only_eps", False)])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_diffusion(modules, golden, expected, stage, uses, checkpointing):
-    from cat_diffusion.cat_core.training.objectives import Diffusion, stable_diffusion_schedule
-
-    sem_inpainter, denoiser = modules(checkpointing)
+def test_diffusion(
+    sem_inpainter, denoiser_of, batch, golden, expected, stage, uses, checkpointing
+):
+    denoiser = denoiser_of(checkpointing)
     objective = Diffusion(denoiser, stable_diffusion_schedule(), sem_inpainter if uses else None)
-    loss = loss_of(objective, batch_of(golden))
+    loss = loss_of(objective, batch)
     official = expected[stage]
     assert abs(loss.item() - official["loss"]) <= 1e-5 * official["loss"]
     loss.backward()
-    check_gradients(denoiser.ref_adapter, official["grad_per_parameter"]["refadapter(attn3,norm4)"])
-    check_gradients(denoiser.unet, official["grad_per_parameter"]["unet_pretrained"])
+    norms = official["grad_per_parameter"]
+    check_gradients(denoiser.ref_adapter, norms["refadapter(attn3,norm4)"])
+    check_gradients(denoiser.unet, norms["unet_pretrained"])
     if uses:
-        check_gradients(sem_inpainter, official["grad_per_parameter"]["fusion"])
+        check_gradients(sem_inpainter, norms["fusion"])
         key = "embeddings.mask_embedding.weight"
         close(sem_inpainter.get_parameter(key).grad, golden[f"grad.stage2.fusion.{key}"])
         key = "input_blocks.1.1.transformer_blocks.0.attn3.to_k.weight"
@@ -145,44 +162,34 @@ def test_diffusion(modules, golden, expected, stage, uses, checkpointing):
         assert all(parameter.grad is None for parameter in sem_inpainter.parameters())
 
 
-def test_the_noise_and_the_schedule(golden):
-    from cat_diffusion.cat_core.training import objectives
-
-    schedule = objectives.stable_diffusion_schedule()
+def test_the_noise_and_the_schedule(batch, golden):
+    schedule = stable_diffusion_schedule()
     close(schedule, load_file(GOLDENS / "ddim.safetensors")["schedule.alphas_cumprod"])
-    batch = batch_of(golden)
-    close(
-        objectives.add_noise(batch["latent"], batch["noise"], schedule[batch["timestep"]]),
-        golden["mid.x_noisy"],
-    )
+    noisy = add_noise(batch["latent"], batch["noise"], schedule[batch["timestep"]])
+    close(noisy, golden["mid.x_noisy"])
 
 
-def test_dropped_rows_see_no_visual_prompt(modules, golden):
-    from cat_diffusion.cat_core.training.objectives import Diffusion, stable_diffusion_schedule
-
-    sem_inpainter, denoiser = modules()
-    objective = Diffusion(denoiser, stable_diffusion_schedule(), sem_inpainter)
-    prompt = objective.visual_prompt({**batch_of(golden), "dropped": torch.tensor([True, False])})
-    assert not prompt[0].any() and prompt[1].any()
+def test_dropped_rows_see_no_visual_prompt(sem_inpainter, denoiser_of, batch):
+    objective = Diffusion(denoiser_of(), stable_diffusion_schedule(), sem_inpainter)
+    prompt = objective.visual_prompt({**batch, "dropped": torch.tensor([True, False])})
+    assert not prompt[0].any()
+    assert prompt[1].any()
 
 
-def test_the_visual_prompt_may_show_the_hole(modules, golden):
-    """The ablation without SemInpainter: what CLIP sees of the picture with its hole, instead of the whole one."""
-    from cat_diffusion.cat_core import features
-    from cat_diffusion.cat_core.training.objectives import Diffusion, stable_diffusion_schedule
+def test_the_visual_prompt_may_show_the_hole(denoiser_of, batch):
+    """The ablation without SemInpainter.
 
-    _, denoiser = modules()
-    batch = batch_of(golden)
-    whole, observed = (
-        Diffusion(denoiser, stable_diffusion_schedule(), observed=which).visual_prompt(batch)
-        for which in (False, True)
-    )
-    assert torch.equal(whole, features.pool(batch["teacher_patches"])) and torch.equal(
-        observed, features.pool(batch["patches"])
-    )
+    It takes what CLIP sees of the picture with its hole, instead of the whole one.
+    """
+    denoiser = denoiser_of()
+    schedule = stable_diffusion_schedule()
+    whole = Diffusion(denoiser, schedule).visual_prompt(batch)
+    observed = Diffusion(denoiser, schedule, observed=True).visual_prompt(batch)
+    assert torch.equal(whole, features.pool(batch["teacher_patches"]))
+    assert torch.equal(observed, features.pool(batch["patches"]))
     assert not torch.equal(whole, observed)
 
 
-def close(found, golden):
-    assert found.shape == golden.shape
-    assert (found - golden).abs().max() <= 1e-5 * golden.abs().max()
+def close(tensor, golden):
+    assert tensor.shape == golden.shape
+    assert (tensor - golden).abs().max() <= 1e-5 * golden.abs().max()

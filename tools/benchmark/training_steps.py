@@ -1,22 +1,18 @@
-"""The section of tools/bench.py on training: tools/train.py's own loop on copies of the demo's photograph."""
+"""The section of tools/bench.py on training.
+
+It runs tools/train.py's own loop on copies of the demo's photograph.
+"""
 
 import shutil
 import statistics
 import tempfile
 from pathlib import Path
 
-import torch
-
 from benchmark.rows import Row, rows_in_turn
 from cat_diffusion.cat_core.data import manifest
-from cat_diffusion.cat_core.training import loop, samples, start
-from cat_diffusion.cat_core.training.objectives import (
-    Diffusion,
-    Distillation,
-    stable_diffusion_schedule,
-)
+from cat_diffusion.cat_core.training import loop
+from cat_diffusion.cat_core.training.settings import Settings, TrainingRun
 from cat_diffusion.cat_core.training.stages import STAGES
-from cat_diffusion.nodes.host.denoiser import Denoiser, trainable_unet
 from comfyui import ROOT
 from training import stage_run
 
@@ -47,49 +43,23 @@ def training(arguments):
 
 def _steps(arguments, name: str, folder: Path, cached: bool, count: int) -> list[float]:
     """Seconds of each step but the first."""
-    stage, seconds = STAGES[name], []
-    diffusion = stage.objective == "diffusion"
-    file = stage_run.load([arguments.checkpoint], diffusion)
-    modules = start.trainable_parts(file.architecture, file.parts, 0)
+    stage = STAGES[name]
+    settings = Settings(steps=count, batch_size=1, micro_batch_size=1)
+    file = stage_run.load([arguments.checkpoint], stage.diffusion)
+    modules, objective = stage_run.build(stage, file, checkpointing=True)
     encoders, store = stage_run.encoded_samples(
         file,
         stage.objective,
         folder / "manifest.jsonl",
-        "train",
-        arguments.size,
-        folder / name if cached else None,
+        size=arguments.size,
+        cache=folder / name if cached else None,
     )
-    with torch.inference_mode():
-        empty = encoders.context([""]) if diffusion else None
-    if diffusion:
-        modules["unet"] = trainable_unet(file)
-        objective = Diffusion(
-            Denoiser(modules["unet"], modules["ref_adapter"], True),
-            stable_diffusion_schedule(),
-            None,
-            False,
-        )
-    else:
-        objective = Distillation(modules["sem_inpainter"], False)
-    source = samples.Source(store, 1, 0, empty)
+    batches = stage_run.batches_for(stage, encoders, store, settings)
+    seconds = []
 
-    def encoded(step, positions):
-        with torch.no_grad():
-            return {
-                key: value.clone() for key, value in source(step, positions).items()
-            }  # free of inference mode
+    def on_step(step, figures):
+        seconds.append(1 / figures["images_per_second"])
 
-    loop.train(
-        stage,
-        objective,
-        modules,
-        encoded,
-        None,
-        loop.Settings(count, 1, 1),
-        file.architecture,
-        provenance="",
-        licence="",
-        cpu=arguments.cpu,
-        on_step=lambda step, figures: seconds.append(1 / figures["images_per_second"]),
-    )
+    run = TrainingRun(stage, modules, objective, settings)
+    loop.train(run, batches, cpu=arguments.cpu, on_step=on_step)
     return seconds[1:]

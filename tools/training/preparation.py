@@ -3,162 +3,204 @@
 import itertools
 import os
 import sys
-import time
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
+from tqdm import tqdm
 
-from cat_diffusion.cat_core.data import manifest, masks, tally
-from cat_diffusion.cat_core.data.folder import Folder, triples
+from cat_diffusion.cat_core import files
+from cat_diffusion.cat_core.data import manifest, masks
+from cat_diffusion.cat_core.data.folder import Candidate, DataFolder, triples
+from cat_diffusion.cat_core.data.manifest import Record
+from cat_diffusion.cat_core.data.tally import Tally
 
-from . import data_sources
+from . import coco, data_sources
+
+
+class Limits(NamedTuple):
+    """What a sample must be like to be used."""
+
+    least_area: float = 0.0  # of its box, as a share of the image
+    most_area: float = 1.0
+    decodes: bool = False  # whether its pictures must decode, not only exist
 
 
 def command(arguments) -> int:
     """Prepare what the arguments name; returns the exit code."""
     sys.stdout.reconfigure(errors="backslashreplace")  # ids may hold what a terminal cannot show
-    warnings.simplefilter(
-        "ignore", SyntaxWarning
-    )  # about backslashes in list files, a page of them
+    warnings.simplefilter("ignore", SyntaxWarning)  # list files hold stray backslashes, many
+    limits = Limits(
+        getattr(arguments, "min_area", 0.0), getattr(arguments, "max_area", 1.0), arguments.check
+    )
     try:
-        return prepare(arguments)
+        _check_targets(arguments)
+        count = prepare(_candidates(arguments), arguments.out, limits)
     except (manifest.ManifestError, data_sources.SourceError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"\nstopped; {arguments.out} was not written", file=sys.stderr)
-    return 1
+        return 1
+    report = _report_path(arguments.out)
+    if not count:
+        print(
+            f"error: no usable sample in {arguments.source}; {arguments.out} was not written, "
+            f"{report} says why",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"Wrote {arguments.out} and {report}.")
+    return 0
 
 
-def prepare(arguments) -> int:
-    """Read the source, write what is usable and report the rest."""
-    out, report = arguments.out, tally.Tally()
-    report_path = out.with_name(f"{out.name}.report.txt")
-    drawn = out.with_name(f"{out.stem}_masks")  # where COCO's masks go
-    for path in (out, report_path, *([drawn] if arguments.source == "coco" else [])):
+def prepare(candidates: Iterable[Candidate], out: Path, limits: Limits) -> int:
+    """Write the manifest of what is usable, and a report of the rest beside it.
+
+    Returns how many samples there are; without any the manifest is not written.
+    """
+    tally = Tally()
+    records = usable(_shown(candidates, tally), tally, out.parent, limits)
+    first = next(records, None)
+    if first is not None:
+        manifest.write(out, itertools.chain([first], records))
+    files.write_text(_report_path(out), f"{tally}\n")
+    print(tally)
+    return tally.kept
+
+
+def usable(
+    candidates: Iterable[Candidate], tally: Tally, folder: Path, limits: Limits
+) -> Iterator[Record]:
+    """Yield the records that can be trained on; count and name the other samples in `tally`.
+
+    `folder` is the manifest's; masks that are drawn go below it.
+    """
+    seen = set()
+    for candidate in candidates:
+        record = candidate.record
+        if record is None:
+            tally.skip(candidate.reason, candidate.id)
+            continue
+        try:
+            if record.id in seen:
+                raise masks.SampleError("duplicate id")
+            _check_area(record, limits)
+            if not os.path.isfile(folder / record.image):
+                raise masks.SampleError("missing image")
+            if candidate.draw is not None:
+                _save(candidate.draw(), folder / record.mask)
+            elif record.mask is not None and not os.path.isfile(folder / record.mask):
+                raise masks.SampleError("missing mask")
+            if limits.decodes:
+                _check_pictures(record, folder)
+        except masks.SampleError as error:
+            tally.skip(error.reason, candidate.id)
+            continue
+        seen.add(record.id)
+        tally.keep()
+        yield record
+
+
+# The command line ---------------------------------------------------------------------------------
+
+
+def _check_targets(arguments) -> None:
+    """Raise ManifestError where the command would write over something unasked."""
+    targets = [arguments.out, _report_path(arguments.out)]
+    if arguments.source == "coco":
+        targets.append(_masks_path(arguments.out))
+    for path in targets:
         if path.exists() and not arguments.overwrite:
             raise manifest.ManifestError(
                 f"{path} exists already and was not touched. Give --overwrite to replace it."
             )
 
+
+def _candidates(arguments) -> Iterator[Candidate]:
+    """The samples of the data set that the arguments name; raises SourceError."""
     for name in ("classes", "annotations", "instances", "captions", "list"):
         path = getattr(arguments, name, None)
         if path is not None and not path.is_file():
             raise data_sources.SourceError(
                 f"--{name} {path} is not a file, expected one; see --help."
             )
-
-    def folder(path: Path) -> Folder:
-        return data_sources.locate(path, out)
-
+    out = arguments.out
+    split = arguments.split
     if arguments.source == "openimages":
-        found = data_sources.openimages(
+        return data_sources.openimages(
             arguments.classes,
             arguments.annotations,
-            [folder(path) for path in arguments.images],
-            [folder(path) for path in arguments.masks],
-            arguments.split,
+            [data_sources.locate(path, out) for path in arguments.images],
+            [data_sources.locate(path, out) for path in arguments.masks],
+            split,
         )
-    elif arguments.source == "coco":
-        found = data_sources.coco(
+    if arguments.source == "coco":
+        drawn = _masks_path(out)
+        return coco.coco(
             arguments.instances,
             arguments.captions,
-            folder(arguments.images),
-            Folder(drawn, drawn.name),
-            arguments.split,
+            data_sources.locate(arguments.images, out),
+            DataFolder(drawn, drawn.name),
+            split,
         )
-    elif arguments.source == "folder":
-        found = triples(folder(arguments.data), arguments.split)
-    else:
-        found = data_sources.official(
-            arguments.list, folder(arguments.images), folder(arguments.masks), arguments.split
-        )
-
-    records = usable(_progress(found, report), report, arguments)
-    first = next(records, None)
-    if first is not None:
-        manifest.write(out, itertools.chain([first], records))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    report_path.write_text(f"{report}\n", encoding="utf-8")
-    print(report)
-    if first is None:
-        print(
-            f"error: no usable sample in {arguments.source}; {out} was not written, {report_path} says why",
-            file=sys.stderr,
-        )
-        return 1
-    print(f"Wrote {out} and {report_path}.")
-    return 0
+    if arguments.source == "folder":
+        return triples(data_sources.locate(arguments.data, out), split)
+    images = data_sources.locate(arguments.images, out)
+    return data_sources.official(
+        arguments.list, images, data_sources.locate(arguments.masks, out), split
+    )
 
 
-def usable(found, report, arguments):
-    """Yield the records of the samples that can be trained on; count and name the others in `report`."""
-    folder, seen = arguments.out.parent, set()
-    least, most = getattr(arguments, "min_area", 0.0), getattr(arguments, "max_area", 1.0)
-    for sample in found:
-        record = sample.record
-        if record is None:
-            report.skip(sample.reason, sample.id)
-            continue
-        try:
-            if record.id in seen:
-                raise masks.SampleError("duplicate id")
-            if record.box is not None:
-                x0, y0, x1, y1 = record.box
-                area = (x1 - x0) * (y1 - y0)
-                if area < least:
-                    raise masks.SampleError(f"smaller than {least:g} of the image")
-                if area > most:
-                    raise masks.SampleError(f"larger than {most:g} of the image")
-            if not os.path.isfile(folder / record.image):
-                raise masks.SampleError("missing image")
-            if sample.draw is not None:
-                _save(sample.draw(), folder / record.mask)
-            elif record.mask is not None and not os.path.isfile(folder / record.mask):
-                raise masks.SampleError("missing mask")
-            if arguments.check:
-                _check(record, folder)
-        except masks.SampleError as error:
-            report.skip(error.reason, sample.id)
-            continue
-        seen.add(record.id)
-        report.keep()
-        yield record
+def _report_path(out: Path) -> Path:
+    return out.with_name(f"{out.name}.report.txt")
 
 
-def _check(record, folder: Path) -> None:
+def _masks_path(out: Path) -> Path:
+    """Where COCO's masks go."""
+    return out.with_name(f"{out.stem}_masks")
+
+
+# Samples ------------------------------------------------------------------------------------------
+
+
+def _check_area(record: Record, limits: Limits) -> None:
+    if record.box is None:
+        return
+    x0, y0, x1, y1 = record.box
+    area = (x1 - x0) * (y1 - y0)
+    if area < limits.least_area:
+        raise masks.SampleError(f"smaller than {limits.least_area:g} of the image")
+    if area > limits.most_area:
+        raise masks.SampleError(f"larger than {limits.most_area:g} of the image")
+
+
+def _check_pictures(record: Record, folder: Path) -> None:
     """Decode a record's pictures and let Pillow verify their checksums; raises SampleError."""
     masks.load(record, folder)
     for kind, name in (("image", record.image), ("mask", record.mask)):
+        if name is None:
+            continue
         try:
-            if name is not None:
-                with Image.open(folder / name) as file:
-                    file.verify()
+            with Image.open(folder / name) as file:
+                file.verify()
         except Exception as error:  # whatever Pillow raises for what is broken
             raise masks.SampleError(f"corrupt {kind}", str(error)) from error
 
 
-def _save(mask, path: Path) -> None:
-    """Write a mask as a one-bit PNG under a temporary name, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    mask.convert("1").save(partial, format="PNG")
-    os.replace(partial, path)
+def _save(mask: Image.Image, path: Path) -> None:
+    """Write a mask as a one-bit PNG."""
+    with files.replacing(path) as partial:
+        mask.convert("1").save(partial, format="PNG")
 
 
-def _progress(found, report):
-    """Pass everything on and say how far it is, on a terminal in one line."""
-    start = last = time.monotonic()
-    terminal = sys.stdout.isatty()
-    for sample in found:
-        yield sample
-        now = time.monotonic()
-        if now - last > (0.2 if terminal else 10):
-            last, skipped = now, sum(report.skipped.values())
-            print(
-                f"{report.kept:,} kept, {skipped:,} skipped, {(report.kept + skipped) / (now - start):,.0f} a second   ",
-                end="\r" if terminal else "\n",
-                flush=True,
-            )
-    if terminal:
-        print(" " * 70, end="\r")
+def _shown(candidates: Iterable[Candidate], tally: Tally) -> Iterator[Candidate]:
+    """Pass everything on and say how far it is; in a log file every ten seconds."""
+    pause = 0.2 if sys.stderr.isatty() else 10
+    with tqdm(candidates, unit=" samples", mininterval=pause, leave=False) as bar:
+        for candidate in bar:
+            yield candidate
+            skipped = sum(tally.skipped.values())
+            bar.set_postfix(kept=tally.kept, skipped=skipped, refresh=False)

@@ -1,197 +1,177 @@
-"""Pictures of what a run has learned so far, on a few fixed samples; for tools/train.py --samples-every."""
+"""Pictures of what a run has learned so far, on a few fixed samples."""
 
 import dataclasses
-import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
-import comfy.utils
-import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from cat_diffusion.cat_core.data import masks
+from cat_diffusion.cat_core.data.manifest import Record
+from cat_diffusion.cat_core.errors import CatError
+from cat_diffusion.cat_core.files import replacing
 from cat_diffusion.cat_core.pictures import plots
-from cat_diffusion.cat_core.training import samples
+from cat_diffusion.cat_core.pictures.tensors import channels_last, to_picture
+from cat_diffusion.cat_core.training.encoding import encode, prepare
 from cat_diffusion.cat_core.training.objectives import masked_cosine
+from cat_diffusion.cat_core.training.stages import Stage
+from cat_diffusion.cat_core.training.stores import FreshSamples
+from cat_diffusion.cat_core.weights import Checkpoint
 from cat_diffusion.nodes.apply_ref_adapter import apply_ref_adapter
 from cat_diffusion.nodes.conditioning import inpaint_conditioning
 from cat_diffusion.nodes.host import memory
 from cat_diffusion.nodes.host.build import build_cat_model, build_unet
 from cat_diffusion.nodes.host.clip import plain_tokens
 from cat_diffusion.nodes.host.encoders import HostEncoders
+from cat_diffusion.nodes.host.sampling import decode, ksample
 from cat_diffusion.nodes.visual_prompt import encode_visual_prompt, predict
 
 COUNT = 4  # samples on a sheet
-STEPS, CFG = 20, 7.5
+STEPS = 20
+CFG = 7.5
 
 
+class Shown(NamedTuple):
+    """A sample of the sheet: its record, picture and hole, both in the run's size."""
+
+    record: Record
+    picture: Image.Image
+    hole: Image.Image
+
+    @property
+    def with_hole(self) -> Image.Image:
+        """The picture with its hole grey, as CLIP sees it."""
+        grey = Image.new("RGB", self.picture.size, (127, 127, 127))
+        return Image.composite(grey, self.picture, self.hole)
+
+    @property
+    def text(self) -> str:
+        return self.record.caption or self.record.label
+
+
+@dataclass
 class SamplePictures:
-    """Draws RUN/samples/step-00001000.png: similarity of features for stage 1, inpainted pictures for the others.
+    """Draws step-00001000.png: for stage 1 the similarity of features, else inpainted pictures."""
 
-    Args:
-        file: what the run started from, with all parts described.
-        modules: the parts in training; only those in the stage's rates have changed.
-        encoders: the host's CLIP_VISION, CLIP, VAE and MODEL.
-        fresh: the run's records and picture size.
-    """
-
-    def __init__(
-        self,
-        stage,
-        file,
-        modules,
-        encoders: HostEncoders,
-        fresh: samples.Fresh,
-        run: Path,
-        seed: int,
-    ):
-        self.stage, self.file, self.modules, self.encoders, self.fresh = (
-            stage,
-            file,
-            modules,
-            encoders,
-            fresh,
-        )
-        self.folder, self.seed = run / "samples", seed
-        self.chosen: list[tuple] | None = None
+    stage: Stage
+    file: Checkpoint  # what the run started from, with all parts described
+    modules: Mapping[str, nn.Module]  # only those that the stage trains have changed
+    encoders: HostEncoders
+    fresh: FreshSamples  # the run's records and picture size
+    folder: Path
+    seed: int
 
     def draw(self, step: int) -> None:
         """Write the sheet of a step; what goes wrong is printed and does not end the run."""
-        path = self.folder / f"step-{step:08d}.png"
-        partial = path.with_suffix(".partial")
         try:
             with torch.inference_mode():
-                sheet = (
-                    self._inpainted()
-                    if self.stage.objective == "diffusion"
-                    else self._similarities()
-                )
-            self.folder.mkdir(parents=True, exist_ok=True)
-            sheet.save(partial, "PNG")
-            os.replace(partial, path)
-        except (OSError, RuntimeError, ValueError) as error:
+                sheet = self._inpainted() if self.stage.diffusion else self._similarities()
+            with replacing(self.folder / f"step-{step:08d}.png") as partial:
+                sheet.save(partial, "PNG")
+        except (OSError, RuntimeError, ValueError, CatError) as error:
             print(f"\nNo sample pictures at step {step}: {error}", flush=True)
-            partial.unlink(missing_ok=True)
         memory.clear_memory()
 
-    def _samples(self) -> list[tuple]:
-        """(record, picture, hole) of the first usable records with an object, in the run's size."""
-        if self.chosen is None:
-            self.chosen = []
-            for record in (record for record in self.fresh.records if record.hole):
-                try:
-                    picture, mask = masks.load(record, self.fresh.folder)
-                except masks.SampleError:
-                    continue
-                size = (self.fresh.size,) * 2
-                hole = masks.training_mask(mask, "segment").resize(size, Image.Resampling.BICUBIC)
-                self.chosen.append((record, picture.resize(size, Image.Resampling.BICUBIC), hole))
-                if len(self.chosen) == COUNT:
-                    break
-        if not self.chosen:
+    @cached_property
+    def _samples(self) -> list[Shown]:
+        """The first usable records with an object."""
+        size = (self.fresh.size, self.fresh.size)
+        samples = []
+        for record in self.fresh.records:
+            if not record.hole:
+                continue
+            try:
+                picture, mask = masks.load(record, self.fresh.folder)
+                hole = masks.training_mask(mask, "segment")
+            except masks.SampleError:
+                continue
+            picture = picture.resize(size, Image.Resampling.BICUBIC)
+            hole = hole.resize(size, Image.Resampling.BICUBIC)
+            samples.append(Shown(record, picture, hole))
+            if len(samples) == COUNT:
+                break
+        if not samples:
             raise ValueError("no record with an object can be opened")
-        return self.chosen
+        return samples
 
     def _similarities(self) -> Image.Image:
-        rows, module = [], self.modules["sem_inpainter"]
-        device = next(module.parameters()).device
-        for record, picture, hole in self._samples():
-            prepared = samples.prepare(
-                record, self.fresh.folder, "segment", self.fresh.size, self.fresh.cell
-            )
-            batch = {
-                key: value.to(device)
-                for key, value in samples.encode(
-                    [record], [prepared], self.encoders, "distillation"
-                ).items()
-            }
-            predicted = module(
-                batch["patches"], batch["image"], batch["text"], batch["patch_mask"]
-            ).patches
-            teacher, m = batch["teacher_patches"], batch["patch_mask"].flatten(1).float()
-            before, after = (
-                masked_cosine(x, teacher, m).item() for x in (batch["patches"], predicted)
-            )
-            squares = [plots.similarity(x[0], teacher[0]) for x in (batch["patches"], predicted)]
-            rows.append(
-                (
-                    f"{record.label}: cosine in the hole {before:.3f} observed, {after:.3f} predicted",
-                    [_holed(picture, hole), *squares],
-                )
-            )
+        rows = [self._similarity(sample) for sample in self._samples]
         return plots.sheet(rows, ("picture", "observed", "predicted"))
 
+    def _similarity(self, sample: Shown) -> tuple[str, list[Image.Image]]:
+        """A sheet's row: SemInpainter's features of the hole beside those that CLIP observes."""
+        module = self.modules["sem_inpainter"]
+        device = next(module.parameters()).device
+        fresh = self.fresh
+        prepared = prepare(sample.record, fresh.folder, "segment", fresh.size, fresh.cell)
+        encoded = encode([sample.record], [prepared], self.encoders, "distillation")
+        batch = {key: value.to(device) for key, value in encoded.items()}
+        observed = batch["patches"]
+        teacher = batch["teacher_patches"]
+        mask = batch["patch_mask"]
+        predicted = module(observed, batch["image"], batch["text"], mask).patches
+
+        texts = []
+        squares = []
+        for name, patches in (("observed", observed), ("predicted", predicted)):
+            cosine = masked_cosine(patches, teacher, mask.flatten(1).float()).item()
+            texts.append(f"{cosine:.3f} {name}")
+            squares.append(plots.similarity(patches[0], teacher[0]))
+        title = f"{sample.record.label}: cosine in the hole {', '.join(texts)}"
+        return title, [sample.with_hole, *squares]
+
     def _inpainted(self) -> Image.Image:
-        trained = {
-            part: {
-                key: tensor.detach().cpu().clone()
-                for key, tensor in self.modules[part].state_dict().items()
-            }
-            for part, _ in self.stage.rates
-        }
-        rest = {
-            part: module.state_dict()
-            for part, module in self.modules.items()
-            if part not in trained and part != "unet"
-        }
-        file = dataclasses.replace(self.file, parts={**self.file.parts, **rest, **trained})
+        file = self._so_far()
         cat_model = build_cat_model(file)
-        model = build_unet(file) if "unet" in trained else self.encoders.model
-        rows = [
-            (
-                record.caption or record.label,
-                [
-                    _holed(picture, hole),
-                    self._inpaint(model, cat_model, record, picture, hole),
-                    picture,
-                ],
-            )
-            for record, picture, hole in self._samples()
-        ]
+        model = build_unet(file) if "unet" in self.stage.parts else self.encoders.model
+        rows = []
+        for sample in self._samples:
+            inpainted = self._inpaint(model, cat_model, sample)
+            rows.append((sample.text, [sample.with_hole, inpainted, sample.picture]))
         return plots.sheet(rows, ("picture", "inpainted", "original"))
 
-    def _inpaint(self, model, cat_model, record, picture, hole) -> Image.Image:
-        """The pack's own nodes and the host's own sampler, from noise alone; visual prompt as in training."""
-        import nodes  # the host's
+    def _so_far(self) -> Checkpoint:
+        """All parts as they are now; those in training as copies."""
+        parts = dict(self.file.parts)
+        for part, module in self.modules.items():
+            tensors = module.state_dict()
+            if part in self.stage.parts:
+                parts[part] = {key: value.cpu().clone() for key, value in tensors.items()}
+            elif part != "unet":  # the file's own is in the host's precision
+                parts[part] = tensors
+        return dataclasses.replace(self.file, parts=parts)
 
-        clip, vision, vae = self.encoders.clip, self.encoders.clip_vision, self.encoders.vae
-        image, mask = (
-            torch.from_numpy(np.array(x, np.float32) / 255)[None] for x in (picture, hole)
-        )
-        if self.stage.prompt == "predicted":
-            prompt = predict(cat_model, vision, clip, image, mask, record.label)
-        elif self.stage.prompt:
-            prompt = encode_visual_prompt(
-                vision, image, mask if self.stage.prompt == "observed" else None
-            )
-        texts = (
-            clip.encode_from_tokens_scheduled(plain_tokens(clip, text))
-            for text in (record.caption or record.label, "")
-        )
-        positive, negative, latent = inpaint_conditioning(*texts, vae, image, mask)
+    def _inpaint(self, model, cat_model, sample: Shown) -> Image.Image:
+        """Sample a picture from noise alone, with the visual prompt that the stage trains with."""
+        clip = self.encoders.clip
+        vae = self.encoders.vae
+        image = channels_last([sample.picture])
+        mask = channels_last([sample.hole])
         if self.stage.prompt:
+            prompt = self._visual_prompt(cat_model, image, mask, sample.record.label)
             model = apply_ref_adapter(model, cat_model, prompt)
-        latent["samples"] = torch.zeros_like(
-            latent["samples"]
-        )  # the photo's own still holds the object
-        shown, comfy.utils.PROGRESS_BAR_ENABLED = comfy.utils.PROGRESS_BAR_ENABLED, False
-        try:
-            (latent,) = nodes.common_ksampler(
-                model, self.seed, STEPS, CFG, "ddim", "ddim_uniform", positive, negative, latent
-            )
-        finally:
-            comfy.utils.PROGRESS_BAR_ENABLED = shown
-        pixels = (
-            vae.decode(latent["samples"])[0]
-            .float()
-            .cpu()
-            .clamp(0, 1)
-            .mul(255)
-            .round()
-            .to(torch.uint8)
+        positive, negative, latent = inpaint_conditioning(
+            clip.encode_from_tokens_scheduled(plain_tokens(clip, sample.text)),
+            clip.encode_from_tokens_scheduled(plain_tokens(clip, "")),
+            vae,
+            image,
+            mask,
         )
-        return Image.fromarray(pixels.numpy())
+        # The photo's own latent still holds the object.
+        empty = {**latent, "samples": torch.zeros_like(latent["samples"])}
+        sampled = ksample(model, self.seed, STEPS, CFG, positive, negative, empty)
+        (inpainted,) = decode(vae, sampled)
+        return to_picture(inpainted)
 
-
-def _holed(picture: Image.Image, hole: Image.Image) -> Image.Image:
-    return Image.composite(Image.new("RGB", picture.size, (127, 127, 127)), picture, hole)
+    def _visual_prompt(self, cat_model, image: torch.Tensor, mask: torch.Tensor, label: str):
+        vision = self.encoders.clip_vision
+        if self.stage.prompt == "predicted":
+            return predict(cat_model, vision, self.encoders.clip, image, mask, label)
+        if self.stage.prompt == "observed":
+            return encode_visual_prompt(vision, image, mask)
+        return encode_visual_prompt(vision, image)

@@ -3,20 +3,30 @@
 import dataclasses
 import gc
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
+from tqdm import tqdm
 
 from cat_diffusion.cat_core import weights
+from cat_diffusion.cat_core.config import (
+    HEAD_WIDTH,
+    RefAdapterConfig,
+    SemInpainterConfig,
+)
 from cat_diffusion.cat_core.data import manifest
 from cat_diffusion.cat_core.errors import CatError
-from cat_diffusion.cat_core.training import loop, samples, start
-from cat_diffusion.cat_core.training.objectives import (
-    Diffusion,
-    Distillation,
-    stable_diffusion_schedule,
-)
-from cat_diffusion.cat_core.training.stages import STAGES
+from cat_diffusion.cat_core.training import loop, start
+from cat_diffusion.cat_core.training.assemble import assemble
+from cat_diffusion.cat_core.training.batches import Batches
+from cat_diffusion.cat_core.training.settings import Settings, TrainingRun
+from cat_diffusion.cat_core.training.stages import STAGES, Stage
+from cat_diffusion.cat_core.training.stores import FreshSamples, SampleStore, ShardedSamples
+from cat_diffusion.cat_core.weights import Checkpoint
 from cat_diffusion.nodes.host import memory
 from cat_diffusion.nodes.host.build import build_clip, build_clip_vision, build_unet, build_vae
 from cat_diffusion.nodes.host.denoiser import Denoiser, trainable_unet
@@ -26,12 +36,31 @@ from cat_diffusion.nodes.host.unet import vae_cell
 from .sample_pictures import SamplePictures
 
 
+@dataclass(frozen=True)
+class StageRun:
+    """One stage: from what, on what, how, and where it is kept."""
+
+    stage: Stage
+    base: Sequence[Path]  # files to start from; of parts that several have, the last one's
+    data: Path  # manifest
+    folder: Path  # for checkpoints and log; continued if it exists
+    settings: Settings
+    split: str = "train"  # of the manifest
+    cache: Path | None = None  # folder for encoded samples
+    size: int = 512  # side of the pictures for the VAE, in pixels
+    masked: bool = False  # the paper's loss for SemInpainter instead of the official code's
+    checkpointing: bool = False  # compute activations again
+    samples_every: int = 0  # steps between sheets of sample pictures; 0 = never
+    licence: str = "unknown"  # of the result
+    cpu: bool = False  # do not use a GPU
+
+
 def command(parser, arguments) -> int:
     """Run the stage that the arguments name; returns the exit code."""
     if arguments.stage not in STAGES:
         parser.error(f"unknown stage {arguments.stage}; choose from {', '.join(STAGES)}")
     try:
-        print(f"\nCAT weights: {run(arguments)}")
+        print(f"\nCAT weights: {run(_described(arguments))}")
     except KeyboardInterrupt:
         print(f"\nStopped. The same command continues from {arguments.run}.")
         return 130
@@ -41,137 +70,200 @@ def command(parser, arguments) -> int:
     return 0
 
 
-def run(arguments, stage=None) -> Path:
-    """Load, build, cache, train; `stage` with rates of its own replaces the one that the arguments name."""
-
-    stage = stage or STAGES[arguments.stage].scaled(arguments.rates)
-    diffusion = stage.objective == "diffusion"
-    file = load(arguments.base, diffusion)
-    modules = start.trainable_parts(file.architecture, file.parts, arguments.seed)
-    encoders, store = encoded_samples(
-        file, stage.objective, arguments.data, arguments.split, arguments.size, arguments.cache
-    )
-    fresh = store.fresh if arguments.cache else store
-    with torch.inference_mode():
-        empty = encoders.context([""]) if diffusion else None
-    source = samples.Source(store, arguments.batch_size, arguments.seed, empty)
-    architecture = file.architecture
-    if diffusion:
-        modules["unet"] = trainable_unet(file)
-        denoiser = Denoiser(
-            modules["unet"],
-            modules["ref_adapter"] if stage.prompt else None,
-            arguments.checkpointing,
-        )
-        objective = Diffusion(
-            denoiser,
-            stable_diffusion_schedule(),
-            modules["sem_inpainter"] if stage.prompt == "predicted" else None,
-            stage.prompt == "observed",
-        )
-    else:
-        objective = Distillation(modules["sem_inpainter"], arguments.masked)
-    settings = loop.Settings(
-        arguments.steps,
-        arguments.batch_size,
-        arguments.micro_batch_size,
-        arguments.warmup,
+def _described(arguments) -> StageRun:
+    """What tools/train.py's command line asks for."""
+    settings = Settings(
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        micro_batch_size=arguments.micro_batch_size,
+        warmup=arguments.warmup,
         final_rate=arguments.final_rate,
         precision=arguments.precision,
         seed=arguments.seed,
         save_every=arguments.save_every,
     )
-
-    pictures = (
-        SamplePictures(stage, file, modules, encoders, fresh, arguments.run, arguments.seed)
-        if arguments.samples_every
-        else None
+    return StageRun(
+        stage=STAGES[arguments.stage].scaled(arguments.rates),
+        base=arguments.base,
+        data=arguments.data,
+        folder=arguments.run,
+        settings=settings,
+        split=arguments.split,
+        cache=arguments.cache,
+        size=arguments.size,
+        masked=arguments.masked,
+        checkpointing=arguments.checkpointing,
+        samples_every=arguments.samples_every,
+        licence=arguments.licence,
+        cpu=arguments.cpu,
     )
-    if (
-        arguments.cache and not pictures
-    ):  # the frozen networks have done their work: their memory is wanted
-        file = encoders = fresh.encoders = None
+
+
+def run(described: StageRun) -> Path | None:
+    """Load, build, cache, train; returns the CAT weights file.
+
+    Raises:
+        CatError: files that do not fit, or a run that cannot go on.
+    """
+    stage = described.stage
+    file = load(described.base, stage.diffusion)
+    modules, objective = build(
+        stage,
+        file,
+        described.settings.seed,
+        masked=described.masked,
+        checkpointing=described.checkpointing,
+    )
+    encoders, store = encoded_samples(
+        file,
+        stage.objective,
+        described.data,
+        split=described.split,
+        size=described.size,
+        cache=described.cache,
+    )
+    fresh = store.fresh if isinstance(store, ShardedSamples) else store
+    batches = batches_for(stage, encoders, store, described.settings)
+    training = TrainingRun(
+        stage,
+        modules,
+        objective,
+        described.settings,
+        folder=described.folder,
+        architecture=file.architecture,
+        provenance=f"trained on {described.data.name}",
+        licence=described.licence,
+    )
+    pictures = None
+    if described.samples_every:
+        pictures = SamplePictures(
+            stage=stage,
+            file=file,
+            modules=modules,
+            encoders=encoders,
+            fresh=fresh,
+            folder=described.folder / "samples",
+            seed=described.settings.seed,
+        )
+    elif described.cache:
+        # The frozen networks have done their work: their memory is wanted.
+        del file, encoders, fresh.encoders
         memory.clear_memory()
         gc.collect()
 
     def on_step(step, figures):
-        if pictures and step % arguments.samples_every == 0:
+        if pictures and step % described.samples_every == 0:
             pictures.draw(step)
 
-    def encoded(step, positions):
-        with torch.no_grad():
-            return {
-                key: value.clone() for key, value in source(step, positions).items()
-            }  # free of inference mode
-
     try:
-        return loop.train(
-            stage,
-            objective,
-            modules,
-            encoded,
-            arguments.run,
-            settings,
-            architecture,
-            provenance=f"trained on {arguments.data.name}",
-            licence=arguments.licence,
-            cpu=arguments.cpu,
-            on_step=on_step,
-        )
+        return loop.train(training, batches, cpu=described.cpu, on_step=on_step)
     finally:
-        if fresh.report.skipped:
-            print(f"\n{fresh.report}")
+        if fresh.tally.skipped:
+            print(f"\n{fresh.tally}")
 
 
-def load(paths, diffusion: bool):
-    """Everything that a stage starts from, as one Checkpoint that describes the CAT parts it lacks."""
-
+def load(paths: Sequence[Path], diffusion: bool) -> Checkpoint:
+    """Everything that a stage starts from; the CAT parts that the files lack are described."""
     file = weights.merge([weights.read(path) for path in paths])
-    file.require("clip_text", "clip_vision", *(("unet", "vae") if diffusion else ()))
-    return dataclasses.replace(file, architecture=with_cat_parts(file.parts, file.architecture))
+    needed = ["clip_text", "clip_vision"]
+    if diffusion:
+        needed += ["unet", "vae"]
+    file.require(*needed)
+    architecture = file.architecture
+    if architecture.sem_inpainter is None:
+        config = _sem_inpainter_config(file)
+        architecture = dataclasses.replace(architecture, sem_inpainter=config)
+    if architecture.ref_adapter is None and "unet" in file.parts:
+        config = _ref_adapter_config(file)
+        architecture = dataclasses.replace(architecture, ref_adapter=config)
+    return dataclasses.replace(file, architecture=architecture)
 
 
-def encoded_samples(file, objective: str, data: Path, split: str, size: int, cache: Path | None):
+def build(
+    stage: Stage,
+    file: Checkpoint,
+    seed: int = 0,
+    *,
+    masked: bool = False,
+    checkpointing: bool = False,
+) -> tuple[dict[str, nn.Module], nn.Module]:
+    """The modules that a stage has a use for, by part, and its objective over them."""
+    modules = start.trainable_parts(file.architecture, file.parts, seed)
+    if stage.diffusion:
+        modules["unet"] = trainable_unet(file)
+    denoiser = partial(Denoiser, checkpointing=checkpointing)
+    return modules, assemble(stage, modules, denoiser, masked=masked)
+
+
+def encoded_samples(
+    file: Checkpoint,
+    objective: str,
+    data: Path,
+    *,
+    split: str = "train",
+    size: int = 512,
+    cache: Path | None = None,
+) -> tuple[HostEncoders, SampleStore]:
     """The frozen networks, and the samples that they encode; a cache is filled first."""
-
-    diffusion = objective == "diffusion"
+    vae = None
+    unet = None
+    cell = 8
     with torch.inference_mode():
-        clip, vision = build_clip(file), build_clip_vision(file)
-        vae, model = (build_vae(file), build_unet(file)) if diffusion else (None, None)
-    encoders = HostEncoders(vision, clip, vae, model)
-    store = samples.Fresh(
+        clip = build_clip(file)
+        vision = build_clip_vision(file)
+        if objective == "diffusion":
+            vae = build_vae(file)
+            unet = build_unet(file)
+            cell = vae_cell(vae)
+    encoders = HostEncoders(vision, clip, vae, unet)
+    fresh = FreshSamples(
         manifest.read(data, split),
         data.parent,
         encoders,
-        objective,
-        size,
-        vae_cell(vae) if diffusion else 8,
+        objective=objective,
+        size=size,
+        cell=cell,
     )
-    if cache:
-        store = samples.Shards(cache, store)
-        with torch.inference_mode():
-            store.fill(
-                lambda done, total: print(f"\rEncoded {done} of {total} shards", end="", flush=True)
-            )
-        print()
+    if cache is None:
+        return encoders, fresh
+    store = ShardedSamples(cache, fresh)
+    with (
+        torch.inference_mode(),
+        tqdm(total=store.shard_count, desc="Encoding", unit="shard") as bar,
+    ):
+        store.fill(on_shard=bar.update)
     return encoders, store
 
 
-def with_cat_parts(parts, architecture):
-    """Describe the CAT parts that will be made anew: as wide as CLIP, one adapter a transformer block."""
+def batches_for(
+    stage: Stage, encoders: HostEncoders, store: SampleStore, settings: Settings
+) -> Batches:
+    """A run's batches, with the empty text for the dropped samples of diffusion."""
+    with torch.inference_mode():
+        empty_context = encoders.context([""]) if stage.diffusion else None
+    return Batches(store, settings.batch_size, settings.seed, empty_context)
 
-    vision, text = parts["clip_vision"], parts["clip_text"]
-    width = vision["vision_model.post_layernorm.weight"].shape[0]
-    layers = len(
-        {key.split(".")[3] for key in vision if key.startswith("vision_model.encoder.layers.")}
+
+def _sem_inpainter_config(file: Checkpoint) -> SemInpainterConfig:
+    """A SemInpainter to be made anew, as wide and deep as the file's CLIP vision model."""
+    vision = file.parts["clip_vision"]
+    prefix = "vision_model.encoder.layers."
+    width = _width(vision["vision_model.post_layernorm.weight"])
+    layers = {key.split(".")[3] for key in vision if key.startswith(prefix)}
+    return start.sem_inpainter_config(
+        width=width,
+        layers=len(layers),
+        heads=file.architecture.clip_vision_num_heads or max(width // HEAD_WIDTH, 1),
+        text_size=_width(file.parts["clip_text"]["text_model.final_layer_norm.weight"]),
     )
-    if architecture.sem_inpainter is None:
-        heads = architecture.clip_vision_num_heads or max(width // 64, 1)
-        text_size = text["text_model.final_layer_norm.weight"].shape[0]
-        architecture = dataclasses.replace(
-            architecture, sem_inpainter=start.sem_inpainter_config(width, layers, heads, text_size)
-        )
-    if architecture.ref_adapter is None and "unet" in parts:
-        adapter = start.ref_adapter_config(parts["unet"], architecture.unet_num_heads, width)
-        architecture = dataclasses.replace(architecture, ref_adapter=adapter)
-    return architecture
+
+
+def _ref_adapter_config(file: Checkpoint) -> RefAdapterConfig:
+    """A RefAdapter to be made anew, with one adapter for each transformer block of the U-Net."""
+    visual_size = _width(file.parts["clip_vision"]["vision_model.post_layernorm.weight"])
+    heads = file.architecture.unet_num_heads
+    return start.ref_adapter_config(file.parts["unet"], heads, visual_size)
+
+
+def _width(norm: torch.Tensor) -> int:
+    return norm.shape[0]

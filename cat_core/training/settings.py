@@ -1,0 +1,51 @@
+"""What a run is: its stage, its modules and their objective, its numbers, and where it is kept."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from ..config import Architecture
+from ..errors import CatError
+from .objectives import Objective
+from .stages import Stage
+
+
+class TrainingError(CatError):
+    """Training cannot go on; the message says why, what is safe, and what to do."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run does; the same settings resume it."""
+
+    steps: int = 40_000  # the paper's
+    batch_size: int = 128  # over all processes and accumulation steps, the paper's
+    micro_batch_size: int = 8  # samples a process puts through the model at once
+    warmup: int = 0  # steps over which the rates rise linearly
+    # What is left of the rates at the end of their cosine decay; 1 = constant, as in the paper.
+    final_rate: float = 1.0
+    weight_decay: float = 0.01  # AdamW's default
+    precision: str = "no"  # "no" (fp32), "bf16" or "fp16"
+    seed: int = 0
+    save_every: int = 500
+    keep: int = 2  # complete checkpoints
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One stage in training.
+
+    Without a folder nothing is written, and the trained modules are the result; the fields after it
+    are then of no use.
+    """
+
+    stage: Stage
+    modules: Mapping[str, nn.Module]  # part name -> module, for all parts that the stage trains
+    objective: Objective  # see objectives.py; holds the modules
+    settings: Settings
+    folder: Path | None = None  # for checkpoints and log
+    architecture: Architecture = field(default_factory=Architecture)  # for the weights' headers
+    provenance: str = ""
+    licence: str = ""

@@ -1,0 +1,246 @@
+"""A small training run inside ComfyUI, from a folder of examples to a file of the trained part."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from comfy_api.latest import io, ui
+from torch import nn
+
+from ..cat_core import weights
+from ..cat_core.config import Architecture, RefAdapterConfig, SemInpainterConfig
+from ..cat_core.data.folder import DataFolder, triples
+from ..cat_core.data.manifest import Record, read
+from ..cat_core.data.masks import VARIANTS
+from ..cat_core.data.tally import Tally
+from ..cat_core.pictures import plots
+from ..cat_core.pictures.tensors import channels_last
+from ..cat_core.training import loop, start
+from ..cat_core.training.batches import Batches
+from ..cat_core.training.settings import Settings, TrainingRun
+from ..cat_core.training.stages import Stage
+from ..cat_core.training.stores import FreshSamples, KeptSamples
+from .host import memory, messages, model_files
+from .host.build import build_cat_model
+from .host.cat_model import CatModel, part_tensors
+from .host.encoders import HostEncoders
+
+EXPECTED = (
+    "Expected for each example a picture and a mask (white = object): either "
+    "fire_hydrant_image.png and fire_hydrant_mask.png, or NAME.jpg, NAME_mask.png and the object's "
+    "name in NAME.txt; or a manifest.jsonl of tools/prepare_data.py."
+)
+NAMED = 5  # examples that a sentence about the unusable ones names for each reason
+SECONDS_A_PREVIEW = 1
+
+Config = SemInpainterConfig | RefAdapterConfig
+Build = Callable[[], tuple[nn.Module, dict[str, nn.Module]]]  # -> objective, modules
+
+
+class NodeTraining:
+    """The folder's examples, encoded once into memory; the loop; the file of the trained part.
+
+    Args:
+        stage: trains one part.
+        rate: its learning rate.
+        folder: in the host's input folder.
+        cat_model: to go on from, or None.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        settings: Settings,
+        *,
+        rate: float,
+        folder: str,
+        filename_prefix: str,
+        licence: str,
+        cat_model: CatModel | None,
+    ):
+        loop.require_accelerate()
+        model_files.new_path(filename_prefix)  # refused now rather than after the run
+        (self.part,) = stage.parts
+        self.stage = replace(stage, rates=((self.part, rate),))
+        self.settings = settings
+        self.folder = folder
+        self.filename_prefix = filename_prefix
+        self.licence = licence
+        self.cat_model = cat_model
+        self.tensors = part_tensors(cat_model, self.part, torch.float32)
+        self.path, _ = model_files.input_folder(folder)
+        self.records, self.tally = examples(self.path)
+        holes = len(VARIANTS) * len(self.records)
+        self.bar = messages.progress_bar(holes + settings.steps)
+
+    def encode(self, encoders: HostEncoders, size: int = 512, cell: int = 8) -> Batches:
+        """Run the frozen networks over all examples.
+
+        Raises ValueError where none can be used; it names them.
+        """
+        fresh = FreshSamples(
+            self.records,
+            self.path,
+            encoders,
+            objective=self.stage.objective,
+            size=size,
+            cell=cell,
+            tally=self.tally,
+        )
+        store = KeptSamples(fresh)
+        usable = 0
+        for index in range(len(store)):
+            for variant in VARIANTS:
+                memory.raise_if_cancelled()
+                usable += store.sample(index, variant) is not None
+                self.bar.update(1)
+        if not usable:
+            raise ValueError(
+                f"There is nothing to train on in {self.path}. "
+                f"{self.skipped() or 'No example was found.'} {EXPECTED}"
+            )
+        empty_context = encoders.context([""]) if self.stage.diffusion else None
+        return Batches(store, self.settings.batch_size, self.settings.seed, empty_context)
+
+    def skipped(self) -> str:
+        """A sentence about the examples that cannot be used, or nothing."""
+        reasons = []
+        for reason, count in self.tally.skipped.items():
+            names = ", ".join(self.tally.examples[reason][:NAMED])
+            more = " ..." if count > NAMED else ""
+            reasons.append(f"{reason}: {names}{more}")
+        if not reasons:
+            return ""
+        return f"Skipped {sum(self.tally.skipped.values())} examples ({'; '.join(reasons)})."
+
+    def trainable(self, config: Config) -> dict[str, nn.Module]:
+        """The part that is trained, in fp32, and nothing else."""
+        alone = replace(Architecture(), **{self.part: config})
+        parts = {self.part: self.tensors} if self.tensors else {}
+        return start.trainable_parts(alone, parts, self.settings.seed)
+
+    def train(self, batches: Batches, build: Build, config: Config) -> io.NodeOutput:
+        """Train what `build` makes; the host's own models are not touched.
+
+        `build` is called where tensors can have gradients; `config` describes the trained part.
+        """
+        known = self.cat_model.architecture if self.cat_model else Architecture()
+        architecture = replace(known, **{self.part: config})
+        progress = _Progress(self.bar, self.settings.steps)
+        memory.clear_memory()
+        path = self._trained(batches, build, architecture, progress)
+        memory.clear_memory()
+        messages.say(f"Saved as {path.name}. {self.skipped()}")
+        image = channels_last([progress.plot()])
+        cat_model = build_cat_model(model_files.read_path(path))
+        return io.NodeOutput(cat_model, image, ui=ui.PreviewImage(image))
+
+    def _trained(
+        self, batches: Batches, build: Build, architecture: Architecture, progress: "_Progress"
+    ) -> Path:
+        """Run the loop and save what it learned, after Cancel too; returns the file."""
+
+        def source(step, positions):
+            memory.raise_if_cancelled()
+            return batches(step, positions)
+
+        with torch.inference_mode(False), torch.enable_grad(), own_accelerate():
+            objective, modules = build()
+            run = TrainingRun(self.stage, modules, objective, self.settings)
+            try:
+                loop.train(run, source, cpu=memory.on_cpu(), on_step=progress.on_step)
+            except memory.Cancelled:
+                done = len(progress.history)
+                if done:
+                    path = self._save(modules, architecture, done)
+                    messages.say(
+                        f"Cancelled after {done} of {self.settings.steps} steps. The weights so "
+                        f"far are in {path.name}; connect them to cat_model to go on."
+                    )
+                raise
+            return self._save(modules, architecture, len(progress.history))
+
+    def _save(
+        self, modules: Mapping[str, nn.Module], architecture: Architecture, steps: int
+    ) -> Path:
+        """Write the trained part, and beside it the other one that came in, under a new name."""
+        parts = {}
+        for part in ("sem_inpainter", "ref_adapter"):
+            tensors = part_tensors(self.cat_model, part)
+            if tensors:
+                parts[part] = tensors
+        parts[self.part] = modules[self.part].state_dict()
+        path = Path(model_files.new_path(self.filename_prefix))
+        origin = f", from {self.cat_model.name}" if self.cat_model else ""
+        weights.write_cat_weights(
+            path,
+            parts,
+            architecture,
+            licence=self.licence,
+            provenance=f"trained in ComfyUI on folder {self.folder}{origin}; "
+            f"stage {self.stage.name}, {steps} steps",
+        )
+        return path
+
+
+class _Progress:
+    """The bar on the node, with the loss of each step plotted once a second."""
+
+    def __init__(self, bar, steps: int):
+        self.bar = bar
+        self.steps = steps
+        self.history: list[Mapping[str, float]] = []  # each step's figures
+        self.shown = time.monotonic()
+
+    def plot(self):
+        """The picture of all steps so far."""
+        return plots.curves(self.history, self.steps)
+
+    def on_step(self, step: int, figures: Mapping[str, float]) -> None:
+        """Show a step; raises where the user has pressed Cancel."""
+        self.history.append(figures)
+        preview = None
+        is_due = time.monotonic() - self.shown > SECONDS_A_PREVIEW
+        if is_due or step == self.steps:  # the last preview is the result's
+            preview = ("PNG", self.plot(), None)
+            self.shown = time.monotonic()
+        encoded = self.bar.total - self.steps
+        self.bar.update_absolute(encoded + step, preview=preview)
+        memory.raise_if_cancelled()
+
+
+def examples(path: Path) -> tuple[list[Record], Tally]:
+    """The records of a folder's manifest, or of its triples; the tally counts what is none."""
+    tally = Tally()
+    if (path / "manifest.jsonl").exists():
+        return read(path / "manifest.jsonl", "train"), tally
+    records = []
+    for candidate in triples(DataFolder(path, ""), "train"):
+        if candidate.record is None:
+            tally.skip(candidate.reason, candidate.id)
+        else:
+            records.append(candidate.record)
+    return records, tally
+
+
+@contextmanager
+def own_accelerate() -> Iterator[None]:
+    """Give a run a state of Accelerate's own, and put the other one back.
+
+    Accelerate keeps one state a process, fixed by whoever comes first.
+    """
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    states = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
+    copies = [dict(state) for state in states]
+    try:
+        for state in states:
+            state.clear()
+        yield
+    finally:
+        for state, copy in zip(states, copies, strict=True):
+            state.clear()
+            state.update(copy)

@@ -1,0 +1,177 @@
+"""COCO's annotations as candidates for a manifest; their masks are drawn."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cat_diffusion.cat_core.data.folder import Candidate, DataFolder, candidate
+from cat_diffusion.cat_core.data.masks import SampleError
+
+from .data_sources import SourceError, fractions
+
+
+def coco(
+    instances: Path, captions: Path | None, images: DataFolder, masks: DataFolder, split: str
+) -> Iterator[Candidate]:
+    """COCO instances: one sample per annotation that is not a crowd.
+
+    Its id is imageid_annotationid.
+
+    Args:
+        instances: instances JSON. All of it is read at once: expect ten times its size in memory.
+        captions: captions JSON; every object of an image gets the image's first caption.
+        images: folder with the images' file_name.
+        masks: folder that the drawn masks go to.
+    """
+    try:
+        from pycocotools import mask as rle
+    except ImportError as error:
+        raise SourceError(
+            f"COCO's masks need pycocotools ({error}). Run: pip install -r requirements-train.txt"
+        ) from error
+    content = _json(instances, "images", "annotations", "categories")
+    pictures = _by(content["images"], "id")
+    categories = _by(content["categories"], "id")
+    descriptions = {}
+    if captions:
+        descriptions = _by(_json(captions, "annotations")["annotations"], "image_id")
+    for number, annotation in enumerate(content["annotations"]):
+        try:
+            image_id = int(annotation["image_id"])
+            annotation_id = int(annotation["id"])
+            id = f"{image_id}_{annotation_id}"
+            if annotation.get("iscrowd"):
+                yield Candidate(id, reason="crowd")
+                continue
+            picture = pictures[image_id]
+            drawing = Drawing(rle, annotation["segmentation"], picture)
+            box = drawing.box(annotation["bbox"])
+            image = images.inside(str(picture["file_name"]))
+            label = str(categories[annotation["category_id"]]["name"])
+        except (KeyError, TypeError, ValueError, ArithmeticError):
+            yield Candidate(f"annotation {number}", reason="malformed annotation")
+            continue
+        yield candidate(
+            id,
+            drawing.draw,
+            image=image,
+            mask=masks.inside(f"{annotation_id % 1000:03d}/{annotation_id}.png"),
+            box=box,
+            label=label,
+            caption=str(descriptions.get(image_id, {}).get("caption", "")),
+            split=split,
+        )
+
+
+class Drawing:
+    """A mask that is drawn when it is wanted.
+
+    Args:
+        rle: pycocotools.mask.
+        segmentation: polygons or run lengths, compressed or not.
+        picture: the image's entry, for its size.
+    """
+
+    def __init__(self, rle, segmentation, picture: dict):
+        self.rle = rle
+        self.segmentation = segmentation
+        self.width = int(picture["width"])
+        self.height = int(picture["height"])
+
+    def box(self, box: list[float]) -> tuple[float, float, float, float]:
+        """COCO's [x, y, width, height] in pixels -> corners as fractions."""
+        x, y, width, height = box
+        return fractions(x / self.width, y / self.height, width / self.width, height / self.height)
+
+    def draw(self) -> Image.Image:
+        """The mask as a picture of 0 and 255; raises SampleError where it cannot be drawn."""
+        try:
+            pixels = self._pixels()
+        except Exception as error:  # pycocotools raises Exception itself
+            raise SampleError("malformed annotation", str(error)) from error
+        if not pixels.any():
+            raise SampleError("empty mask")
+        return Image.fromarray(pixels * 255)
+
+    def _pixels(self) -> np.ndarray:
+        """(H, W) uint8 of 0 and 1."""
+        if not 0 < self.width * self.height <= Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"the image is {self.width} x {self.height}")
+        if isinstance(self.segmentation, list):
+            polygons = [self._cut(polygon) for polygon in self.segmentation]
+            runs = self.rle.merge(self.rle.frPyObjects(polygons, self.height, self.width))
+        else:
+            runs = self.rle.frPyObjects(self._checked_runs(), self.height, self.width)
+        return self.rle.decode(runs)
+
+    def _cut(self, polygon: list[float]) -> list[float]:
+        """A polygon [x0, y0, x1, y1, ...] without what sticks out of the image."""
+        points = np.asarray(polygon, dtype=float).reshape(-1, 2)
+        if not np.isfinite(points).all() or len(points) < 3:
+            raise ValueError("a polygon needs three points")
+        return np.clip(points, 0, (self.width, self.height)).ravel().tolist()
+
+    def _checked_runs(self) -> dict:
+        """Run lengths of all pixels of the image, column by column, unmasked first.
+
+        pycocotools believes any: too few leave pixels undefined, too many write past the picture.
+        """
+        counts = self.segmentation["counts"]
+        if isinstance(counts, str):
+            lengths = run_lengths(counts)
+        else:
+            lengths = [int(count) for count in counts]
+        size = [self.height, self.width]
+        fits = min(lengths) >= 0 and sum(lengths) == self.width * self.height
+        if list(self.segmentation["size"]) != size or not fits:
+            raise ValueError(f"run lengths of {sum(lengths)} pixels, image {size}")
+        return {"size": size, "counts": lengths}
+
+
+def run_lengths(text: str) -> list[int]:
+    """COCO's compressed run lengths as numbers.
+
+    They come in groups of five bits, lowest first, from the third on as differences to the last but
+    one (rleFrString in pycocotools' maskApi.c).
+    """
+    counts: list[int] = []
+    value = 0
+    shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"{character!r} is not part of compressed run lengths")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:  # the number goes on
+            continue
+        if bits & 16:  # it is negative
+            value -= 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value = 0
+        shift = 0
+    if shift:
+        raise ValueError("compressed run lengths end within a number")
+    return counts
+
+
+def _json(path: Path, *keys: str) -> dict[str, list[dict]]:
+    """Lists of a JSON file, as far as their items are objects."""
+    lists = {}
+    try:
+        content = json.loads(path.read_bytes())
+        for key in keys:
+            lists[key] = [item for item in content[key] if isinstance(item, dict)]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise SourceError(
+            f"{path} is not COCO's ({error!r}), expected JSON with the lists {', '.join(keys)}."
+        ) from error
+    return lists
+
+
+def _by(items: list[dict], key: str) -> dict[int, dict]:
+    """Items by an integer of theirs, the first one where several have the same."""
+    return {item[key]: item for item in reversed(items) if isinstance(item.get(key), int)}
