@@ -8,40 +8,52 @@ import sys
 from paths import GOLDENS, ROOT
 from safetensors.torch import load_file, save_file
 
+EXPECTED_CASES = {
+    "preprocessing": 3 * 10,  # pictures, arrays
+    "SemInpainter": 2 * 4 * 2,  # cases, outputs, core and host
+    "U-Net": 5,
+    "trajectory": 10,
+}
+
 
 def parity(folder):
-    return subprocess.run(
-        [sys.executable, ROOT / "tools/parity.py", "--goldens", folder],
-        capture_output=True,
-        text=True,
-        env=os.environ,
-    )
+    command = [sys.executable, ROOT / "tools/parity.py", "--goldens", folder]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ)
+
+
+def lines_with(run, verdict):
+    return [line for line in run.stdout.splitlines() if line.startswith(verdict)]
 
 
 def test_every_golden_case_is_within_its_bound():
     run = parity(GOLDENS)
     print(run.stdout)
     assert run.returncode == 0, run.stdout + run.stderr
-    lines = [line for line in run.stdout.splitlines() if line.startswith("ok")]
-    assert len(lines) == 3 * 10 + 2 * 4 * 2 + 5 + 10
-    assert "FAIL" not in run.stdout
+    good = lines_with(run, "ok")
+    for kind, count in EXPECTED_CASES.items():
+        assert len([line for line in good if line.startswith(f"ok   {kind}")]) == count
+    assert len(good) == sum(EXPECTED_CASES.values())
+    assert lines_with(run, "FAIL") == []
 
 
 def test_a_wrong_golden_fails(tmp_path):
-    shutil.copytree(GOLDENS, tmp_path / "goldens")
-    path = tmp_path / "goldens/unet_cases.safetensors"
+    folder = tmp_path / "goldens"
+    shutil.copytree(GOLDENS, folder)
+    path = folder / "unet_cases.safetensors"
     tensors = load_file(path)
-    tensors["cond.out.eps"] = tensors["cond.out.eps"].clone()
-    tensors["cond.out.eps"][0, 0, 0, 0] += 1e-3 * tensors["cond.out.eps"].abs().max()
-    save_file(tensors, path)
-    index = tmp_path / "goldens/index.json"
+    eps = tensors["cond.out.eps"].clone()
+    eps[0, 0, 0, 0] += 1e-3 * eps.abs().max()
+    save_file(tensors | {"cond.out.eps": eps}, path)
+    index = folder / "index.json"
     index.write_text(index.read_text().replace("93f1eca9", "00000000"))
-    run = parity(tmp_path / "goldens")
-    failed = [line for line in run.stdout.splitlines() if line.startswith("FAIL")]
-    assert run.returncode == 1 and len(failed) == 2
-    assert "U-Net with RefAdapter cond " in run.stdout and "image_512_u8 sha256" in failed[0]
+    run = parity(folder)
+    assert run.returncode == 1
+    preprocessing, unet = lines_with(run, "FAIL")
+    assert "image_512_u8 sha256" in preprocessing
+    assert "U-Net with RefAdapter cond " in unet
 
 
 def test_a_folder_without_goldens_is_refused(tmp_path):
     run = parity(tmp_path)
-    assert run.returncode == 2 and "no index.json" in run.stderr
+    assert run.returncode == 2
+    assert "no index.json" in run.stderr
