@@ -1,83 +1,96 @@
-"""The training nodes in the real host: what they learn, what they write, and what they leave alone."""
+"""The training nodes in the real host: what they learn, what they write, what they leave alone."""
 
 import dataclasses
+import logging
 import sys
 
+import comfy.model_management
+import comfy.utils
+import folder_paths
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from cat_diffusion.nodes import train_parts
+from cat_diffusion.cat_core import weights
+from cat_diffusion.cat_core.data import manifest
+from cat_diffusion.cat_core.pictures import plots
+from cat_diffusion.cat_core.training import loop, start
+from cat_diffusion.cat_core.training.assemble import assemble
+from cat_diffusion.cat_core.training.batches import Batches
+from cat_diffusion.cat_core.training.settings import Settings, TrainingRun
+from cat_diffusion.cat_core.training.stages import STAGES
+from cat_diffusion.cat_core.training.stores import FreshSamples, KeptSamples
 from cat_diffusion.nodes.host import model_files
+from cat_diffusion.nodes.host.denoiser import Denoiser, trainable_unet, unet_of
+from cat_diffusion.nodes.host.encoders import HostEncoders
+from cat_diffusion.nodes.load import CATLoadWeights
+from cat_diffusion.nodes.node_training import examples, own_accelerate
+from cat_diffusion.nodes.train_parts import CATTrainRefAdapter, CATTrainSemInpainter
+from cat_diffusion.nodes.visual_prompt import CATSemanticInpaint
 
 pytest.importorskip("accelerate")
 
-SEM = dict(
-    folder="things",
-    steps=6,
-    batch_size=4,
-    learning_rate=1e-3,
-    masked_loss=False,
-    precision="fp32",
-    seed=0,
-    filename_prefix="sem",
-    licence="CC0",
-)
-REF = dict(
-    folder="things",
-    size=64,
-    steps=3,
-    batch_size=2,
-    micro_batch_size=1,
-    checkpointing=False,
-    learning_rate=1e-3,
-    precision="fp32",
-    seed=0,
-    filename_prefix="ref",
-    licence="CC0",
-)
+SEM = {
+    "folder": "things",
+    "steps": 6,
+    "batch_size": 4,
+    "learning_rate": 1e-3,
+    "masked_loss": False,
+    "precision": "fp32",
+    "seed": 0,
+    "filename_prefix": "sem",
+    "licence": "CC0",
+}
+REF = {
+    "folder": "things",
+    "size": 64,
+    "steps": 3,
+    "batch_size": 2,
+    "micro_batch_size": 1,
+    "checkpointing": False,
+    "learning_rate": 1e-3,
+    "precision": "fp32",
+    "seed": 0,
+    "filename_prefix": "ref",
+    "licence": "CC0",
+}
 
 
-def examples(folder, count=4):
+def draw_examples(folder, count=4):
     """Triples of both kinds."""
     folder.mkdir(parents=True)
     for i in range(count):
-        picture = np.random.default_rng(i).integers(0, 255, (40, 48, 3), np.uint8)
+        pixels = np.random.default_rng(i).integers(0, 255, (40, 48, 3), np.uint8)
+        picture = Image.fromarray(pixels)
         mask = Image.new("L", (48, 40))
         ImageDraw.Draw(mask).ellipse((8 + i, 8, 30 + i, 32), fill=255)
-        name, suffix = (f"red_cup_{i}", "_image") if i % 2 else (f"p{i}", "")
-        Image.fromarray(picture).save(folder / f"{name}{suffix}.png")
-        mask.save(folder / f"{name}_mask.png")
-        if not suffix:
-            (folder / f"{name}.txt").write_text("spoon")
+        if i % 2:
+            picture.save(folder / f"red_cup_{i}_image.png")
+            mask.save(folder / f"red_cup_{i}_mask.png")
+        else:
+            picture.save(folder / f"p{i}.png")
+            mask.save(folder / f"p{i}_mask.png")
+            (folder / f"p{i}.txt").write_text("spoon")
 
 
 @pytest.fixture
 def place(monkeypatch, tmp_path):
     """ComfyUI's folders, with four examples in input/things."""
-    import folder_paths
-
     for name in ("input", "temp"):
         monkeypatch.setattr(folder_paths, f"{name}_directory", str(tmp_path / name))
-    monkeypatch.setitem(
-        folder_paths.folder_names_and_paths,
-        "cat_diffusion",
-        ([str(tmp_path / "models")], {".safetensors"}),
-    )
-    examples(tmp_path / "input/things")
+    own = ([str(tmp_path / "models")], {".safetensors"})
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "cat_diffusion", own)
+    draw_examples(tmp_path / "input/things")
     return tmp_path
 
 
 @pytest.fixture
-def nodes():
-    return train_parts
+def sem(models, place):
+    """CAT Train SemInpainter with everything filled in; returns its outputs."""
 
-
-@pytest.fixture
-def sem(nodes, models, place):
     def sem(cat_model=None, **changes):
-        return nodes.CATTrainSemInpainter.execute(
+        return CATTrainSemInpainter.execute(
             models.clip_vision, models.clip, **{**SEM, **changes}, cat_model=cat_model
         ).args
 
@@ -85,9 +98,11 @@ def sem(nodes, models, place):
 
 
 @pytest.fixture
-def ref(nodes, models, place):
+def ref(models, place):
+    """CAT Train RefAdapter with everything filled in; returns its outputs."""
+
     def ref(cat_model=None, model=None, **changes):
-        return nodes.CATTrainRefAdapter.execute(
+        return CATTrainRefAdapter.execute(
             model or models.model,
             models.clip_vision,
             models.clip,
@@ -100,67 +115,56 @@ def ref(nodes, models, place):
 
 
 @pytest.fixture
-def direct(models, place, nodes):
-    """The same run by the core's loop itself; returns (tensors of the trained part, loss of each step)."""
-    from cat_diffusion.cat_core import weights
-    from cat_diffusion.cat_core.training import loop, objectives, samples, start
-    from cat_diffusion.cat_core.training.stages import STAGES
-    from cat_diffusion.nodes.host.denoiser import Denoiser, trainable_unet
-    from cat_diffusion.nodes.host.encoders import HostEncoders
+def written(place):
+    """Reads a part's tensors from a file that a node wrote."""
 
-    def direct(stage, options, micro):
-        stage, architecture = STAGES[stage], models.file.architecture
-        ((part, _),) = stage.rates
-        diffusion = part == "ref_adapter"
+    def written(name, part):
+        return model_files.read_path(place / f"models/{name}.safetensors").parts[part]
+
+    return written
+
+
+@pytest.fixture
+def direct(models, place):
+    """The same run by the core's loop itself.
+
+    Returns the tensors of the trained part, and the loss of each step.
+    """
+
+    def direct(name, options, micro):
+        (part,) = STAGES[name].parts
+        rates = ((part, options["learning_rate"]),)
+        stage = dataclasses.replace(STAGES[name], rates=rates)
         encoders = HostEncoders(models.clip_vision, models.clip, models.vae, models.model)
-        records, _ = nodes._examples(place / "input/things")
-        store = samples.Kept(
-            samples.Fresh(
-                records,
-                place / "input/things",
-                encoders,
-                stage.objective,
-                options.get("size", 512),
-                8,
-            )
-        )
-        with torch.inference_mode(False), nodes._own_accelerate():
-            with torch.no_grad():
-                source = samples.Source(
-                    store, options["batch_size"], 0, encoders.context([""]).clone()
-                )
-            fresh = dataclasses.replace(
-                architecture,
-                **{name: None for name in ("sem_inpainter", "ref_adapter") if name != part},
-            )
-            modules = start.trainable_parts(fresh, {}, 0)
-            if diffusion:
+        folder = place / "input/things"
+        records, _ = examples(folder)
+        size = options.get("size", 512)
+        fresh = FreshSamples(records, folder, encoders, objective=stage.objective, size=size)
+        other = {"sem_inpainter": "ref_adapter", "ref_adapter": "sem_inpainter"}[part]
+        architecture = dataclasses.replace(models.file.architecture, **{other: None})
+        losses = []
+        with torch.inference_mode(False), own_accelerate():
+            empty = encoders.context([""]).clone() if stage.diffusion else None
+            batches = Batches(KeptSamples(fresh), options["batch_size"], 0, empty)
+            modules = start.trainable_parts(architecture, {}, 0)
+            if stage.diffusion:
                 modules["unet"] = trainable_unet(models.file)
-                objective = objectives.Diffusion(
-                    Denoiser(modules["unet"], modules[part]), objectives.stable_diffusion_schedule()
-                )
-            else:
-                objective = objectives.Distillation(modules[part])
-
-            def encoded(step, positions):
-                with torch.no_grad():
-                    return {key: value.clone() for key, value in source(step, positions).items()}
-
-            losses = []
-            file = loop.train(
-                dataclasses.replace(stage, rates=((part, options["learning_rate"]),)),
-                objective,
+            run = TrainingRun(
+                stage,
                 modules,
-                encoded,
-                place / "run",
-                loop.Settings(options["steps"], options["batch_size"], micro),
-                fresh,
+                assemble(stage, modules, Denoiser),
+                Settings(options["steps"], options["batch_size"], micro),
+                folder=place / "run",
+                architecture=architecture,
                 provenance="x",
                 licence="x",
-                cpu=True,
-                on_step=lambda step, figures: losses.append(figures["loss"]),
             )
-        return weights.read(file).parts[part], losses
+
+            def on_step(step, figures):
+                losses.append(figures["loss"])
+
+            path = loop.train(run, batches, cpu=True, on_step=on_step)
+        return weights.read(path).parts[part], losses
 
     return direct
 
@@ -168,138 +172,122 @@ def direct(models, place, nodes):
 def test_sem_inpainter_is_what_the_loop_makes_and_learns(sem, direct, place):
     cat_model, plot = sem()
     expected, losses = direct("sem-inpainter", SEM, 4)
-    found = model_files.read_path(place / "models/sem_00001_.safetensors")
-    assert list(found.parts) == ["sem_inpainter"] and equal(found.parts["sem_inpainter"], expected)
+    file = model_files.read_path(place / "models/sem_00001_.safetensors")
+    assert list(file.parts) == ["sem_inpainter"]
+    assert equal(file.parts["sem_inpainter"], expected)
     assert equal(cat_model.sem_inpainter.model.state_dict(), expected)
     assert losses[-1] < 0.9 * losses[0]
-    assert found.metadata["license"] == "CC0"
-    assert (
-        found.metadata["provenance"]
-        == "trained in ComfyUI on folder things; stage sem-inpainter, 6 steps"
-    )
-    assert plot.shape == (1, 480, 640, 3) and 0.5 < plot.mean() < 1 and plot.std() > 0.05
+    assert file.metadata["license"] == "CC0"
+    provenance = "trained in ComfyUI on folder things; stage sem-inpainter, 6 steps"
+    assert file.metadata["provenance"] == provenance
+    assert plot.shape == (1, 480, 640, 3)
+    assert 0.5 < plot.mean() < 1
+    assert plot.std() > 0.05
 
 
-def test_ref_adapter_is_what_the_loop_makes_and_the_model_stays(ref, direct, place, models):
-    patchers = models.model, models.clip.patcher, models.clip_vision.patcher, models.vae.patcher
-    kept = [patcher.model.state_dict() for patcher in patchers]
-    before = [{key: tensor.clone() for key, tensor in tensors.items()} for tensors in kept]
+def test_ref_adapter_is_what_the_loop_makes_and_the_model_stays(ref, direct, written, models):
+    hosted = [models.model, models.clip.patcher, models.clip_vision.patcher, models.vae.patcher]
+    kept = [patcher.model.state_dict() for patcher in hosted]
+    before = [copies(tensors) for tensors in kept]
     cat_model, plot = ref()
-    assert all(equal(a, b) for a, b in zip(kept, before))
+    for tensors, copied in zip(kept, before, strict=True):
+        assert equal(tensors, copied)
     expected, losses = direct("ref-adapter", REF, 1)
-    assert equal(
-        model_files.read_path(place / "models/ref_00001_.safetensors").parts["ref_adapter"],
-        expected,
-    )
-    assert len(losses) == 3 and plot.shape == (1, 240, 640, 3) and cat_model.sem_inpainter is None
+    assert equal(written("ref_00001_", "ref_adapter"), expected)
+    assert len(losses) == 3
+    assert plot.shape == (1, 240, 640, 3)
+    assert cat_model.sem_inpainter is None
 
 
 def test_the_ref_adapters_loss_falls(direct):
-    _, losses = direct("ref-adapter", REF | dict(steps=40, batch_size=4), 4)
+    _, losses = direct("ref-adapter", REF | {"steps": 40, "batch_size": 4}, 4)
     assert sum(losses[-10:]) < 0.98 * sum(losses[:10])
 
 
-def test_accumulation_and_checkpointing_change_nothing(ref, place):
+def test_accumulation_and_checkpointing_change_nothing(ref, written):
     ref()
     ref(micro_batch_size=2, checkpointing=True)
-    one, two = (
-        model_files.read_path(place / f"models/ref_{i:05}_.safetensors").parts["ref_adapter"]
-        for i in (1, 2)
-    )
-    assert all((one[key] - two[key]).abs().max() < 1e-4 for key in one)  # Adam's steps are 1e-3
+    accumulated = written("ref_00001_", "ref_adapter")
+    checkpointed = written("ref_00002_", "ref_adapter")
+    for key, tensor in accumulated.items():
+        assert (tensor - checkpointed[key]).abs().max() < 1e-4, key  # Adam's steps are 1e-3
 
 
-def test_results_work_at_once_and_load_again(sem, ref, models, picture, apply, sample, place):
-    from cat_diffusion.nodes.load import CATLoadWeights
-    from cat_diffusion.nodes.visual_prompt import CATSemanticInpaint
-
+def test_results_work_at_once_and_load_again(sem, ref, models, picture, apply, sample):
     both = ref(cat_model=sem()[0])[0]
     arguments = models.clip_vision, models.clip, *picture, "spoon"
-    visual_prompt = CATSemanticInpaint.execute(both, *arguments).args[0]
-    latent = sample(apply(visual_prompt=visual_prompt, cat_model=both))
-    assert latent.isfinite().all() and not torch.equal(latent, sample(models.model))
+    prompt = CATSemanticInpaint.execute(both, *arguments).args[0]
+    latent = sample(apply(visual_prompt=prompt, cat_model=both))
+    assert latent.isfinite().all()
+    assert not torch.equal(latent, sample(models.model))
     loaded = CATLoadWeights.execute("ref_00001_.safetensors").args[0]
-    assert torch.equal(
-        CATSemanticInpaint.execute(loaded, *arguments).args[0].tokens, visual_prompt.tokens
-    )
-    assert torch.equal(sample(apply(visual_prompt=visual_prompt, cat_model=loaded)), latent)
+    prompt_again = CATSemanticInpaint.execute(loaded, *arguments).args[0]
+    assert torch.equal(prompt_again.tokens, prompt.tokens)
+    assert torch.equal(sample(apply(visual_prompt=prompt, cat_model=loaded)), latent)
 
 
 def test_a_run_goes_on_from_a_cat_model_and_keeps_its_other_part(sem, models, place):
-    before = {
-        part: {
-            key: tensor.clone()
-            for key, tensor in getattr(models.cat_model, part).model.state_dict().items()
-        }
-        for part in ("sem_inpainter", "ref_adapter")
+    parts = {
+        "sem_inpainter": models.cat_model.sem_inpainter.model,
+        "ref_adapter": models.cat_model.ref_adapter.model,
     }
+    before = {part: copies(module.state_dict()) for part, module in parts.items()}
     sem(cat_model=models.cat_model, steps=1, learning_rate=1e-6)
     file = model_files.read_path(place / "models/sem_00001_.safetensors")
     assert equal(file.parts["ref_adapter"], before["ref_adapter"])
-    moved = [
-        (file.parts["sem_inpainter"][key] - tensor).abs().max()
-        for key, tensor in before["sem_inpainter"].items()
-    ]
-    assert 0 < max(moved) < 1e-5 and "from tiny.safetensors" in file.metadata["provenance"]
-    assert all(
-        equal(getattr(models.cat_model, part).model.state_dict(), before[part]) for part in before
-    )
+    moves = []
+    for key, tensor in before["sem_inpainter"].items():
+        moves.append((file.parts["sem_inpainter"][key] - tensor).abs().max())
+    assert 0 < max(moves) < 1e-5
+    assert "from tiny.safetensors" in file.metadata["provenance"]
+    for part, module in parts.items():
+        assert equal(module.state_dict(), before[part])
 
 
-def test_the_same_run_again_is_the_same_under_another_name(sem, place):
+def test_the_same_run_again_is_the_same_under_another_name(sem, place, written):
     sem(steps=2)
     sem(steps=1, precision="bf16")  # another precision in the same process
     sem(steps=2)
-    first, _, again = (
-        model_files.read_path(place / f"models/sem_{i:05}_.safetensors").parts["sem_inpainter"]
-        for i in (1, 2, 3)
-    )
-    assert equal(first, again)
+    assert equal(written("sem_00001_", "sem_inpainter"), written("sem_00003_", "sem_inpainter"))
     sem(steps=1, filename_prefix="sub/mine")
     assert (place / "models/sub/mine_00001_.safetensors").exists()
 
 
-def test_loras_count_and_the_hosts_weights_stay(models, nodes):
-    key = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q.weight"
-    plain = {name: tensor.clone() for name, tensor in models.model.model.state_dict().items()}
+def test_loras_count_and_the_hosts_weights_stay(models):
+    changed = "middle_block.1.transformer_blocks.0.attn2.to_q.weight"
+    plain = copies(models.model.model.state_dict())
     patched = models.model.clone()
+    key = f"diffusion_model.{changed}"
     patched.add_patches({key: ("diff", (torch.ones_like(plain[key]),))}, 0.5)
-    found = nodes.unet_of(patched).parts["unet"]
-    for name, tensor in found.items():
-        expected = plain[f"diffusion_model.{name}"]
-        assert torch.allclose(tensor, expected + 0.5 * (f"diffusion_model.{name}" == key)), name
+    for name, tensor in unet_of(patched).parts["unet"].items():
+        difference = 0.5 if name == changed else 0.0
+        assert torch.allclose(tensor, plain[f"diffusion_model.{name}"] + difference), name
     assert equal(models.model.model.state_dict(), plain)
 
 
 def test_cancel_keeps_what_was_learned_and_the_next_run_works(sem, place, monkeypatch, caplog):
-    import comfy.model_management
-    import comfy.utils
-
-    shown = []
+    previews = []
 
     def hook(value, total, preview, node_id=None):
-        shown.append(preview)
-        if (
-            value > 8 and total > 400
-        ):  # four examples with two holes each, then the steps; the host skips some
+        previews.append(preview)
+        # Four examples with two holes each come first, then the steps; the host skips some.
+        if value > 8 and total > 400:
             comfy.model_management.interrupt_current_processing()
 
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
-    with (
-        caplog.at_level("INFO"),
-        pytest.raises(comfy.model_management.InterruptProcessingException),
-    ):
+    caplog.set_level(logging.INFO)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
         sem(steps=500, batch_size=1)
-    files = list((place / "models").iterdir())
-    assert [file.name for file in files] == ["sem_00001_.safetensors"]
-    done = int(model_files.read_path(files[0]).metadata["provenance"].split(", ")[-1].split()[0])
-    assert (
-        0 < done < 50
-        and f"Cancelled after {done} of 500 steps" in caplog.text
-        and "sem_00001_" in caplog.text
-    )
+    (path,) = (place / "models").iterdir()
+    assert path.name == "sem_00001_.safetensors"
+    provenance = model_files.read_path(path).metadata["provenance"]
+    done = int(provenance.split(", ")[-1].split()[0])
+    assert 0 < done < 50
+    assert f"Cancelled after {done} of 500 steps" in caplog.text
+    assert "sem_00001_" in caplog.text
     sem(steps=1)
-    assert shown[-1][1].size == (640, 480)
+    _, picture, _ = previews[-1]
+    assert picture.size == (640, 480)
 
 
 def test_without_accelerate_the_node_says_what_to_install(sem, monkeypatch, place):
@@ -308,24 +296,24 @@ def test_without_accelerate_the_node_says_what_to_install(sem, monkeypatch, plac
             if name.split(".")[0] == "accelerate":
                 raise ModuleNotFoundError(f"No module named {name!r}", name="accelerate")
 
-    for name in [name for name in sys.modules if name.split(".")[0] == "accelerate"]:
-        monkeypatch.delitem(sys.modules, name)
+    for name in list(sys.modules):
+        if name.split(".")[0] == "accelerate":
+            monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Blocker(), *sys.meta_path])
     with pytest.raises(ValueError) as error:
         sem()
-    assert type(
-        error.value
-    ) is ValueError and f'"{sys.executable}" -m pip install "accelerate' in str(error.value)
+    assert type(error.value) is ValueError
+    assert f'"{sys.executable}" -m pip install "accelerate' in str(error.value)
     assert not (place / "models").exists()
 
 
 def test_a_loss_that_is_no_number_is_explained(sem):
-    with pytest.raises(ValueError, match="The loss of step . is nan.*Lower the rates") as error:
+    with pytest.raises(ValueError, match=r"The loss of step . is nan.*Lower the rates") as error:
         sem(learning_rate=1e30)
     assert type(error.value) is ValueError
 
 
-# Folders ------------------------------------------------------------------------------------------------------------
+# Folders ------------------------------------------------------------------------------------------
 
 
 def test_bad_examples_are_named_and_skipped(sem, place, caplog):
@@ -335,7 +323,7 @@ def test_bad_examples_are_named_and_skipped(sem, place, caplog):
     Image.new("L", (48, 40)).save(folder / "red_cup_1_mask.png")
     Image.new("RGB", (8, 8)).save(folder / "lonely_image.png")
     Image.new("RGB", (8, 8)).save(folder / "nameless.png")
-    with caplog.at_level("INFO"):
+    with caplog.at_level(logging.INFO):
         sem(steps=1)
     for words in (
         "Skipped 5 examples",
@@ -347,28 +335,19 @@ def test_bad_examples_are_named_and_skipped(sem, place, caplog):
     ):
         assert words in caplog.text
     (folder / "red_cup_3_mask.png").unlink()
-    with pytest.raises(
-        ValueError,
-        match="nothing to train on in .*things. Skipped 6 examples.*Expected for each example",
-    ):
+    words = r"nothing to train on in .*things. Skipped 6 examples.*Expected for each example"
+    with pytest.raises(ValueError, match=words):
         sem(steps=1)
 
 
 def test_a_manifest_in_the_folder_wins(sem, place):
-    from cat_diffusion.cat_core.data import manifest
-
-    folder = place / "input/things"
-    manifest.write(
-        folder / "manifest.jsonl",
-        [manifest.Record("a", "p0.png", box=(0.2, 0.2, 0.7, 0.8), label="spoon")],
-    )
+    path = place / "input/things/manifest.jsonl"
+    record = manifest.Record("a", "p0.png", box=(0.2, 0.2, 0.7, 0.8), label="spoon")
+    manifest.write(path, [record])
     sem(steps=1)
-    (folder / "manifest.jsonl").write_text(
-        '{"id": "a", "image": "../../x.png", "mask": "y.png", "label": "z"}'
-    )
-    with pytest.raises(
-        ValueError, match="line 1: image is .*stays in the manifest's folder"
-    ) as error:
+    path.write_text('{"id": "a", "image": "../../x.png", "mask": "y.png", "label": "z"}')
+    words = r"line 1: image is .*stays in the manifest's folder"
+    with pytest.raises(ValueError, match=words) as error:
         sem(steps=1)
     assert type(error.value) is ValueError
 
@@ -384,14 +363,14 @@ def test_a_manifest_in_the_folder_wins(sem, place):
         ("/etc", "not a subfolder"),
         ("out", "not a subfolder"),
         ("none", "There is no folder none"),
-        ("empty", "nothing to train on.*No example was found.*Expected"),
+        ("empty", r"nothing to train on.*No example was found.*Expected"),
         ("linked", "link to something outside"),
         ("deep", "link to something outside"),
     ],
 )
 def test_folders_that_cannot_be_used(sem, place, name, words):
     root = place / "input"
-    examples(place / "secret")
+    draw_examples(place / "secret")
     for folder in ("empty", "linked", "deep"):
         (root / folder).mkdir()
     (root / "out").symlink_to(place / "secret")
@@ -399,65 +378,64 @@ def test_folders_that_cannot_be_used(sem, place, name, words):
     (root / "deep/sub").symlink_to(place / "secret")
     with pytest.raises(ValueError, match=words) as error:
         sem(folder=name)
-    assert (
-        type(error.value) is ValueError
-        and "\n" not in str(error.value)
-        and not list(place.glob("models/*"))
-    )
+    assert type(error.value) is ValueError
+    assert "\n" not in str(error.value)
+    assert not list(place.glob("models/*"))
 
 
 @pytest.mark.parametrize("prefix", ["../x", "/tmp/x", "", " ", "a/../../x"])
-def test_names_that_lead_out_of_the_models_folder(sem, place, prefix):
+def test_names_that_lead_out_of_the_models_folder(sem, prefix):
     with pytest.raises(ValueError, match="filename_prefix") as error:
         sem(filename_prefix=prefix)
     assert type(error.value) is ValueError
 
 
-def test_the_host_runs_again_when_the_folder_changes(nodes, place):
-    fingerprint = nodes.CATTrainSemInpainter.fingerprint_inputs
-    before = fingerprint(**SEM, clip=None, clip_vision=None, cat_model=None)
-    assert before == fingerprint(**SEM, clip=None, clip_vision=None, cat_model=None)
+def test_the_host_runs_again_when_the_folder_changes(place):
+    def fingerprint():
+        return CATTrainSemInpainter.fingerprint_inputs(
+            **SEM, clip=None, clip_vision=None, cat_model=None
+        )
+
+    before = fingerprint()
+    assert before == fingerprint()
     (place / "input/things/p0.txt").write_text("a spoon")
-    assert fingerprint(**SEM, clip=None, clip_vision=None, cat_model=None) != before
+    assert fingerprint() != before
 
 
-# Models that do not fit ---------------------------------------------------------------------------------------------
+# Models that do not fit ---------------------------------------------------------------------------
 
 
-def test_models_that_cannot_be_trained(ref, models, apply):
+def test_models_that_cannot_be_trained(ref, apply):
     with pytest.raises(ValueError, match="from before CAT Apply RefAdapter"):
         ref(model=apply())
     with pytest.raises(ValueError, match="batch_size 3 is not a multiple of micro_batch_size 2"):
         ref(batch_size=3, micro_batch_size=2)
 
 
-# Pieces -------------------------------------------------------------------------------------------------------------
+# Pieces -------------------------------------------------------------------------------------------
 
 
-def test_kept_samples_are_the_fresh_ones(models, nodes, place):
-    from cat_diffusion.cat_core.training import samples
-    from cat_diffusion.nodes.host.encoders import HostEncoders
-
+def test_kept_samples_are_the_fresh_ones(models, place):
     folder = place / "input/things"
     encoders = HostEncoders(models.clip_vision, models.clip, models.vae, models.model)
-    fresh = samples.Fresh(nodes._examples(folder)[0], folder, encoders, "diffusion", 64, 8)
-    batches = [
-        samples.Source(store, 4, 0, encoders.context([""]))(1, range(4))
-        for store in (fresh, samples.Kept(fresh))
-    ]
-    assert batches[0].keys() == batches[1].keys()
-    for key, value in batches[0].items():
-        assert torch.allclose(value.float(), batches[1][key].float(), atol=1e-4), key
+    records, _ = examples(folder)
+    fresh = FreshSamples(records, folder, encoders, objective="diffusion", size=64)
+    empty = encoders.context([""])
+    expected = Batches(fresh, 4, 0, empty)(1, range(4))
+    batch = Batches(KeptSamples(fresh), 4, 0, empty)(1, range(4))
+    assert batch.keys() == expected.keys()
+    for key, value in batch.items():
+        assert torch.allclose(value.float(), expected[key].float(), atol=1e-4), key
 
 
 @pytest.mark.parametrize("values", [[1.0], [2.0, float("nan"), 1.0], [3.0] * 50])
 def test_curves_of_odd_runs(values):
-    from cat_diffusion.cat_core.pictures import plots
+    history = [{"loss": value, "cosine": 0.1, "cosine_observed": 0.0} for value in values]
+    assert plots.curves(history, 50).size == (640, 480)
 
-    picture = plots.curves(
-        [{"loss": value, "cosine": 0.1, "cosine_observed": 0.0} for value in values], 50
-    )
-    assert picture.size == (640, 480)
+
+def copies(tensors):
+    return {key: tensor.clone() for key, tensor in tensors.items()}
 
 
 def equal(one, other):
