@@ -1,19 +1,23 @@
-"""What a user reads when something is wrong: one readable sentence or two, from the node concerned."""
+"""What a user reads when something is wrong: a sentence or two, from the node concerned."""
 
 import pytest
 
 from cat_diffusion.nodes.host import model_files
+from comfyui.local_server import ServerError
 
 
 def check(error, prompt, node, *words):
+    """The prompt fails in that node, with these words in one readable line."""
     node_type, message = error(prompt)
     assert node_type == node
     for word in words:
         assert word in message, message
-    assert len(message) < 700 and "Traceback" not in message and message.count("\n") == 0
+    assert len(message) < 700
+    assert "Traceback" not in message
+    assert "\n" not in message
 
 
-# Models that do not belong together -------------------------------------------------------------------------------
+# Models that do not belong together -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -37,40 +41,31 @@ def test_another_model_on_apply_ref_adapter(error, prompt, kind, words):
     "inputs, words",
     [
         (
-            dict(width=48, patch=14, size=224),
+            {"width": 48, "patch": 14, "size": 224},
             ("48 features", "expected", "32 features on a 16x16 grid", "ViT-L/14"),
         ),
-        (dict(width=32, patch=16, size=224), ("14x14 grid", "16x16 grid")),
-        (dict(width=32, patch=14, size=336), ("24x24 grid", "16x16 grid")),
+        ({"width": 32, "patch": 16, "size": 224}, ("14x14 grid", "16x16 grid")),
+        ({"width": 32, "patch": 14, "size": 336}, ("24x24 grid", "16x16 grid")),
     ],
 )
 def test_another_clip_vision(error, prompt, inputs, words):
-    prompt.inputs("CATSemanticInpaint")["clip_vision"] = prompt.add(
-        "other", "HelperClipVision", **inputs
-    )
+    vision = prompt.add("other", "HelperClipVision", **inputs)
+    prompt.inputs("CATSemanticInpaint")["clip_vision"] = vision
     check(error, prompt, "CATSemanticInpaint", *words)
 
 
 def test_a_visual_prompt_of_another_width(error, prompt):
     vision = prompt.add("other", "HelperClipVision", width=48, patch=14, size=224)
-    prompt.inputs("CATApplyRefAdapter")["visual_prompt"] = prompt.add(
-        "wide", "CATEncodeVisualPrompt", clip_vision=vision, image=["2", 0]
-    )
-    check(
-        error,
-        prompt,
-        "CATApplyRefAdapter",
-        "visual prompt is 48 wide",
-        "expects 32",
-        "one CAT file",
-    )
+    wide = prompt.add("wide", "CATEncodeVisualPrompt", clip_vision=vision, image=["2", 0])
+    prompt.inputs("CATApplyRefAdapter")["visual_prompt"] = wide
+    words = ("visual prompt is 48 wide", "expects 32", "one CAT file")
+    check(error, prompt, "CATApplyRefAdapter", *words)
 
 
 def test_another_grid_on_encode_visual_prompt(error, prompt):
     vision = prompt.add("other", "HelperClipVision", width=32, patch=16, size=224)
-    prompt.inputs("CATApplyRefAdapter")["visual_prompt"] = prompt.add(
-        "x", "CATEncodeVisualPrompt", clip_vision=vision, image=["2", 0]
-    )
+    coarse = prompt.add("coarse", "CATEncodeVisualPrompt", clip_vision=vision, image=["2", 0])
+    prompt.inputs("CATApplyRefAdapter")["visual_prompt"] = coarse
     check(error, prompt, "CATEncodeVisualPrompt", "14x14 grid", "16x16 grid")
 
 
@@ -93,8 +88,7 @@ def test_another_vae(error, prompt):
 
 
 def test_the_schedule_of_another_family(error, prompt):
-    model = prompt.add("other", "HelperModel", kind="flux")
-    sigmas = prompt.add("sigmas", "CATScheduler", model=model, steps=4, denoise=1.0)
+    flux = prompt.add("other", "HelperModel", kind="flux")
     prompt.add(
         "10",
         "SamplerCustom",
@@ -104,14 +98,14 @@ def test_the_schedule_of_another_family(error, prompt):
         cfg=7.5,
         positive=["9", 0],
         negative=["9", 1],
-        sampler=prompt.add("s", "KSamplerSelect", sampler_name="ddim"),
-        sigmas=sigmas,
+        sampler=prompt.add("ddim", "KSamplerSelect", sampler_name="ddim"),
+        sigmas=prompt.add("sigmas", "CATScheduler", model=flux, steps=4, denoise=1.0),
         latent_image=["9", 2],
     )
     check(error, prompt, "CATScheduler", "discrete noise levels", "Flux")
 
 
-# Files ------------------------------------------------------------------------------------------------------------
+# Files ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -122,17 +116,15 @@ def test_the_schedule_of_another_family(error, prompt):
     ],
 )
 def test_a_cat_file_without_the_part(error, prompt, needs, has, node):
-    prompt.inputs(node)["cat_model"] = prompt.add(
-        "part", "CATLoadWeights", weights=f"{has}.safetensors"
-    )
+    part = prompt.add("part", "CATLoadWeights", weights=f"{has}.safetensors")
+    prompt.inputs(node)["cat_model"] = part
     check(error, prompt, node, f"no {needs}", f"{has}.safetensors", "Load a file that has one")
 
 
 def test_a_weights_file_as_a_full_checkpoint(error, prompt):
     prompt.inputs("CATLoadCheckpoint")["checkpoint"] = "cat.safetensors"
-    check(
-        error, prompt, "CATLoadCheckpoint", "holds SemInpainter and RefAdapter, but no U-Net", "VAE"
-    )
+    words = ("holds SemInpainter and RefAdapter, but no U-Net", "VAE")
+    check(error, prompt, "CATLoadCheckpoint", *words)
 
 
 @pytest.mark.parametrize(
@@ -165,9 +157,8 @@ def test_a_broken_checkpoint(error, prompt, base, name, words):
     ],
 )
 def test_a_broken_weights_file(error, prompt, name):
-    prompt.inputs("CATSemanticInpaint")["cat_model"] = prompt.add(
-        "weights", "CATLoadWeights", weights=name
-    )
+    broken = prompt.add("weights", "CATLoadWeights", weights=name)
+    prompt.inputs("CATSemanticInpaint")["cat_model"] = broken
     check(error, prompt, "CATLoadWeights", name)
 
 
@@ -182,8 +173,6 @@ def test_a_broken_weights_file(error, prompt, name):
     ],
 )
 def test_a_name_outside_the_folder_is_refused_before_anything_runs(server, prompt, name):
-    from comfyui.local_server import ServerError
-
     prompt.inputs("CATLoadCheckpoint")["checkpoint"] = name
     with pytest.raises(ServerError, match="There is no"):
         server.run(prompt)
@@ -197,7 +186,7 @@ def test_a_name_outside_the_folder_is_refused_by_the_node_itself():
             model_files.read(name)
 
 
-# Pictures, masks, text --------------------------------------------------------------------------------------------
+# Pictures, masks, text ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", ["", "   ", "\n\t"])
@@ -207,9 +196,8 @@ def test_empty_text(error, prompt, text):
 
 
 def test_a_one_pixel_photo(error, prompt):
-    prompt.inputs("CATInpaintConditioning")["image"] = prompt.add(
-        "dot", "EmptyImage", width=1, height=1, batch_size=1, color=0
-    )
+    dot = prompt.add("dot", "EmptyImage", width=1, height=1, batch_size=1, color=0)
+    prompt.inputs("CATInpaintConditioning")["image"] = dot
     check(error, prompt, "CATInpaintConditioning", "1x1 pixels", "at least 8x8", "Scale it up")
 
 
@@ -223,14 +211,11 @@ def test_a_picture_that_is_none(error, prompt, kind, words, node):
 
 
 def test_more_masks_than_images(error, prompt):
-    prompt.inputs("CATSemanticInpaint")["image"] = prompt.add(
-        "two", "RepeatImageBatch", image=["2", 0], amount=2
-    )
+    images = prompt.add("images", "RepeatImageBatch", image=["2", 0], amount=2)
     as_image = prompt.add("mask image", "MaskToImage", mask=["2", 1])
-    three = prompt.add("three", "RepeatImageBatch", image=as_image, amount=3)
-    prompt.inputs("CATSemanticInpaint")["mask"] = prompt.add(
-        "masks", "ImageToMask", image=three, channel="red"
-    )
+    repeated = prompt.add("masks image", "RepeatImageBatch", image=as_image, amount=3)
+    masks = prompt.add("masks", "ImageToMask", image=repeated, channel="red")
+    prompt.inputs("CATSemanticInpaint").update(image=images, mask=masks)
     check(error, prompt, "CATSemanticInpaint", "2 images and 3 masks")
 
 
@@ -248,8 +233,6 @@ def test_a_range_that_ends_before_it_starts(error, prompt):
     ],
 )
 def test_values_out_of_range_are_refused_by_the_host(server, prompt, node, name, value):
-    from comfyui.local_server import ServerError
-
     prompt.inputs(node)[name] = value
     with pytest.raises(ServerError, match=name):
         server.run(prompt)
