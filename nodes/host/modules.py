@@ -40,24 +40,25 @@ def unet(
     for level_depth in transformer_depth:
         depth += [level_depth] * res_blocks
         depth_up += [level_depth] * (res_blocks + 1)
+    config = {
+        "image_size": 32,
+        "in_channels": 9,
+        "out_channels": 4,
+        "model_channels": channels,
+        "channel_mult": list(multipliers),
+        "num_res_blocks": [res_blocks] * len(multipliers),
+        "num_heads": heads,
+        "num_head_channels": -1,
+        "use_spatial_transformer": True,
+        "transformer_depth": depth,
+        "transformer_depth_output": depth_up,
+        "transformer_depth_middle": 1,
+        "context_dim": text_width,
+        "use_linear_in_transformer": False,
+        "legacy": False,
+    }
     return comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel(
-        image_size=32,
-        in_channels=9,
-        out_channels=4,
-        model_channels=channels,
-        channel_mult=list(multipliers),
-        num_res_blocks=[res_blocks] * len(multipliers),
-        num_heads=heads,
-        num_head_channels=-1,
-        use_spatial_transformer=True,
-        transformer_depth=depth,
-        transformer_depth_output=depth_up,
-        transformer_depth_middle=1,
-        context_dim=text_width,
-        use_linear_in_transformer=False,
-        legacy=False,
-        dtype=torch.float32,
-        operations=symbols.LayersWithWeights,
+        **config, dtype=torch.float32, operations=symbols.LayersWithWeights
     )
 
 

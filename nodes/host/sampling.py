@@ -13,14 +13,12 @@ from .symbols import no_progress_bars
 
 def encode_prompt(clip, text: str):
     """The host's CLIPTextEncode: text -> CONDITIONING."""
-    (conditioning,) = nodes.CLIPTextEncode().encode(clip, text)
-    return conditioning
+    return nodes.CLIPTextEncode().encode(clip, text)[0]
 
 
 def decode(vae, latent: dict) -> torch.Tensor:
     """The host's VAEDecode: LATENT -> IMAGE (B, H, W, 3), as it leaves the VAE."""
-    (image,) = nodes.VAEDecode().decode(vae, latent)
-    return image
+    return nodes.VAEDecode().decode(vae, latent)[0]
 
 
 def ksample(
@@ -40,7 +38,7 @@ def ksample(
     Takes what the node takes, and by its words; the defaults are the sampling of the paper.
     """
     with no_progress_bars():
-        (sampled,) = nodes.KSampler().sample(
+        sampled = nodes.KSampler().sample(
             model,
             seed,
             steps,
@@ -52,11 +50,11 @@ def ksample(
             latent,
             denoise=denoise,
         )
-    return sampled
+    return sampled[0]
 
 
-def noise_for(latent: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """The noise that KSampler adds to a latent (B, 4, h, w) for a seed."""
+def noise_for(latent: torch.Tensor, seed: int = 0):
+    """The noise that KSampler adds to a latent for a seed, (B, 4, h, w) like it."""
     return comfy.sample.prepare_noise(latent, seed)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,23 +44,23 @@ def measured(tiny_file, tmp_path_factory):
     options += ["--json", path, "--page", page]
     run = run_tool("bench.py", *options, "--sections", *SECTIONS)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-3000:]
-    return run.stdout, json.loads(path.read_text()), page.read_text()
+    return SimpleNamespace(
+        printed=run.stdout, content=json.loads(path.read_text()), page=page.read_text()
+    )
 
 
 def rows(measured, section):
-    _, content, _ = measured
-    return {row["what"]: row for row in content["sections"][section]}
+    return {row["what"]: row for row in measured.content["sections"][section]}
 
 
 def test_the_table_says_what_the_numbers_were_measured_on(measured):
-    printed, content, _ = measured
-    assert "device: CPU only" in printed
-    assert "processor: " in printed
-    assert "software: ComfyUI " in printed
-    assert "attention: attention_" in printed
-    assert "load average at the end" in printed
-    assert content["machine"]["processor"].endswith("threads used")
-    assert content["settings"]["size"] == 64
+    assert "device: CPU only" in measured.printed
+    assert "processor: " in measured.printed
+    assert "software: ComfyUI " in measured.printed
+    assert "attention: attention_" in measured.printed
+    assert "load average at the end" in measured.printed
+    assert measured.content["machine"]["processor"].endswith("threads used")
+    assert measured.content["settings"]["size"] == 64
 
 
 def test_every_form_is_timed_in_every_round_and_compared_with_the_same_round(measured):
@@ -140,18 +141,17 @@ def test_pictures_drawn_in_turn_are_those_of_the_host_s_sampler_and_all_forms_ag
 
 
 def test_the_tables_go_between_the_marks_of_a_page(measured):
-    _, content, page = measured
+    page = measured.page
     assert page.startswith(f"before\n{BEGIN}\n")
     assert page.endswith(f"\n{END}\nafter\n")
     assert "a former run" not in page
     assert "- device: CPU only" in page
-    assert page.count("|---|---|---|---|---|") == len(content["sections"])
+    assert page.count("|---|---|---|---|---|") == len(measured.content["sections"])
 
 
 def test_the_adapters_are_a_part_of_the_loading(measured):
-    _, content, _ = measured
     seconds = {}
-    for row in content["sections"]["loading"]:
+    for row in measured.content["sections"]["loading"]:
         if row["unit"] == "s":
             seconds[row["what"]] = row["values"]
     for everything, without in zip(seconds[PACK], seconds[SAME], strict=True):

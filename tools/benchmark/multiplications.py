@@ -25,6 +25,7 @@ def step_multiplications(model, size: int, batch: int = 1) -> float:
     timesteps = torch.empty(rows, device=meta)
     text_width = symbols.model_config(model).unet_config["context_dim"]
     context = torch.empty(rows, 77, text_width, device=meta)
+    # Order and numbers as the sampler has them: the negative prompt first (comfy/samplers.py:323).
     options = {
         "patches": {symbols.MIDDLE_PATCH: symbols.middle_patches(model)},
         "cond_or_uncond": [1, 0],

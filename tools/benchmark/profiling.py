@@ -61,7 +61,7 @@ def _launches(bench: Bench, model, size: int) -> tuple[int, float]:
     events = []
 
     def watch(step):
-        step()
+        step()  # warms up
         profiler = _profiled(bench, step)
         for event in profiler.events():
             if event.device_type == device:

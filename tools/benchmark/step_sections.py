@@ -83,6 +83,7 @@ def adapter(bench: Bench, arguments) -> Iterator[Row]:
     seconds = bench.in_turn(measures, 3 * bench.rounds)
     yield from rows_in_turn(seconds, OFFICIAL)
 
+    # What the machine reaches at best, to tell how far the adapters are from it.
     large = torch.empty(COPIED, dtype=torch.uint8, device=calls[0][0].device)
     copying = bench.repeated(large.clone)
     bandwidth = [2 * large.nbytes / one / 1e9 for one in copying]
@@ -112,6 +113,7 @@ def adapter_calls(bench: Bench, size: int, batch: int = 1) -> list[tuple]:
     model = bench.model.clone()
     symbols.add_middle_patch(model, record)
     bench.step_seconds(model, size, batch)
+    # A GPU makes several steps; the last one's calls are as good as any.
     return calls[-len(bench.cat_model.architecture.ref_adapter.blocks) :]
 
 

@@ -57,6 +57,7 @@ class SamplingsInTurn:
 
     def _make_steps(self) -> None:
         names = list(self.models)
+        # Neither form is always the first: what one leaves in the caches helps the next.
         for number in range(len(self.sigmas) - 1):
             for name in names:
                 self._make_step(name, self.sigmas[number : number + 2])

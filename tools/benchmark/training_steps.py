@@ -6,9 +6,9 @@ It runs tools/train.py's own loop on copies of the demo's photograph.
 import shutil
 import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from benchmark.rows import Row, rows_in_turn
 from cat_diffusion.cat_core.data import manifest
 from cat_diffusion.cat_core.training import loop
 from cat_diffusion.cat_core.training.settings import Settings, TrainingRun
@@ -16,33 +16,41 @@ from cat_diffusion.cat_core.training.stages import STAGES
 from comfyui import ROOT
 from training import stage_run
 
+from .rows import Row, rows_in_turn
 
-def training(arguments):
-    """Rows: seconds of a step of one picture, fp32, with encoding and from the cache."""
+
+def training(arguments) -> Iterator[Row]:
+    """Seconds of a step of one picture, fp32, with encoding and from the cache."""
     count = arguments.training_steps + 1
-    with tempfile.TemporaryDirectory() as folder:
-        records = []
-        for name in ("photo.jpg", "mask.png"):
-            shutil.copy(ROOT / "tools/photograph" / name, folder)
-        for i in range(count):
-            records.append(manifest.Record(f"s{i}", "photo.jpg", label="spoon", mask="mask.png"))
-        manifest.write(Path(folder, "manifest.jsonl"), records)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _write_samples(folder, count)
         for stage in ("sem-inpainter", "ref-adapter"):
+            encoding = f"{stage}, with encoding"
+            cached = f"{stage}, from the cache"
             seconds = {
-                f"{stage}, {how}": _steps(
-                    arguments, stage, Path(folder), how == "from the cache", count
-                )
-                for how in ("with encoding", "from the cache")
+                encoding: _steps(arguments, stage, folder, count),
+                cached: _steps(arguments, stage, folder, count, cache=folder / stage),
             }
-            encoding, cached = seconds
             yield from rows_in_turn(seconds, encoding)
-            yield Row(
-                f"{stage}, from the cache", "images/s", [1 / statistics.median(seconds[cached])]
-            )
+            yield Row(cached, "images/s", [1 / statistics.median(seconds[cached])])
 
 
-def _steps(arguments, name: str, folder: Path, cached: bool, count: int) -> list[float]:
-    """Seconds of each step but the first."""
+def _write_samples(folder: Path, count: int) -> None:
+    """A manifest that names the photograph `count` times."""
+    for name in ("photo.jpg", "mask.png"):
+        shutil.copy(ROOT / "tools/photograph" / name, folder)
+    records = []
+    for number in range(count):
+        record = manifest.Record(f"s{number}", "photo.jpg", label="spoon", mask="mask.png")
+        records.append(record)
+    manifest.write(folder / "manifest.jsonl", records)
+
+
+def _steps(
+    arguments, name: str, folder: Path, count: int, cache: Path | None = None
+) -> list[float]:
+    """Seconds of each step but the first, which warms up."""
     stage = STAGES[name]
     settings = Settings(steps=count, batch_size=1, micro_batch_size=1)
     file = stage_run.load([arguments.checkpoint], stage.diffusion)
@@ -52,7 +60,7 @@ def _steps(arguments, name: str, folder: Path, cached: bool, count: int) -> list
         stage.objective,
         folder / "manifest.jsonl",
         size=arguments.size,
-        cache=folder / name if cached else None,
+        cache=cache,
     )
     batches = stage_run.batches_for(stage, encoders, store, settings)
     seconds = []

@@ -211,6 +211,7 @@ class LocalServer:
                 event = json.loads(message.data)
                 kind = event["type"]
                 data = event["data"]
+                # Messages without one are about the server, such as the length of its queue.
                 if data.get("prompt_id") not in (None, queued["prompt_id"]):
                     continue  # of another prompt
                 if on_event:

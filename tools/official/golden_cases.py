@@ -173,6 +173,7 @@ def sem_inpainter(goldens: Goldens) -> Iterator[CaseResult]:
     file = goldens.checkpoint("fusion_tiny.safetensors")
     core = weights.cat_modules(file.architecture)["sem_inpainter"]
     core.load_state_dict(file.parts["sem_inpainter"])
+    # Global and label output, too: the blended one alone cannot tell whether they are swapped.
     hosted = build_cat_model(file).sem_inpainter.model
     for case, golden in goldens.cases("fusion_cases.safetensors"):
         for where, model in (("core", core), ("host", hosted)):
