@@ -14,13 +14,20 @@ from paths import ROOT
 from pictures import cut, mask, picture
 from PIL import Image
 
+from cat_diffusion.cat_core import preprocess
 from cat_diffusion.cat_core.data import manifest, masks
 from cat_diffusion.cat_core.data.manifest import ManifestError, Record
 from cat_diffusion.cat_core.data.masks import SampleError
 from cat_diffusion.cat_core.data.tally import Tally
 
 WHOLE = Record(
-    "1", "a/1.jpg", "m/1.png", (0.1, 0.2, 0.6, 0.9), "Bus", "a red bus in the rain", "validation"
+    "1",
+    "a/1.jpg",
+    mask="m/1.png",
+    box=(0.1, 0.2, 0.6, 0.9),
+    label="Bus",
+    caption="a red bus in the rain",
+    split="validation",
 )
 LINE = {"id": "x", "image": "x.png", "mask": "x_mask.png", "label": "cup"}
 
@@ -30,7 +37,7 @@ def lines(path, *objects):
     return path
 
 
-# Reading and writing ----------------------------------------------------------------------------------------------
+# Reading and writing ------------------------------------------------------------------------------
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -50,9 +57,11 @@ def test_what_is_written_is_read(tmp_path):
 
 
 def test_the_documented_example_is_a_record():
-    text = manifest.__doc__[manifest.__doc__.index("{") : manifest.__doc__.index("}") + 1]
+    documented = manifest.__doc__
+    text = documented[documented.index("{") : documented.index("}") + 1]
     record = manifest._parse(text.encode())
-    assert record.box == (0.1, 0.2, 0.6, 0.9) and record.split == "train"
+    assert record.box == (0.1, 0.2, 0.6, 0.9)
+    assert record.split == "train"
 
 
 @pytest.mark.parametrize(
@@ -90,7 +99,8 @@ def test_malformed_records_are_named_with_file_and_line(tmp_path, change, words)
         manifest.read(path)
     for word in [f"{path}, line 2: ", *words, "Correct the line"]:
         assert word in str(error.value)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize(
@@ -110,7 +120,7 @@ def test_malformed_records_are_named_with_file_and_line(tmp_path, change, words)
 def test_lines_that_are_no_record(tmp_path, line):
     path = tmp_path / "m.jsonl"
     path.write_bytes(json.dumps(LINE).encode() + b"\n" + line + b"\n")
-    with pytest.raises(ManifestError, match="m.jsonl, line 2: .*expected") as error:
+    with pytest.raises(ManifestError, match=r"m.jsonl, line 2: .*expected") as error:
         manifest.read(path)
     assert len(str(error.value)) < 500
 
@@ -121,7 +131,7 @@ def test_other_splits_are_checked_too_and_ids_are_unique(tmp_path):
         manifest.read(path, "train")
     with pytest.raises(ManifestError, match="split is 'val'"):
         manifest.read(path, "val")
-    with pytest.raises(ManifestError, match="none.jsonl cannot be read .*prepare_data.py"):
+    with pytest.raises(ManifestError, match=r"none.jsonl cannot be read .*prepare_data.py"):
         manifest.read(tmp_path / "none.jsonl")
 
 
@@ -135,9 +145,10 @@ def test_a_failed_write_keeps_the_old_manifest(tmp_path):
         yield WHOLE
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(ManifestError, match="Cannot write .*No space left.*Check free space"):
+    with pytest.raises(ManifestError, match=r"Cannot write .*No space left.*Check free space"):
         manifest.write(path, broken())
-    assert path.read_text() == "precious" and os.listdir(tmp_path) == ["m.jsonl"]
+    assert path.read_text() == "precious"
+    assert os.listdir(tmp_path) == ["m.jsonl"]
     manifest.write(path, [WHOLE])
     assert manifest.read(path) == [WHOLE]
 
@@ -148,16 +159,18 @@ def test_a_killed_writer_leaves_the_old_manifest(tmp_path):
     manifest.write(path, [WHOLE])
     code = """
 import sys, time
-from cat_core.data import manifest, masks
+import comfyui
+from cat_diffusion.cat_core.data import manifest
 def records():
     for i in range(10**9):
         if i == 50_000:
-            print("half", flush=True); time.sleep(60)
+            print("half", flush=True)
+            time.sleep(60)
         yield manifest.Record(str(i), "x.png", label="cup")
 manifest.write(sys.argv[1], records())
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", code, path], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, path], cwd=ROOT / "tools", stdout=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "half\n"
     process.send_signal(signal.SIGKILL)
@@ -172,9 +185,9 @@ def test_reading_is_linear_and_compact(tmp_path):
         return Record(
             f"{name}_8ae41a6b",
             f"train/{name}.jpg",
-            f"masks/{name[-1]}/{name}_m01bjv_8ae41a6b.png",
-            (0.1 + i * 1e-7, 0.2, 0.6, 0.9),
-            f"class {i % 300}",
+            mask=f"masks/{name[-1]}/{name}_m01bjv_8ae41a6b.png",
+            box=(0.1 + i * 1e-7, 0.2, 0.6, 0.9),
+            label=f"class {i % 300}",
         )
 
     seconds = {}
@@ -192,21 +205,29 @@ def test_reading_is_linear_and_compact(tmp_path):
     print(f"{seconds[count] * 1e6:.0f} µs and {size / count:.0f} bytes a record")
     assert size / count < 700  # 3 million records fit into 2.1 GB
     assert peak < 1.3 * size  # nothing but the ids is held besides the records
-    assert not hasattr(records[0], "__dict__") and records[0].label is records[300].label
+    assert not hasattr(records[0], "__dict__")
+    assert records[0].label is records[300].label
 
 
 def test_records_and_errors_travel_between_processes():
     assert pickle.loads(pickle.dumps(WHOLE)) == WHOLE
     error = pickle.loads(pickle.dumps(SampleError("empty mask", "x")))
-    assert (error.reason, error.detail, str(error)) == ("empty mask", "x", "empty mask: x")
+    assert error.reason == "empty mask"
+    assert error.detail == "x"
+    assert str(error) == "empty mask: x"
 
 
-# Pictures ---------------------------------------------------------------------------------------------------------
+# Pictures -----------------------------------------------------------------------------------------
+
+
+def load(folder, **fields):
+    """Picture and hole of a cup in x.jpg, but for other fields."""
+    return masks.load(Record(**{"id": "x", "image": "x.jpg", "label": "cup", **fields}), folder)
 
 
 def reason(folder, **fields):
     with pytest.raises(SampleError) as error:
-        masks.load(Record(**{"id": "x", "image": "x.jpg", "label": "cup", **fields}), folder)
+        load(folder, **fields)
     return error.value.reason
 
 
@@ -215,25 +236,24 @@ def test_load(tmp_path):
     picture(tmp_path / "grey.png", colour=100, mode="L")
     mask(tmp_path / "m.png", mode="1")
     mask(tmp_path / "large.png", (80, 60), (20, 10, 60, 40))
-    image, hole = masks.load(Record("1", "x.jpg", "m.png", label="cup"), tmp_path)
-    assert (image.mode, image.size, hole.mode, hole.size, hole.getbbox()) == (
-        "RGB",
-        (40, 30),
-        "L",
-        (40, 30),
-        (10, 5, 30, 20),
-    )
-    image, hole = masks.load(Record("1", "grey.png", "large.png", label="cup"), tmp_path)
+    image, hole = load(tmp_path, mask="m.png")
+    assert image.mode == "RGB"
+    assert image.size == (40, 30)
+    assert hole.mode == "L"
+    assert hole.size == (40, 30)
+    assert hole.getbbox() == (10, 5, 30, 20)
+
+    image, hole = load(tmp_path, image="grey.png", mask="large.png")
     assert image.getpixel((0, 0)) == (100, 100, 100)
-    assert hole.size == (40, 30) and hole.point(lambda x: 255 * (x >= 128)).getbbox() == (
-        10,
-        5,
-        30,
-        20,
-    )
-    image, hole = masks.load(Record("1", "x.jpg", box=(0.25, 0.5, 0.76, 1), label="cup"), tmp_path)
-    assert hole.getbbox() == (10, 15, 30, 30) and hole.getextrema() == (0, 255)
-    assert masks.load(Record("1", "x.jpg", caption="a cup"), tmp_path)[1] is None
+    assert hole.size == (40, 30)
+    assert hole.point(masks.BINARY).getbbox() == (10, 5, 30, 20)
+
+    _, hole = load(tmp_path, box=(0.25, 0.5, 0.76, 1))
+    assert hole.getbbox() == (10, 15, 30, 30)
+    assert hole.getextrema() == (0, 255)
+
+    _, hole = load(tmp_path, label=None, caption="a cup")
+    assert hole is None
 
 
 def test_load_turns_photographs_upright(tmp_path):
@@ -241,8 +261,10 @@ def test_load_turns_photographs_upright(tmp_path):
     exif[0x0112] = 6  # turn by 90 degrees
     Image.new("RGB", (40, 30)).save(tmp_path / "x.jpg", exif=exif)
     mask(tmp_path / "m.png", (30, 40), (0, 0, 10, 40))
-    image, hole = masks.load(Record("1", "x.jpg", "m.png", label="cup"), tmp_path)
-    assert image.size == hole.size == (30, 40) and hole.getbbox() == (0, 0, 10, 40)
+    image, hole = load(tmp_path, mask="m.png")
+    assert image.size == (30, 40)
+    assert hole.size == (30, 40)
+    assert hole.getbbox() == (0, 0, 10, 40)
 
 
 def test_load_says_why_not(tmp_path):
@@ -267,8 +289,6 @@ def test_load_says_why_not(tmp_path):
 
 
 def test_holes_have_the_size_that_preprocessing_wants():
-    from cat_diffusion.cat_core import preprocess
-
     assert masks.HOLE_SIZE == preprocess.SIZE
 
 
@@ -276,25 +296,21 @@ def test_holes_have_the_size_that_preprocessing_wants():
 def test_an_object_that_vanishes_at_the_training_size_is_a_bad_sample(variant):
     dot = Image.new("L", (4000, 3000))
     dot.putpixel((2000, 1500), 255)
-    with pytest.raises(SampleError, match="empty mask: it reaches .* too small"):
+    with pytest.raises(SampleError, match=r"empty mask: it reaches .* too small"):
         masks.training_mask(dot, variant)
 
 
-def test_report_counts_and_keeps_few_examples():
-    report = Tally()
+def test_a_tally_counts_and_keeps_few_examples():
+    tally = Tally()
     for i in range(1000):
-        report.skip("corrupt image", f"id{i}")
-    report.skip("missing mask", "a\nb\x1b[2J")
-    report.keep()
-    text = str(report)
-    assert (
-        report.skipped == {"corrupt image": 1000, "missing mask": 1}
-        and len(report.examples["corrupt image"]) == 20
-    )
-    assert text.splitlines()[0] == "1,002 samples: 1 kept, 1,001 skipped"
-    assert (
-        "corrupt image: 1,000 (id0, " in text
-        and "id19, and 980 more)" in text
-        and "id20" not in text
-    )
-    assert text.splitlines()[2] == r"  missing mask: 1 ('a\nb\x1b[2J')"
+        tally.skip("corrupt image", f"id{i}")
+    tally.skip("missing mask", "a\nb\x1b[2J")
+    tally.keep()
+    assert tally.skipped == {"corrupt image": 1000, "missing mask": 1}
+    assert len(tally.examples["corrupt image"]) == 20
+    head, corrupt, missing = str(tally).splitlines()
+    assert head == "1,002 samples: 1 kept, 1,001 skipped"
+    assert corrupt.startswith("  corrupt image: 1,000 (id0, ")
+    assert corrupt.endswith("id19, and 980 more)")
+    assert "id20" not in corrupt
+    assert missing == r"  missing mask: 1 ('a\nb\x1b[2J')"

@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from paths import ROOT
 from pictures import cut, mask, picture
+from PIL import Image
 
 from cat_diffusion.cat_core.data import manifest, masks
 from cat_diffusion.cat_core.data.manifest import Record
@@ -26,32 +28,31 @@ def prepare(source, *arguments, **environment):
 
 def skipped(out):
     """Reasons and counts from the report beside a manifest."""
-    text = out.with_name(f"{out.name}.report.txt").read_text()
-    counts = (line.strip().split(" (")[0].rsplit(": ", 1) for line in text.splitlines()[1:])
-    return {reason: int(count) for reason, count in counts}
+    _, *lines = out.with_name(f"{out.name}.report.txt").read_text().splitlines()
+    counts = {}
+    for line in lines:
+        reason, count = line.strip().split(" (")[0].rsplit(": ", 1)
+        counts[reason] = int(count)
+    return counts
+
+
+def hole_of(record, folder):
+    _, hole = masks.load(record, folder)
+    return hole
 
 
 @pytest.fixture
 def triples(tmp_path):
     """A folder with three good triples and one of every kind of bad one."""
     data = tmp_path / "data"
-    for stem in (
-        "fire_hydrant_image",
-        "cup",
-        "gas_mask",
-        "no_label",
-        "blank",
-        "bare",
-        "broken",
-        "latin",
-        "black",
-    ):
+    picture(data / "fire_hydrant_image.jpg")
+    for stem in ["cup", "gas_mask", "no_label", "blank", "bare", "broken", "latin", "black"]:
         picture(data / f"{stem}.jpg")
-    for stem in ("fire_hydrant", "cup", "gas_mask", "no_label", "blank", "broken", "lost", "latin"):
+    for stem in ["fire_hydrant", "cup", "gas_mask", "no_label", "blank", "broken", "lost", "latin"]:
         mask(data / f"{stem}_mask.png")
     mask(data / "black_mask.png", box=None)
     cut(data / "broken.jpg")
-    for stem in ("cup", "gas_mask", "bare", "broken", "black"):
+    for stem in ["cup", "gas_mask", "bare", "broken", "black"]:
         (data / f"{stem}.txt").write_text(f" a  {stem}\n")
     (data / "blank.txt").write_text(" \n")
     (data / "latin.txt").write_bytes(b"caf\xe9")
@@ -63,13 +64,8 @@ def test_folder(triples):
     run = prepare("folder", "--data", triples, "--out", out, "--split", "validation")
     assert run.returncode == 0, run.stderr
     records = {record.id: record for record in manifest.read(out, "validation")}
-    assert set(records) == {
-        "fire_hydrant_image",
-        "cup",
-        "gas_mask",
-        "broken",
-        "black",
-    }  # the last two exist, at least
+    exist = {"broken", "black"}  # and are no more looked at
+    assert set(records) == {"fire_hydrant_image", "cup", "gas_mask"} | exist
     assert records["fire_hydrant_image"] == Record(
         "fire_hydrant_image",
         "fire_hydrant_image.jpg",
@@ -77,57 +73,65 @@ def test_folder(triples):
         label="fire hydrant",
         split="validation",
     )
-    assert records["gas_mask"].mask == "gas_mask_mask.png" and records["cup"].label == "a cup"
-    expected = {
+    assert records["gas_mask"].mask == "gas_mask_mask.png"
+    assert records["cup"].label == "a cup"
+    assert skipped(out) == {
         "missing label": 1,
         "empty label": 1,
         "missing mask": 1,
         "unreadable label": 1,
         "missing image": 1,
     }
-    assert skipped(out) == expected and "10 samples: 5 kept, 5 skipped" in run.stdout
+    assert "10 samples: 5 kept, 5 skipped" in run.stdout
     for record in (records["cup"], records["fire_hydrant_image"]):
-        assert masks.load(record, triples)[1].getbbox() == (10, 5, 30, 20)
+        assert hole_of(record, triples).getbbox() == (10, 5, 30, 20)
 
 
 def test_check_decodes_everything(triples):
     out = triples.parent / "m.jsonl"
     assert prepare("folder", "--data", triples, "--out", out, "--check").returncode == 0
-    assert {record.id for record in manifest.read(out)} == {"fire_hydrant_image", "cup", "gas_mask"}
-    assert {record.image.split("/")[0] for record in manifest.read(out)} == {"data"}
-    assert skipped(out)["corrupt image"] == 1 and skipped(out)["empty mask"] == 1
+    records = manifest.read(out)
+    assert {record.id for record in records} == {"fire_hydrant_image", "cup", "gas_mask"}
+    for record in records:
+        assert record.image.startswith("data/")
+    assert skipped(out)["corrupt image"] == 1
+    assert skipped(out)["empty mask"] == 1
 
 
 def test_nothing_is_overwritten_unless_told(triples):
     out = triples / "m.jsonl"
     out.write_text("precious")
     run = prepare("folder", "--data", triples, "--out", out)
-    assert run.returncode == 1 and "exists already" in run.stderr and out.read_text() == "precious"
+    assert run.returncode == 1
+    assert "exists already" in run.stderr
+    assert out.read_text() == "precious"
     assert prepare("folder", "--data", triples, "--out", out, "--overwrite").returncode == 0
     assert len(manifest.read(out)) == 5
     before = out.read_text()
     for path in triples.glob("*_mask.png"):
         path.unlink()
     run = prepare("folder", "--data", triples, "--out", out, "--overwrite")
-    assert run.returncode == 1 and "no usable sample" in run.stderr and out.read_text() == before
+    assert run.returncode == 1
+    assert "no usable sample in folder" in run.stderr
+    assert out.read_text() == before
     assert not list(triples.glob("*.partial"))
 
 
 def test_the_manifest_lies_above_the_data(triples, tmp_path):
     out = tmp_path / "elsewhere/m.jsonl"
     run = prepare("folder", "--data", triples, "--out", out)
-    assert (
-        run.returncode == 1
-        and "lies outside" in run.stderr
-        and f"--out {tmp_path / 'm.jsonl'}" in run.stderr
-    )
+    assert run.returncode == 1
+    assert "lies outside" in run.stderr
+    assert f"--out {tmp_path / 'm.jsonl'}" in run.stderr
     assert not out.parent.exists()
     out.parent.mkdir()
     (out.parent / "linked").symlink_to(triples)
     assert prepare("folder", "--data", out.parent / "linked", "--out", out).returncode == 0
-    assert masks.load(manifest.read(out)[-1], out.parent)[0].size == (40, 30)
+    image, _ = masks.load(manifest.read(out)[-1], out.parent)
+    assert image.size == (40, 30)
     run = prepare("folder", "--data", tmp_path / "none", "--out", tmp_path / "m.jsonl")
-    assert run.returncode == 1 and "is not a folder" in run.stderr
+    assert run.returncode == 1
+    assert "is not a folder" in run.stderr
 
 
 def test_official_lists(tmp_path):
@@ -196,20 +200,16 @@ def test_official_lists(tmp_path):
     assert run.returncode == 0, run.stderr
     assert not marker.exists()
     bus, harbour = manifest.read(out)
-    assert (bus.id, bus.image, bus.mask, bus.label) == (
-        "61_8a",
-        "all/data/61.jpg",
-        "all/masks/0.png",
-        "Bus",
-    )
+    assert bus.id == "61_8a"
+    assert bus.image == "all/data/61.jpg"
+    assert bus.mask == "all/masks/0.png"
+    assert bus.label == "Bus"
     x, y, width, height = good["box"]
     assert width * height == pytest.approx(good["area"])  # so the last two are a size, not a corner
     assert bus.box == pytest.approx((x, y, x + width, y + height))
-    assert (harbour.image, harbour.caption, harbour.hole) == (
-        "all/data/61.jpg",
-        "a harbour at night",
-        False,
-    )
+    assert harbour.image == "all/data/61.jpg"
+    assert harbour.caption == "a harbour at night"
+    assert not harbour.hole
     assert skipped(out) == {
         "malformed line": len(hostile),
         "empty label": 1,
@@ -275,7 +275,8 @@ def test_openimages(openimages, tmp_path):
         ("b1_2", "train/b1.jpg", "masks/B/b1_m01bjv_2.png", "Bus"),
         ("a0_3", "train/a0.jpg", "more/a0_x_3.png", "Salt, pepper"),
     ]
-    assert all(record.box == pytest.approx(box) for record in records)
+    for record in records:
+        assert record.box == pytest.approx(box)
     assert skipped(tmp_path / "m.jsonl") == {
         "duplicate id": 1,
         "unknown class": 1,
@@ -293,16 +294,21 @@ def test_openimages_wrong_files(openimages, tmp_path):
     swapped = [*openimages]
     swapped[1], swapped[3] = swapped[3], swapped[1]
     run = prepare("openimages", *swapped)
-    assert run.returncode == 1 and "names no class" in run.stderr
+    assert run.returncode == 1
+    assert "names no class" in run.stderr
     swapped[1] = openimages[1]
     run = prepare("openimages", *swapped)
-    assert run.returncode == 1 and "has no column MaskPath" in run.stderr
+    assert run.returncode == 1
+    assert "has no column MaskPath" in run.stderr
     run = prepare("openimages", *openimages[:3], tmp_path / "none.csv", *openimages[4:])
-    assert run.returncode == 1 and "is not a file" in run.stderr
+    assert run.returncode == 1
+    assert "is not a file" in run.stderr
     run = prepare("openimages", *openimages, "--min-area", "5")
-    assert run.returncode == 2 and "expected 0 to 1" in run.stderr
+    assert run.returncode == 2
+    assert "expected 0 to 1" in run.stderr
     run = prepare("openimages", *openimages, "--min-area", "0.5", "--max-area", "0.1")
-    assert run.returncode == 2 and "nothing would be left" in run.stderr
+    assert run.returncode == 2
+    assert "nothing would be left" in run.stderr
     assert not (tmp_path / "m.jsonl").exists()
 
 
@@ -382,10 +388,14 @@ def instances(tmp_path):
     ]
 
 
+def pycocotools_mask():
+    """pycocotools.mask; the test is skipped where it is not installed."""
+    reason = "pycocotools is not installed (requirements-train.txt)"
+    return pytest.importorskip("pycocotools.mask", reason=reason)
+
+
 def test_coco(instances, tmp_path):
-    pytest.importorskip(
-        "pycocotools", reason="pycocotools is not installed (requirements-train.txt)"
-    )
+    pycocotools_mask()
     out = tmp_path / "m.jsonl"
     run = prepare(
         "coco",
@@ -400,20 +410,20 @@ def test_coco(instances, tmp_path):
     records = manifest.read(out)
     assert [record.id for record in records] == ["1_7", "1_8", "1_40"]
     assert records[0] == Record(
-        "1_7", "images/1.jpg", "m_masks/007/7.png", records[0].box, "cup", "a cup on a table"
+        "1_7",
+        "images/1.jpg",
+        mask="m_masks/007/7.png",
+        box=records[0].box,
+        label="cup",
+        caption="a cup on a table",
     )
     assert records[0].box == pytest.approx((0.25, 1 / 6, 0.75, 2 / 3))
     for record in records[:2]:  # polygon and run lengths draw the same
-        assert masks.load(record, tmp_path)[1].getbbox() == (10, 5, 30, 20)
-    assert masks.load(records[2], tmp_path)[1].getbbox() == (
-        10,
-        5,
-        40,
-        20,
-    )  # cut at the image's edge
-    found = skipped(out)
-    assert found.pop("malformed annotation") == 16
-    assert found == {
+        assert hole_of(record, tmp_path).getbbox() == (10, 5, 30, 20)
+    cut_at_edge = hole_of(records[2], tmp_path)
+    assert cut_at_edge.getbbox() == (10, 5, 40, 20)
+    assert skipped(out) == {
+        "malformed annotation": 16,
         "crowd": 1,
         "empty label": 1,
         "missing image": 1,
@@ -423,27 +433,81 @@ def test_coco(instances, tmp_path):
     }
     assert len(list((tmp_path / "m_masks").rglob("*"))) == 6  # no mask without a record
     run = prepare("coco", *instances[:-1], tmp_path / "m.json")
-    assert run.returncode == 1 and "m_masks exists already" in run.stderr
+    assert run.returncode == 1
+    assert "m_masks exists already" in run.stderr
     (tmp_path / "instances.json").write_text("{}")
     run = prepare("coco", *instances, "--overwrite")
-    assert run.returncode == 1 and "is not COCO's" in run.stderr and len(manifest.read(out)) == 3
+    assert run.returncode == 1
+    assert "is not COCO's" in run.stderr
+    assert len(manifest.read(out)) == 3
+
+
+@pytest.fixture
+def drawn_masks():
+    """(150, 200) uint8 of 0 and 1, whose runs go down the columns.
+
+    They grow and shrink, are short, are few and long, and begin with the first pixel.
+    """
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:150, :200]
+    ellipse = ((x - 90) / 70) ** 2 + ((y - 60) / 40) ** 2 < 1
+    noise = rng.random((150, 200)) < 0.3
+    corner = (x > 190) & (y > 140)
+    from_first_pixel = ~ellipse
+    return [part.astype(np.uint8) for part in (ellipse, noise, corner, from_first_pixel)]
+
+
+def test_coco_draws_compressed_run_lengths(drawn_masks, tmp_path):
+    """What pycocotools wrote of a mask is that mask again, pixel for pixel."""
+    rle = pycocotools_mask()
+    picture(tmp_path / "images/1.jpg", size=(200, 150))
+    annotations = []
+    for number, pixels in enumerate(drawn_masks):
+        runs = rle.encode(np.asfortranarray(pixels))
+        annotations.append(
+            {
+                "id": number,
+                "image_id": 1,
+                "category_id": 1,
+                "bbox": rle.toBbox(runs).tolist(),
+                "segmentation": {"size": [150, 200], "counts": runs["counts"].decode()},
+            }
+        )
+    content = {
+        "images": [{"id": 1, "file_name": "1.jpg", "width": 200, "height": 150}],
+        "categories": [{"id": 1, "name": "cup"}],
+        "annotations": annotations,
+    }
+    instances = tmp_path / "instances.json"
+    instances.write_text(json.dumps(content))
+    out = tmp_path / "m.jsonl"
+    run = prepare("coco", "--instances", instances, "--images", tmp_path / "images", "--out", out)
+    assert run.returncode == 0, run.stderr
+    records = manifest.read(out)
+    assert [record.id for record in records] == ["1_0", "1_1", "1_2", "1_3"]
+    for record, pixels in zip(records, drawn_masks, strict=True):
+        written = Image.open(tmp_path / record.mask).convert("L")
+        assert np.array_equal(np.asarray(written), pixels * 255)
 
 
 def test_coco_without_pycocotools(instances, tmp_path):
     (tmp_path / "site/pycocotools").mkdir(parents=True)
     (tmp_path / "site/pycocotools/__init__.py").write_text("raise ImportError('not here')")
     run = prepare("coco", *instances, PYTHONPATH=str(tmp_path / "site"))
-    assert run.returncode == 1 and "pip install -r requirements-train.txt" in run.stderr
+    assert run.returncode == 1
+    assert "pip install -r requirements-train.txt" in run.stderr
 
 
 def test_the_tool_explains_itself():
     for source in ("openimages", "coco", "folder", "official"):
         run = prepare(source, "--help")
-        assert run.returncode == 0 and "--overwrite" in run.stdout
+        assert run.returncode == 0
+        assert "--overwrite" in run.stdout
 
 
 def test_training_requirements_are_lower_bounds():
     text = (ROOT / "requirements-train.txt").read_text().splitlines()
     wanted = [line for line in text if not line.startswith("#")]
     assert [line.split(">=")[0] for line in wanted] == ["accelerate", "pycocotools"]
-    assert all("#" in line for line in wanted)
+    for line in wanted:
+        assert "#" in line
