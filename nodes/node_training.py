@@ -61,8 +61,9 @@ class NodeTraining:
         licence: str,
         cat_model: CatModel | None,
     ):
+        # What would fail after the run is refused before it.
         loop.require_accelerate()
-        model_files.new_path(filename_prefix)  # refused now rather than after the run
+        model_files.new_path(filename_prefix)
         (self.part,) = stage.parts
         self.stage = replace(stage, rates=((self.part, rate),))
         self.settings = settings
@@ -147,6 +148,7 @@ class NodeTraining:
             memory.raise_if_cancelled()
             return batches(step, positions)
 
+        # The host runs nodes in inference mode (execution.py:751), where nothing can be trained.
         with torch.inference_mode(False), torch.enable_grad(), own_accelerate():
             objective, modules = build()
             run = TrainingRun(self.stage, modules, objective, self.settings)

@@ -39,6 +39,7 @@ def _settings_inputs(prefix: str) -> list:
             default=0,
             min=0,
             max=2**63 - 1,
+            # A seed that changed by itself would start the training again with every prompt.
             control_after_generate=False,
             tooltip="Fixes the new weights, the order of the examples and the noise.",
         ),
@@ -174,6 +175,7 @@ class CATTrainSemInpainter(io.ComfyNode):
                 check_clip_vision(clip_vision, config.hidden_size, config.grid_size)
                 encode_text(clip, "", config.text_size)  # raises where the CLIP does not fit
             else:
+                # A new SemInpainter imitates the CLIP vision model, in depth and width.
                 check_clip_vision(clip_vision)
                 width, layers, heads = clip_vision_sizes(clip_vision)
                 config = sem_inpainter_config(

@@ -57,6 +57,7 @@ def triples(data: DataFolder, split: str) -> Iterator[Candidate]:
     without ending.
     """
     files = sorted(path.name for path in data.path.iterdir() if path.suffix.lower() in PICTURES)
+    # Where a stem has several endings, the first one counts.
     stems = {Path(name).stem: name for name in reversed(files)}
     for name in files:
         stem = Path(name).stem

@@ -142,6 +142,7 @@ def write(path: str | os.PathLike, records: Iterable[Record]) -> int:
     path = Path(path)
     seen = set()
     try:
+        # In ASCII: JSON escapes the bytes of file names that are no UTF-8 (lone surrogates).
         with (
             files.replacing(path) as partial,
             open(partial, "w", encoding="ascii", newline="\n") as file,

@@ -58,7 +58,8 @@ def train(
             start = time.monotonic()
             figures = optimisation.step(step, source)
             _check_finite(run, step, figures["loss"])
-            figures["images_per_second"] = settings.batch_size / (time.monotonic() - start)
+            seconds = time.monotonic() - start
+            figures["images_per_second"] = settings.batch_size / seconds
             done = step + 1
             if log:
                 log.add(done, figures)

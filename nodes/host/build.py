@@ -28,7 +28,7 @@ from ...cat_core.features import VisualPrompt
 from ...cat_core.models.folded import FoldedRefAdapter
 from ...cat_core.weights import Checkpoint, WeightsError
 from . import symbols
-from .cat_model import CatModel
+from .cat_model import CatModel, require_part
 from .model_files import read_path
 
 Tensors = dict[str, torch.Tensor]
@@ -86,7 +86,8 @@ def build_folded(cat_model: CatModel, visual_prompt: VisualPrompt, dtype: torch.
 
     Made where the RefAdapter's weights lie, the CPU as a rule: they never go to the GPU.
     """
-    module = FoldedRefAdapter(cat_model.ref_adapter.model, visual_prompt.tokens, dtype)
+    adapter = require_part(cat_model, "ref_adapter")
+    module = FoldedRefAdapter(adapter.model, visual_prompt.tokens, dtype)
     symbols.keep_dtypes(module)
     return symbols.new_patcher(module)
 

@@ -7,7 +7,7 @@ import comfy.model_patcher
 import torch
 
 from ...cat_core import weights
-from ...cat_core.config import Architecture
+from ...cat_core.config import Architecture, SemInpainterConfig
 from .memory import BATCH, chunks
 
 
@@ -25,12 +25,14 @@ class CatModel:
         return f"{self.name}: {weights.describe(parts)}"
 
 
-def require_part(cat_model: CatModel, part: str) -> None:
-    """Raise unless `cat_model` has the part."""
-    if getattr(cat_model, part) is None:
+def require_part(cat_model: CatModel, part: str) -> comfy.model_patcher.ModelPatcher:
+    """The part of a CAT model; raises ValueError if it has none."""
+    patcher = getattr(cat_model, part)
+    if patcher is None:
         raise ValueError(
             f"This CAT model has no {weights.TITLES[part]}: {cat_model}. Load a file that has one."
         )
+    return patcher
 
 
 def part_tensors(
@@ -52,10 +54,9 @@ def run_sem_inpainter(cat_model: CatModel, patches, image, text, patch_mask) -> 
     Computed where the host wants it, returned where it keeps results. Takes SemInpainter's own
     inputs; one text for all pictures.
     """
-    patcher = cat_model.sem_inpainter
-    comfy.model_management.load_models_gpu(
-        [patcher], memory_required=_activations(cat_model, len(patches))
-    )
+    patcher = require_part(cat_model, "sem_inpainter")
+    needed = _activations(patcher.model.config, len(patches))
+    comfy.model_management.load_models_gpu([patcher], memory_required=needed)
     predicted = []
     for rows in chunks(len(patches)):
         count = len(patches[rows])
@@ -65,8 +66,7 @@ def run_sem_inpainter(cat_model: CatModel, patches, image, text, patch_mask) -> 
     return torch.cat(predicted)
 
 
-def _activations(cat_model: CatModel, pictures: int) -> int:
+def _activations(config: SemInpainterConfig, pictures: int) -> int:
     """Bytes that SemInpainter needs beside its weights: some 8 fp32 tensors of its widest layer."""
-    config = cat_model.architecture.sem_inpainter
     tokens = config.grid_size**2 + 2
     return 8 * min(BATCH, pictures) * tokens * config.intermediate_size * 4

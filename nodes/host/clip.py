@@ -68,7 +68,9 @@ def text_similarity(clip, clip_vision, prompt) -> torch.Tensor | None:
     if _encoders(clip) != {"l"}:
         return None
     project = symbols.visual_projection(clip_vision)
-    if not _is_trained(symbols.text_projection(clip)) or not _is_trained(project):
+    if project is None or not _is_trained(project):
+        return None
+    if not _is_trained(symbols.text_projection(clip)):
         return None
     _, text = clip.encode_from_tokens(plain_tokens(clip, prompt.text), return_pooled=True)
     comfy.model_management.load_model_gpu(clip_vision.patcher)

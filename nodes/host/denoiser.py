@@ -48,11 +48,15 @@ class Denoiser(nn.Module):
         context: torch.Tensor,
         visual_prompt: torch.Tensor,
     ) -> torch.Tensor:
-        def middle_patch(hidden, extra_options):
-            block = self.ref_adapter.block(block_name(extra_options))
-            return hidden + block(hidden, visual_prompt)
+        adapter = self.ref_adapter
+        patches = []
+        if adapter is not None:
 
-        patches = [middle_patch] if self.ref_adapter else []
+            def middle_patch(hidden, extra_options):
+                block = adapter.block(block_name(extra_options))
+                return hidden + block(hidden, visual_prompt)
+
+            patches.append(middle_patch)
         options = symbols.unet_options(patches, _differentiable)
         return self.unet(x, timestep, context=context, transformer_options=options)
 

@@ -1,6 +1,7 @@
 """The frozen networks of training, run by the host: CLIP, its text encoder and the VAE."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ MOST_TEXTS = 10_000  # that are remembered: labels repeat, captions do not
 class HostEncoders:
     """`cat_core.training.encoding.Encoders` on the host's CLIP_VISION, CLIP, VAE and MODEL."""
 
-    def __init__(self, clip_vision, clip, vae=None, model=None):
+    def __init__(self, clip_vision, clip, vae: Any = None, model: Any = None):
         self.clip_vision = clip_vision
         self.clip = clip
         self.vae = vae
@@ -27,11 +28,11 @@ class HostEncoders:
 
     def text(self, texts: Sequence[str]) -> torch.Tensor:
         """-> pooled text features (B, T)."""
-        return torch.cat([self._once("text", text, self._pooled) for text in texts])
+        return self._each("text", texts, self._pooled)
 
     def context(self, texts: Sequence[str]) -> torch.Tensor:
         """-> what cross-attention reads (B, 77, T)."""
-        return torch.cat([self._once("context", text, self._tokens) for text in texts])
+        return self._each("context", texts, self._tokens)
 
     def latent(self, image: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> latents (B, 4, h, w) as the U-Net sees them."""
@@ -44,9 +45,13 @@ class HostEncoders:
     def _tokens(self, text: str) -> torch.Tensor:
         return self.clip.encode_from_tokens(plain_tokens(self.clip, text))
 
-    def _once(self, kind: str, text: str, encode: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        if (kind, text) not in self.texts:
-            if len(self.texts) > MOST_TEXTS:
-                self.texts.clear()
-            self.texts[kind, text] = encode(text).float().cpu()
-        return self.texts[kind, text]
+    def _each(self, kind: str, texts: Sequence[str], encode: Callable) -> torch.Tensor:
+        """The features of texts, (1, ...) each, as a batch; each text is encoded once."""
+        features = []
+        for text in texts:
+            if (kind, text) not in self.texts:
+                if len(self.texts) > MOST_TEXTS:
+                    self.texts.clear()
+                self.texts[kind, text] = encode(text).float().cpu()
+            features.append(self.texts[kind, text])
+        return torch.cat(features)

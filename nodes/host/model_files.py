@@ -105,7 +105,9 @@ def read_path(path) -> Checkpoint:
 
 
 def _read_by_host(path) -> tuple[dict, dict | None]:
-    return comfy.utils.load_torch_file(path, return_metadata=True)
+    """Tensors and metadata."""
+    tensors, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
+    return tensors, metadata
 
 
 def new_path(filename_prefix: str) -> str:

@@ -1,5 +1,7 @@
 """The host's U-Net, its noise levels and its VAE: what they must be like to fit."""
 
+from typing import cast
+
 import comfy.ldm.modules.diffusionmodules.openaimodel
 import comfy.model_sampling
 import comfy.supported_models
@@ -80,7 +82,7 @@ def trained_sigmas(model) -> torch.Tensor:
             "The official schedule needs a model with discrete noise levels such as SD 1.5; "
             f"this one is {type(model.model).__name__}. Use its own scheduler."
         )
-    return sampling.sigmas.float().cpu()
+    return cast(torch.Tensor, sampling.sigmas).float().cpu()
 
 
 def vae_cell(vae) -> int:

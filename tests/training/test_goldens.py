@@ -140,9 +140,7 @@ def test_a_hole_of_everything_makes_both_forms_one(sem_inpainter, batch):
 
 @pytest.mark.parametrize("stage, uses", [("stage2_eps", True), ("stage1_unet_only_eps", False)])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_diffusion(
-    sem_inpainter, denoiser_of, batch, golden, expected, stage, uses, checkpointing
-):
+def test_diffusion(sem_inpainter, denoiser_of, batch, golden, expected, stage, uses, checkpointing):
     denoiser = denoiser_of(checkpointing)
     objective = Diffusion(denoiser, stable_diffusion_schedule(), sem_inpainter if uses else None)
     loss = loss_of(objective, batch)
