@@ -4,6 +4,7 @@ A batch depends on the step alone (see batches.py), so a run that was killed con
 batches and noise that it would have seen.
 """
 
+import importlib
 import math
 import signal
 import sys
@@ -81,7 +82,7 @@ def train(
 def require_accelerate() -> None:
     """Raise TrainingError unless this Python has what the loop is built on."""
     try:
-        import accelerate  # noqa: F401 - whether it can be imported is the question
+        importlib.import_module("accelerate")
     except ModuleNotFoundError as error:
         raise TrainingError(
             f"Training needs {error.name}, which this Python does not have. Install it with: "
