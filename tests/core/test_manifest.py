@@ -179,6 +179,7 @@ manifest.write(sys.argv[1], records())
     assert len(os.listdir(tmp_path)) == 2  # and its own scrap
 
 
+@pytest.mark.slow
 def test_reading_is_linear_and_compact(tmp_path):
     def record(i):
         name = f"{i:016x}"

@@ -382,6 +382,7 @@ def test_numbers_may_be_checked_when_a_part_is_wanted(tiny, tmp_path):
         file.checked("vae")
 
 
+@pytest.mark.slow
 def test_convert_splits_and_refuses_to_overwrite(tiny, official, tmp_path):
     torch.save({"state_dict": official, "callbacks": Callback()}, tmp_path / "in.ckpt")
     outputs = [

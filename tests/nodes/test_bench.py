@@ -19,6 +19,8 @@ from benchmark.loading_section import PACK, SAME
 from benchmark.steps_in_turn import SamplingsInTurn
 from cat_diffusion.nodes.host import sampling
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("accelerate")
 
 SECTIONS = ["operations", "step", "adapter", "image", "sem-inpainter", "growth", "kernels"]

@@ -11,6 +11,8 @@ from paths import ROOT
 from cat_diffusion.cat_core import weights
 from demo_model import classifier, networks, scenes, score
 
+pytestmark = pytest.mark.slow
+
 DEMO_MODEL = ROOT / "models/cat_demo_model.safetensors"
 COUNT = 24  # fixed test scenes; none was seen in training
 

@@ -369,6 +369,7 @@ def test_wrappers_of_the_host_see_the_patched_model(apply, sample):
     assert calls
 
 
+@pytest.mark.slow
 def test_a_compiled_model_gives_the_same_and_follows_a_new_strength(apply, sample):
     for strength in (1.0, -0.5):
         model = apply(strength=strength)
