@@ -39,3 +39,12 @@ def pool(patches: torch.Tensor) -> torch.Tensor:
     side = math.isqrt(patches.shape[1])
     grid = patches.transpose(1, 2).unflatten(2, (side, side))  # (B, D, G, G)
     return nn.functional.avg_pool2d(grid, 2).flatten(2).transpose(1, 2)
+
+
+def masked_cosine(patches: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean cosine similarity over masked patches: (B, N, D) x 2, (B, N) -> (B,).
+
+    NaN for rows without a mask.
+    """
+    cosine = nn.functional.cosine_similarity(patches, teacher, dim=2)  # (B, N)
+    return (cosine * mask).sum(1) / mask.sum(1)

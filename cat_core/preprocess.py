@@ -12,14 +12,14 @@ import torch
 from einops import rearrange, reduce
 from PIL import Image
 
+from .data.masks import HOLE_SIZE, MASKED
 from .pictures.tensors import WHITE, from_levels, to_levels
 
-SIZE = 512  # pixels, the official working size
+SIZE = HOLE_SIZE  # pixels, the official working size
 CLIP_SIZE = 224  # pixels
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 GREY = 127  # fill of the hole in what CLIP sees
-HIDDEN = 128  # from this level of the mask on, a pixel hides its patch
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def clip_input(
     filled = image_224 * (1 - hole) + hole * GREY
     masked_image = _channels_first(filled.astype(np.uint8))
 
-    hidden = mask_224.squeeze(3) >= HIDDEN
+    hidden = mask_224.squeeze(3) >= MASKED
     cells = "b (row y) (column x) -> b 1 row column"
     patch_mask = reduce(hidden, cells, "max", y=patch_size, x=patch_size)
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from comfy_api.latest import io, ui
 
+from ..cat_core.features import masked_cosine
 from ..cat_core.pictures import plots
 from ..cat_core.pictures.tensors import channels_last
-from ..cat_core.training.objectives import masked_cosine
 from .host import messages
 from .visual_prompt import CLIP_VISION_TOOLTIP, predict, see
 from .wires import CATEGORY, CatModelWire, to_core

@@ -4,13 +4,11 @@ from typing import NamedTuple
 
 from comfy_api.latest import io
 
-from ..cat_core.weights import PREFIXES
+from ..cat_core.weights import CAT_PARTS, PREFIXES
 from .host import memory, messages, model_files
 from .host.build import build_cat_model, build_clip, build_clip_vision, build_unet, build_vae
 from .host.cat_model import CatModel
 from .wires import CATEGORY, CatModelWire
-
-CAT_PARTS = {"sem_inpainter", "ref_adapter"}
 
 
 class Models(NamedTuple):
@@ -41,7 +39,7 @@ def load_full_checkpoint(path) -> Models:
         for name, build in builders.items():
             bar.update(1)
             built[name] = build(file)
-            file = file.without(*(CAT_PARTS if name == "cat_model" else {name}))
+            file = file.without(*(CAT_PARTS if name == "cat_model" else (name,)))
     bar.update(1)
     return Models(
         model=built["unet"],
@@ -57,7 +55,7 @@ def _is_full(parts: set[str]) -> bool:
 
 
 def _has_cat_parts(parts: set[str]) -> bool:
-    return bool(parts & CAT_PARTS)
+    return not parts.isdisjoint(CAT_PARTS)
 
 
 class CATLoadCheckpoint(io.ComfyNode):

@@ -11,12 +11,12 @@ from ..cat_core.training.assemble import assemble
 from ..cat_core.training.settings import Settings
 from ..cat_core.training.stages import STAGES
 from ..cat_core.training.start import ref_adapter_config, sem_inpainter_config
+from .folder_training import EXPECTED, FolderTraining
 from .host import messages, model_files
 from .host.clip import check_clip_vision, clip_vision_sizes, encode_text
 from .host.denoiser import Denoiser, trainable_unet, unet_of
 from .host.encoders import HostEncoders
 from .host.unet import check_context, check_trainable, check_unet, unet_heads, vae_cell
-from .node_training import EXPECTED, NodeTraining
 from .visual_prompt import CLIP_VISION_TOOLTIP
 from .wires import CATEGORY, CatModelWire
 
@@ -161,7 +161,7 @@ class CATTrainSemInpainter(io.ComfyNode):
             seed=seed,
         )
         with messages.plain_errors():
-            training = NodeTraining(
+            training = FolderTraining(
                 STAGES["sem-inpainter"],
                 settings,
                 rate=learning_rate,
@@ -302,7 +302,7 @@ class CATTrainRefAdapter(io.ComfyNode):
             seed=seed,
         )
         with messages.plain_errors():
-            training = NodeTraining(
+            training = FolderTraining(
                 STAGES["ref-adapter"],
                 settings,
                 rate=learning_rate,

@@ -9,8 +9,8 @@ from ..errors import CatError
 from .manifest import Box, Record
 
 VARIANTS = ("segment", "box")  # how the hole is made of the object's mask
-HOLE_SIZE = 512  # pixels; preprocess.SIZE, without torch
-MASKED = 128  # grey level from which a pixel counts as masked, as in preprocess.clip_input
+HOLE_SIZE = 512  # pixels, the official working size
+MASKED = 128  # grey level from which a pixel counts as masked
 BINARY = [0] * MASKED + [255] * (256 - MASKED)  # each grey level -> unmasked or masked
 
 

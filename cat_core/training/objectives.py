@@ -76,8 +76,8 @@ class Distillation(nn.Module):
             "image": (image - batch["teacher_image"]).square().mean(1),
         }
         watched = {
-            "cosine": masked_cosine(patches.detach(), teacher, hole),
-            "cosine_observed": masked_cosine(batch["patches"], teacher, hole),
+            "cosine": features.masked_cosine(patches.detach(), teacher, hole),
+            "cosine_observed": features.masked_cosine(batch["patches"], teacher, hole),
         }
         return terms, watched
 
@@ -165,15 +165,6 @@ def add_noise(
     """
     a = alpha_cumprod.view(-1, 1, 1, 1)
     return a.sqrt() * latent + (1 - a).sqrt() * noise
-
-
-def masked_cosine(patches: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean cosine similarity over masked patches: (B, N, D) x 2, (B, N) -> (B,).
-
-    NaN for rows without a mask.
-    """
-    cosine = nn.functional.cosine_similarity(patches, teacher, dim=2)  # (B, N)
-    return (cosine * mask).sum(1) / mask.sum(1)
 
 
 def stable_diffusion_schedule() -> torch.Tensor:

@@ -1,11 +1,21 @@
 """Weight files: their keys, what is read from them, and how they are written."""
 
-from .checkpoint import Checkpoint, WeightsError, cat_module, cat_modules, check_keys, merge, split
+from .checkpoint import (
+    CAT_PARTS,
+    Checkpoint,
+    WeightsError,
+    cat_module,
+    cat_modules,
+    check_keys,
+    merge,
+    split,
+)
 from .keys import DTYPES, PREFIXES, TITLES, describe, flat, sort_keys
 from .reading import load_safetensors, parts_inside, read
 from .writing import FORMAT, FORMAT_VERSION, cat_metadata, header, save, write_cat_weights
 
 __all__ = [
+    "CAT_PARTS",
     "DTYPES",
     "FORMAT",
     "FORMAT_VERSION",

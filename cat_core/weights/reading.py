@@ -66,7 +66,7 @@ def read(
 def parts_inside(path: str | os.PathLike) -> set[str]:
     """Which parts a safetensors file holds, by its header alone.
 
-    None where it is damaged or holds other things, too.
+    The empty set where it is damaged or holds other things, too.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:

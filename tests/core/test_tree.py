@@ -135,6 +135,16 @@ def test_contributing_draws_every_folder():
     drawn = set(re.findall(r"^ *(\w+(?:/\w+)*)/ {2,}\S", text, re.M))
     folders = {str(path.parent.relative_to(ROOT)) for path in FILES}
     assert folders <= drawn
+    assert [folder for folder in drawn if not (ROOT / folder).is_dir()] == []
+
+
+def test_what_contributing_names_exists():
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    named = re.findall(r"\b((?:tests|tools|nodes|cat_core)/[\w/]+\.py)(?:::(\w+))?", text)
+    assert len(named) > 5
+    for path, test in named:
+        code = (ROOT / path).read_text("utf-8")
+        assert not test or f"def {test}(" in code, f"{path} has no {test}"
 
 
 def test_all_code_parses_as_python_3_10():

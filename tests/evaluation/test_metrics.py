@@ -10,7 +10,7 @@ import torch
 from cat_diffusion.cat_core.evaluation import metrics
 from cat_diffusion.cat_core.evaluation.extractors import FeatureFile
 from cat_diffusion.cat_core.evaluation.metrics import EvaluationError, Missing
-from cat_diffusion.cat_core.training import objectives
+from cat_diffusion.cat_core.features import masked_cosine
 
 
 def features(count, width, seed, shift=0.0):
@@ -116,7 +116,7 @@ def test_masked_cosines_are_those_of_the_hole():
     mask[0, 0, 1:3, 2] = 1
     mask[2] = 1
     found = metrics.masked_cosines(patches, truth, mask)
-    expected = objectives.masked_cosine(patches, truth, mask.flatten(1))
+    expected = masked_cosine(patches, truth, mask.flatten(1))
     assert len(found) == 2 + 16
     assert found[:2].mean() == pytest.approx(expected[0].item())
     assert found[2:].mean() == pytest.approx(expected[2].item())

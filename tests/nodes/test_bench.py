@@ -185,7 +185,7 @@ def test_a_missing_checkpoint_is_said(tmp_path):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_loading_a_full_checkpoint_never_holds_it_twice(full_file):
     """At most 1.15 times what stays, the pages of the file included."""
-    run = run_tool("run.py", "benchmark.loading", "pack", full_file, "--cpu", "--watch")
+    run = run_tool("run.py", "benchmark.load_once", "pack", full_file, "--cpu", "--watch")
     assert run.returncode == 0, run.stderr
     took = json.loads(run.stdout.splitlines()[-1])
     stays = took["stays"]["all"]

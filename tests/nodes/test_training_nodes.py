@@ -21,11 +21,11 @@ from cat_diffusion.cat_core.training.batches import Batches
 from cat_diffusion.cat_core.training.settings import Settings, TrainingRun
 from cat_diffusion.cat_core.training.stages import STAGES
 from cat_diffusion.cat_core.training.stores import FreshSamples, KeptSamples
+from cat_diffusion.nodes.folder_training import examples, own_accelerate
 from cat_diffusion.nodes.host import model_files
 from cat_diffusion.nodes.host.denoiser import Denoiser, trainable_unet, unet_of
 from cat_diffusion.nodes.host.encoders import HostEncoders
 from cat_diffusion.nodes.load import CATLoadWeights
-from cat_diffusion.nodes.node_training import examples, own_accelerate
 from cat_diffusion.nodes.train_parts import CATTrainRefAdapter, CATTrainSemInpainter
 from cat_diffusion.nodes.visual_prompt import CATSemanticInpaint
 

@@ -77,7 +77,7 @@ def _runs_in_turn(
 
 
 def _in_a_process(words: list, cpu: bool, watch: bool) -> dict:
-    command = [sys.executable, ROOT / "tools/run.py", "benchmark.loading", *words]
+    command = [sys.executable, ROOT / "tools/run.py", "benchmark.load_once", *words]
     if cpu:
         command.append("--cpu")
     if watch:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from cat_diffusion.cat_core.errors import few
 from comfyui import ROOT
 from comfyui.local_server import LocalServer, make_base
 from demo_model import scenes
@@ -76,7 +77,7 @@ def workflow(run: int, nodes: Collection[str]) -> dict:
     workflow = _demo()
     workflow["CATSemanticInpaint"]["inputs"]["text"] = "red star" + run * " "
     workflow["whole"] = {"class_type": "LoadImage", "inputs": {"image": "whole.png"}}
-    for kind, inputs in _beside_demo().items():
+    for kind, inputs in beside_demo().items():
         if kind in nodes:
             workflow[kind] = {"class_type": kind, "inputs": inputs}
     return workflow
@@ -98,7 +99,7 @@ def _demo() -> dict:
     return renamed
 
 
-def _beside_demo() -> dict[str, dict]:
+def beside_demo() -> dict[str, dict]:
     """The inputs of the nodes that the demo workflow does not have, by class."""
     model, clip, vae, clip_vision, cat_model = (["CATLoadCheckpoint", i] for i in range(5))
     training = {
@@ -244,6 +245,12 @@ def main() -> int:
         prepare(Path(folder))
         with LocalServer(Path(folder), "--cpu") as server:
             nodes = arguments.node or nodes_of_pack(server)
+            missing = [node for node in nodes if node not in workflow(0, nodes)]
+            if missing:
+                parser.error(
+                    f"the workflow has no {few(missing)}: expected ids of the pack's nodes, each "
+                    "in the demo workflow or in beside_demo() of tools/release/node_pictures.py."
+                )
             asyncio.run(draw(server.url, nodes, arguments.out))
     return 0
 

@@ -14,11 +14,11 @@ from torch import nn
 from cat_diffusion.cat_core.data import masks
 from cat_diffusion.cat_core.data.manifest import Record
 from cat_diffusion.cat_core.errors import CatError
+from cat_diffusion.cat_core.features import masked_cosine
 from cat_diffusion.cat_core.files import replacing
 from cat_diffusion.cat_core.pictures import plots
 from cat_diffusion.cat_core.pictures.tensors import channels_last, to_picture
 from cat_diffusion.cat_core.training.encoding import encode, prepare
-from cat_diffusion.cat_core.training.objectives import masked_cosine
 from cat_diffusion.cat_core.training.stages import Stage
 from cat_diffusion.cat_core.training.stores import FreshSamples
 from cat_diffusion.cat_core.weights import Checkpoint

@@ -1,7 +1,7 @@
 """Loading a checkpoint once, in this process; tools/bench.py compares such processes.
 
-    python tools/run.py benchmark.loading pack FILE [--watch]
-    python tools/run.py benchmark.loading host BASE VISION [--watch]
+    python tools/run.py benchmark.load_once pack FILE [--watch]
+    python tools/run.py benchmark.load_once host BASE VISION [--watch]
 
 The first does what CAT Load Checkpoint does, the second loads the same U-Net, text encoder, VAE and
 CLIP vision by the host's own loaders. Prints what it took as JSON.

@@ -40,7 +40,7 @@ Config = SemInpainterConfig | RefAdapterConfig
 Build = Callable[[], tuple[nn.Module, dict[str, nn.Module]]]  # -> objective, modules
 
 
-class NodeTraining:
+class FolderTraining:
     """The folder's examples, encoded once into memory; the loop; the file of the trained part.
 
     Args:
