@@ -10,8 +10,8 @@
         --images . --masks . --out train.jsonl
 
 A manifest names pictures relative to its own folder, so put it in a folder above the data. Bad
-samples are skipped, counted and named in OUT.report.txt beside it. Needs Pillow, numpy and tqdm,
-which ComfyUI's Python has; coco also needs pycocotools (requirements-train.txt).
+samples are skipped, counted and named in OUT.report.txt beside it. Needs Pillow and tqdm,
+which ComfyUI's Python has; coco also needs numpy and pycocotools (requirements-train.txt).
 """
 
 import argparse

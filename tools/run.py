@@ -7,27 +7,38 @@ python tools/run.py NAME --help
 import argparse
 import importlib
 import sys
+from typing import NamedTuple
 
 from comfyui import launch
 
-# Name -> what it is for, and the requirements files that it needs.
+
+class Tool(NamedTuple):
+    """What a tool is for, and what it needs of ComfyUI's Python."""
+
+    purpose: str
+    requirements: tuple[str, ...] = ()  # requirements-<name>.txt
+    gpu: bool = False  # computes on one unless it is told --cpu
+
+
 TOOLS = {
-    "demo_model.recipe": ("train the demo model from nothing", ["train"]),
-    "demo_model.score": ("let the demo model fill held-out holes, and a judge look", []),
-    "demo_model.ablation": ("the paper's ablation on drawn scenes", ["train", "evaluate"]),
-    "demo_model.scenes": ("write drawn scenes with a manifest, or a sheet of them", []),
-    "demo_model.classifier": ("train the judge of the demo model, and say how good it is", []),
-    "demo_model.random_checkpoint": ("write random weights in the official layout", []),
-    "benchmark.load_once": ("load a checkpoint once, and say what it took", []),
-    "release.workflows": ("write the example workflows and their thumbnails", ["train"]),
-    "release.node_pictures": ("draw the pictures of the help pages", []),
+    "demo_model.recipe": Tool("train the demo model from nothing", ("train",), gpu=True),
+    "demo_model.score": Tool("let the demo model fill held-out holes, and a judge look", gpu=True),
+    "demo_model.ablation": Tool(
+        "the paper's ablation on drawn scenes", ("train", "evaluate"), gpu=True
+    ),
+    "demo_model.scenes": Tool("write drawn scenes with a manifest, or a sheet of them"),
+    "demo_model.classifier": Tool("train the demo model's judge, and say how good it is"),
+    "demo_model.random_checkpoint": Tool("write random weights in the official layout"),
+    "benchmark.load_once": Tool("load a checkpoint once, and say what it took", gpu=True),
+    "release.workflows": Tool("write the example workflows and their thumbnails", ("train",)),
+    "release.node_pictures": Tool("draw the pictures of the help pages"),
 }
 
 
 def main() -> int:
     lines = ["NAME is one of"]
-    for name, (purpose, _) in TOOLS.items():
-        lines.append(f"  {name:<30}{purpose}")
+    for name, tool in TOOLS.items():
+        lines.append(f"  {name:<30}{tool.purpose}")
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="\n".join(lines),
@@ -40,11 +51,12 @@ def main() -> int:
     if arguments.name is None:
         parser.print_help()
         return 2
-    _, requirements = TOOLS[arguments.name]
-    launch.enter_comfyui(parser, arguments, *requirements)
-    launch.start_host("--cpu" in arguments.arguments or not launch.has_gpu())
+    tool = TOOLS[arguments.name]
+    launch.enter_comfyui(parser, arguments, *tool.requirements)
+    on_cpu = not tool.gpu or "--cpu" in arguments.arguments or not launch.has_gpu()
+    launch.start_host(on_cpu)
     # The tool reads its own command line, and names itself in its --help.
-    sys.argv = [arguments.name, *arguments.arguments]
+    sys.argv = [f"run.py {arguments.name}", *arguments.arguments]
     return importlib.import_module(arguments.name).main()
 
 

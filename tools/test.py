@@ -27,7 +27,8 @@ DYNAMIC_VRAM = [
     "--ignore=nodes/test_bench.py",
     "--ignore=nodes/test_demo_model.py",
 ]
-FAST = ["core", "nodes", "-m", "not slow"]
+NOT_SLOW = ["-m", "not slow"]
+FAST = ["core", "nodes", *NOT_SLOW]
 EVERYTHING = [
     (install.NEWEST, []),
     (install.NEWEST, DYNAMIC_VRAM),
@@ -48,7 +49,7 @@ def main() -> int:
     runs = plan(arguments.host, arguments.fast, pytest_arguments)
     failed = []
     try:
-        if not pytest_arguments and not style(prepare(install.NEWEST)):
+        if not (pytest_arguments or arguments.host) and not style(prepare(install.NEWEST)):
             failed.append("style")
         for version, selection in runs:
             if not run_pytest(version, prepare(version), selection):
@@ -62,11 +63,15 @@ def main() -> int:
 
 def plan(host: str | None, fast: bool, pytest_arguments: list[str]) -> list[tuple[str, list[str]]]:
     """Which releases run, each with arguments for pytest."""
+    version = host or install.NEWEST
     if pytest_arguments:
         inside = [below_tests(argument) for argument in pytest_arguments]
-        return [(host or install.NEWEST, FAST + inside if fast else inside)]
+        names_paths = any((TESTS / argument.partition("::")[0]).exists() for argument in inside)
+        if not fast:
+            return [(version, inside)]
+        return [(version, NOT_SLOW + inside if names_paths else FAST + inside)]
     if fast:
-        return [(host or install.NEWEST, FAST)]
+        return [(version, FAST)]
     if host:
         return [(host, [])]
     return EVERYTHING

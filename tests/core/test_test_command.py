@@ -43,6 +43,11 @@ def test_arguments_of_pytest_are_one_run_with_just_these(command, given, passed_
     assert command.plan(command.OLDER, False, given) == [(command.OLDER, passed_on)]
 
 
+def test_fast_runs_no_more_than_the_paths_that_are_named(command):
+    ((_, selection),) = command.plan(None, True, ["tests/core/test_tree.py", "-x"])
+    assert selection == ["-m", "not slow", "core/test_tree.py", "-x"]
+
+
 def test_fast_keeps_what_is_selected(command):
     ((version, selection),) = command.plan(None, True, ["-k", "weights"])
     assert version == install.NEWEST
@@ -54,7 +59,7 @@ def test_fast_keeps_what_is_selected(command):
     [
         ([f"{HERE}::test_fast_keeps_what_is_selected"], 1),
         ([HERE, "-k", "without_arguments"], 1),
-        ([HERE, "-k", "fast or without"], 2),
+        ([HERE, "-k", "fast or without"], 3),
     ],
 )
 def test_a_documented_command_selects_what_it_says(words, selected):

@@ -120,16 +120,17 @@ def test_cancel_saves_and_the_server_goes_on(server, base, both, run, node, pref
     training = long[node]["inputs"]
     training.update(steps=100_000, filename_prefix=prefix)
     training.pop("cat_model", None)
-    asked = []
+    done = []  # steps, behind the encoded holes
 
     def cancel(kind, data):
-        if kind == "progress" and data["node"] == node and data["value"] > 8 and not asked:
-            asked.append(data["value"])
-            Thread(target=server.post, args=("/interrupt",)).start()
+        if kind == "progress" and data["node"] == node and data["value"] > 8:
+            if not done:
+                Thread(target=server.post, args=("/interrupt",)).start()
+            done.append(data["value"])
 
     result = server.run(long, on_event=cancel)
     assert result.interrupted
-    assert result.seconds[node] < 30
+    assert 8 < done[-1] < 50_000
     (file,) = (base / "models/cat_diffusion").glob(f"{prefix}*")
     assert file.name == f"{prefix}_00001_.safetensors"
     assert "Cancelled after" in result.texts[node]

@@ -13,7 +13,7 @@ from demo_model import networks
 from training import stage_run
 
 LICENCE = "MIT"
-PROVENANCE = "demo model, tools/train_demo.py, procedural scenes"
+PROVENANCE = "demo model, tools/demo_model/recipe.py, procedural scenes"
 
 
 def newest(folder: Path) -> Path:

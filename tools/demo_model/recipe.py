@@ -19,6 +19,7 @@ from torch import nn
 
 from cat_diffusion.cat_core import weights
 from cat_diffusion.cat_core.config import Architecture
+from cat_diffusion.cat_core.errors import CatError
 from cat_diffusion.cat_core.training import loop
 from cat_diffusion.cat_core.training.settings import Settings, TrainingError, TrainingRun
 from cat_diffusion.cat_core.training.stages import NEW, STAGES, Stage
@@ -113,7 +114,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nStopped. The same command continues.")
         return 130
-    except TrainingError as error:
+    except CatError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
     return 0

@@ -17,7 +17,7 @@ from cat_diffusion.cat_core.data.folder import Candidate, DataFolder, triples
 from cat_diffusion.cat_core.data.manifest import Record
 from cat_diffusion.cat_core.data.tally import Tally
 
-from . import coco, data_sources
+from . import data_sources
 
 
 class Limits(NamedTuple):
@@ -138,6 +138,8 @@ def _candidates(arguments) -> Iterator[Candidate]:
             split,
         )
     if arguments.source == "coco":
+        from . import coco  # needs numpy, the other sources do not
+
         drawn = _masks_path(out)
         return coco.coco(
             arguments.instances,
