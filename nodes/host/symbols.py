@@ -345,9 +345,10 @@ def token_ids(clip, text: str) -> list[int]:
 
 
 def unprojected_feature(clip, tokens: dict) -> torch.Tensor | None:
-    """CLIP's pooled text feature (1, T), before the projection that SD 1.5 does not have.
+    """CLIP's pooled text feature (1, T), before any projection.
 
-    comfy/sd.py:397. Without it SemInpainter may read uninitialised memory.
+    comfy/sd.py:397. SD 1.5's own encoder never projects (comfy/sd1_clip.py:714), other encoders
+    of the same name do. Without it SemInpainter would read a projected feature of those.
     """
     _, pooled = clip.encode_from_tokens(tokens, return_pooled="unprojected")
     return pooled

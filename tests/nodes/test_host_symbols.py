@@ -5,8 +5,8 @@ A test is called after its function in nodes/host/symbols.py, whose docstring sa
 
 import inspect
 import re
-import sys
 import types
+import uuid
 
 import comfy.model_management
 import comfy.model_patcher
@@ -16,6 +16,7 @@ import torch
 from comfy_execution import utils as execution
 from comfyui_version import __version__
 from paths import COMFYUI
+from server import PromptServer
 
 from cat_diffusion.nodes.host import symbols
 
@@ -284,13 +285,15 @@ def test_calling_block(models, spy):
 
 
 def test_chunks_of_batch(spy):
+    """The positive and the negative prompt, each under its own UUID, the same in every step."""
+    ids = set()
     for options in spy.calls:
         chunks = symbols.chunks_of_batch(options)
         assert sorted(kind for kind, _ in chunks) == [symbols.POSITIVE, 1]
-        positive, negative = (condition for _, condition in sorted(chunks, key=lambda c: c[0]))
-        assert positive != negative
-    ids = {chunk for options in spy.calls for chunk in symbols.chunks_of_batch(options)}
-    assert len(ids) == 2  # the same in every step
+        ids.update(chunks)
+    assert len(ids) == 2
+    assert {type(condition) for _, condition in ids} == {uuid.UUID}
+    assert len({condition for _, condition in ids}) == 2
 
 
 def test_POSITIVE(models, sample, module):
@@ -382,29 +385,36 @@ def test_token_ids(models):
     assert len(set(ids)) > len(set(plain))
 
 
-def test_unprojected_feature(models):
-    """The tiny encoder's projection is made of zeros: behind it nothing would be left."""
-    feature = symbols.unprojected_feature(models.clip, models.clip.tokenize("spoon"))
+def test_unprojected_feature(models, monkeypatch):
+    """Of an encoder that projects: the tiny one's projection is made of zeros."""
+    tokens = models.clip.tokenize("spoon")
+    feature = symbols.unprojected_feature(models.clip, tokens)
+    encoder = models.clip.cond_stage_model.clip_l
+    *others, projects = encoder.options_default
+    assert projects is False  # SD 1.5's own
+    monkeypatch.setattr(encoder, "options_default", (*others, True))
+    _, projected = models.clip.encode_from_tokens(tokens, return_pooled=True)
+    assert not projected.any()
     assert feature.shape == (1, 24)
-    assert not symbols.text_projection(models.clip).weight.any()
     assert feature.abs().min() > 0
+    assert torch.equal(symbols.unprojected_feature(models.clip, tokens), feature)
 
 
 # What the user sees ---------------------------------------------------------------------------
 
 
 def test_show_on_node(monkeypatch):
+    """By the host's own method: the bytes that would go to the browser hold node and sentence."""
     sent = []
-
-    class PromptServer:
-        instance = types.SimpleNamespace(send_progress_text=lambda *message: sent.append(message))
-
-    # The real server is asked by tests/server; here it is whether the host tells the node.
-    monkeypatch.setitem(sys.modules, "server", types.SimpleNamespace(PromptServer=PromptServer))
+    host_server = object.__new__(PromptServer)  # its constructor opens a web application
+    monkeypatch.setattr(host_server, "send_sync", lambda *event: sent.append(event), raising=False)
+    monkeypatch.setattr(PromptServer, "instance", host_server, raising=False)
     symbols.show_on_node("nothing runs")
+    assert sent == []
     with execution.CurrentNodeContext("prompt", "7"):
         symbols.show_on_node("hello")
-    assert sent == [("hello", "7")]
+    ((_, message, *_),) = sent
+    assert message.endswith(b"7hello")
 
 
 def test_no_progress_bars(models, sample, capfd):
