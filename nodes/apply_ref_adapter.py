@@ -47,7 +47,7 @@ class RefAdapterPatch(symbols.Patch):
         """Whether a chunk of the batch belongs to the positive prompt.
 
         Self-attention guidance and the like run the negative prompt alone, as if it were the
-        positive (comfy_extras/nodes_sag.py:174); its id tells.
+        positive, comfy_extras/nodes_sag.py:174 (uncond); its id tells.
         """
         return kind == symbols.POSITIVE and condition not in self._negatives
 

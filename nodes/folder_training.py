@@ -148,7 +148,8 @@ class FolderTraining:
             memory.raise_if_cancelled()
             return batches(step, positions)
 
-        # The host runs nodes in inference mode (execution.py:751), where nothing can be trained.
+        # The host runs nodes in inference mode, in which nothing can be trained:
+        # execution.py:751 (inference_mode).
         with torch.inference_mode(False), torch.enable_grad(), own_accelerate():
             objective, modules = build()
             run = TrainingRun(self.stage, modules, objective, self.settings)

@@ -16,7 +16,14 @@ from .host import messages, model_files
 from .host.clip import check_clip_vision, clip_vision_sizes, encode_text
 from .host.denoiser import Denoiser, trainable_unet, unet_of
 from .host.encoders import HostEncoders
-from .host.unet import check_context, check_trainable, check_unet, unet_heads, vae_cell
+from .host.unet import (
+    check_context,
+    check_trainable,
+    check_unet,
+    unet_heads,
+    unet_weights,
+    vae_cell,
+)
 from .visual_prompt import CLIP_VISION_TOOLTIP
 from .wires import CATEGORY, CatModelWire
 
@@ -315,7 +322,7 @@ class CATTrainRefAdapter(io.ComfyNode):
             if training.tensors:
                 config = cat_model.architecture.ref_adapter
             else:
-                unet = model.model.diffusion_model.state_dict()
+                unet = unet_weights(model)
                 visual_size, *_ = clip_vision_sizes(clip_vision)
                 config = ref_adapter_config(unet, unet_heads(model), visual_size)
             check_unet(model, config)

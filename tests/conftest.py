@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 sys.path.insert(0, str(COMFYUI))
 
 import dynamic_vram
+import utils.install_util  # noqa: F401 - as main.py: the host's nodes put comfy/utils.py before it
 
 from comfyui import launch
 

@@ -4,22 +4,10 @@ The host's own model classes, in the sizes that the file's tensors tell, and CAT
 ModelPatcher. How the host builds each is a function below; what it does not document, symbols.py.
 """
 
-import json
 import math
-import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
-from pathlib import Path
 
-import comfy.clip_model
-import comfy.clip_vision
-import comfy.ldm.models.autoencoder
-import comfy.ldm.modules.attention
-import comfy.ldm.modules.diffusionmodules.openaimodel
-import comfy.model_management
-import comfy.ops
-import comfy.sd
-import comfy.utils
 import torch
 
 from ...cat_core import weights
@@ -53,14 +41,9 @@ def _sem_inpainter(file: Checkpoint, dynamic: bool = True):
 
 
 def _ref_adapter(file: Checkpoint, dynamic: bool = True):
-    patcher = _cat_patcher(file, "ref_adapter", _attention, dynamic)
+    patcher = _cat_patcher(file, "ref_adapter", symbols.fastest_attention, dynamic)
     symbols.set_factory(patcher, _reload, _ref_adapter, file.path)
     return patcher
-
-
-def _attention(q, k, v, heads):
-    # By its module: the host puts its choice under the name (comfy/ldm/modules/attention.py:756).
-    return comfy.ldm.modules.attention.optimized_attention(q, k, v, heads)
 
 
 def _cat_patcher(file: Checkpoint, part: str, attention: Callable, dynamic: bool):
@@ -69,9 +52,9 @@ def _cat_patcher(file: Checkpoint, part: str, attention: Callable, dynamic: bool
     module = weights.cat_module(
         file.architecture,
         part,
-        ops=comfy.ops.manual_cast,
+        ops=symbols.CASTING_LAYERS,
         attention=attention,
-        device=comfy.model_management.unet_offload_device(),
+        device=symbols.waiting_device(),
         dtype=_dtype(tensors),
     )
     module.eval().requires_grad_(False)
@@ -93,24 +76,19 @@ def build_folded(cat_model: CatModel, visual_prompt: VisualPrompt, dtype: torch.
 
 
 def build_unet(file: Checkpoint, dynamic: bool = True):
-    """The fine-tuned U-Net as an ordinary MODEL, as comfy/sd.py:2026-2068 builds it."""
+    """The fine-tuned U-Net as an ordinary MODEL, as comfy/sd.py:2043 (unet_dtype) goes on to build
+    it."""
     tensors = file.checked("unet")
     config = _unet_config(file, tensors)
-    management = comfy.model_management
-    device = management.get_torch_device()
-    parameters = comfy.utils.calculate_parameters(tensors)
-    supported = list(config.supported_inference_dtypes)
-    dtype = management.unet_dtype(
-        model_params=parameters, supported_dtypes=supported, weight_dtype=_dtype(tensors)
-    )
-    config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, supported))
+    parameters = symbols.parameter_count(tensors)
+    dtype = symbols.set_dtypes(config, parameters, _dtype(tensors))
     first_device = symbols.load_device_of_unet(parameters, dtype)
-    model = config.get_model(tensors, "", device=first_device)
+    model = symbols.new_base_model(config, tensors, first_device)
     patcher = symbols.new_patcher(model, dynamic)
-    model.load_model_weights(tensors, "", assign=symbols.is_dynamic(patcher))
+    symbols.fill_base_model(model, tensors, assign=symbols.is_dynamic(patcher))
     symbols.set_factory(patcher, _reload, build_unet, file.path)
     if first_device != torch.device("cpu"):
-        management.load_models_gpu([patcher], force_full_load=True)
+        symbols.load([patcher], wholly=True)
     return patcher
 
 
@@ -120,9 +98,7 @@ def _unet_config(file: Checkpoint, tensors: Tensors):
         config = symbols.sd15_config(tensors, file.architecture.unet_num_heads)
 
         def unet():
-            return comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel(
-                **config.unet_config, operations=symbols.LayersWithWeights
-            )
+            return symbols.new_unet(config.unet_config, symbols.LayersWithWeights)
 
         _expect(file, "unet", unet, tensors)
     channels = config.unet_config["in_channels"]
@@ -134,19 +110,20 @@ def _unet_config(file: Checkpoint, tensors: Tensors):
     return config
 
 
-def build_clip(file: Checkpoint) -> comfy.sd.CLIP:
+def build_clip(file: Checkpoint):
     """The text encoder as an ordinary CLIP, in the precision of the file."""
     tensors = file.checked("clip_text")
     with _complete(file, "clip_text"):
         config = _text_config(file, tensors)
         width = config["hidden_size"]
-        # SD 1.5 has no text projection and needs none. The host makes one in any case
-        # (comfy/clip_model.py:198); zeros keep it from reading uninitialised memory.
+        # SD 1.5 has no text projection and needs none. The host makes one in any case, in
+        # comfy/clip_model.py:198 (text_projection); zeros keep it from reading uninitialised
+        # memory.
         zeros = torch.zeros(width, width, dtype=_dtype(tensors))
         tensors.setdefault("text_projection.weight", zeros)
 
         def text_encoder():
-            return comfy.clip_model.CLIPTextModel(config, None, None, symbols.LayersWithWeights)
+            return symbols.new_text_encoder(config)
 
         _expect(file, "clip_text", text_encoder, tensors)
     return symbols.new_clip(tensors, config, _dtype(tensors))
@@ -164,25 +141,17 @@ def _text_config(file: Checkpoint, tensors: Tensors) -> dict:
     }
 
 
-def build_vae(file: Checkpoint) -> comfy.sd.VAE:
+def build_vae(file: Checkpoint):
     """The VAE as an ordinary VAE."""
     tensors = file.checked("vae")
     with _complete(file, "vae"):
         config = _vae_config(tensors)
 
         def autoencoder():
-            return comfy.ldm.models.autoencoder.AutoencoderKL(**config)
+            return symbols.new_autoencoder(config)
 
         _expect(file, "vae", autoencoder, tensors)
-    vae = comfy.sd.VAE(sd=tensors, config={"params": config})
-    # The host knows these of its own configurations alone and keeps SD 1.5's for others
-    # (comfy/sd.py:494-496 and 1001).
-    ddconfig = config["ddconfig"]
-    ratio = 2 ** (len(ddconfig["ch_mult"]) - 1)
-    vae.latent_channels = ddconfig["z_channels"]
-    vae.downscale_ratio = ratio
-    vae.upscale_ratio = ratio
-    return vae
+    return symbols.new_vae(tensors, config)
 
 
 def _vae_config(tensors: Tensors) -> dict:
@@ -208,22 +177,17 @@ def _vae_config(tensors: Tensors) -> dict:
     return {"ddconfig": ddconfig, "embed_dim": embedded}
 
 
-def build_clip_vision(file: Checkpoint) -> comfy.clip_vision.ClipVisionModel:
+def build_clip_vision(file: Checkpoint):
     """The image encoder as an ordinary CLIP_VISION, in the precision of the file."""
     tensors = file.checked("clip_vision")
     with _complete(file, "clip_vision"):
         config = _vision_config(file, tensors)
 
         def image_encoder():
-            return comfy.clip_model.CLIPVisionModelProjection(
-                config, None, None, symbols.LayersWithWeights
-            )
+            return symbols.new_image_encoder(config)
 
         _expect(file, "clip_vision", image_encoder, tensors)
-    clip_vision = _new_clip_vision(config)
-    clip_vision.model.to(_dtype(tensors))
-    clip_vision.load_sd(tensors)
-    return clip_vision
+    return symbols.new_clip_vision(config, tensors, _dtype(tensors))
 
 
 def _vision_config(file: Checkpoint, tensors: Tensors) -> dict:
@@ -246,14 +210,6 @@ def _vision_config(file: Checkpoint, tensors: Tensors) -> dict:
     if "visual_projection.weight" in tensors:
         config["projection_dim"] = tensors["visual_projection.weight"].shape[0]
     return config
-
-
-def _new_clip_vision(config: dict) -> comfy.clip_vision.ClipVisionModel:
-    # A file, as hosts before 0.30 take no dict (comfy/clip_vision.py:31).
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "config.json")
-        path.write_text(json.dumps(config), encoding="utf-8")
-        return comfy.clip_vision.ClipVisionModel(str(path))
 
 
 def _reload(build: Callable, path, disable_dynamic: bool = False):

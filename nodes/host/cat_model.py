@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-import comfy.model_management
 import comfy.model_patcher
 import torch
 
 from ...cat_core import weights
 from ...cat_core.config import Architecture, SemInpainterConfig
+from . import symbols
 from .memory import BATCH, chunks
 
 
@@ -56,13 +56,14 @@ def run_sem_inpainter(cat_model: CatModel, patches, image, text, patch_mask) -> 
     """
     patcher = require_part(cat_model, "sem_inpainter")
     needed = _activations(patcher.model.config, len(patches))
-    comfy.model_management.load_models_gpu([patcher], memory_required=needed)
+    symbols.load([patcher], needed)
+    device = symbols.device_of(patcher)
     predicted = []
     for rows in chunks(len(patches)):
         count = len(patches[rows])
         inputs = (patches[rows], image[rows], text.expand(count, -1), patch_mask[rows])
-        output = patcher.model(*(part.to(patcher.load_device) for part in inputs))
-        predicted.append(output.patches.to(comfy.model_management.intermediate_device()))
+        output = patcher.model(*(part.to(device) for part in inputs))
+        predicted.append(output.patches.to(symbols.results_device()))
     return torch.cat(predicted)
 
 

@@ -1,6 +1,5 @@
 """The host's CLIP and CLIP_VISION: what they must be like, and their features."""
 
-import comfy.model_management
 import torch
 
 from . import symbols
@@ -38,10 +37,8 @@ def encode_image(clip_vision, pixels: torch.Tensor) -> tuple[torch.Tensor, torch
     The patches are as they leave the last layer, the image feature has the norm after it.
     """
     image = pixels.movedim(1, -1).float() / 255
-    # Not cropped: the host would cut the picture to its centre (comfy/clip_vision.py:63).
-    hidden = clip_vision.encode_image(image, crop=False)["last_hidden_state"].float()
-    norm = symbols.post_layernorm(clip_vision)
-    image_feature = norm(hidden[:, 0].to(clip_vision.load_device)).float()
+    hidden = symbols.last_hidden_state(clip_vision, image).float()
+    image_feature = symbols.post_layernorm(clip_vision, hidden[:, 0]).float()
     return hidden[:, 1:], image_feature.to(hidden.device)
 
 
@@ -65,17 +62,16 @@ def text_similarity(clip, clip_vision, prompt) -> torch.Tensor | None:
 
     (B, N); None where one of the two has no projection into it.
     """
-    if _encoders(clip) != {"l"}:
+    if symbols.text_encoders(clip) != {"l"}:
         return None
     project = symbols.visual_projection(clip_vision)
     if project is None or not _is_trained(project):
         return None
     if not _is_trained(symbols.text_projection(clip)):
         return None
-    _, text = clip.encode_from_tokens(plain_tokens(clip, prompt.text), return_pooled=True)
-    comfy.model_management.load_model_gpu(clip_vision.patcher)
-    norm = symbols.post_layernorm(clip_vision)
-    cells = project(norm(prompt.after.to(clip_vision.load_device))).float().cpu()
+    text = symbols.pooled_feature(clip, plain_tokens(clip, prompt.text))
+    symbols.load_clip_vision(clip_vision)
+    cells = project(symbols.post_layernorm(clip_vision, prompt.after)).float().cpu()
     if cells.shape[2] != text.shape[1]:
         return None
     return torch.nn.functional.cosine_similarity(cells, text.float().cpu().view(1, 1, -1), dim=2)
@@ -84,8 +80,8 @@ def text_similarity(clip, clip_vision, prompt) -> torch.Tensor | None:
 def _is_trained(projection) -> bool:
     """Whether a projection came with the file.
 
-    The host leaves one that a file lacks as it finds the memory (comfy/ops.py:535), so its spread
-    has to be a trained one's.
+    The host leaves one that a file lacks as it finds the memory, by comfy/ops.py:535
+    (reset_parameters), so its spread has to be a trained one's.
     """
     weight = getattr(projection, "weight", None)
     if weight is None:
@@ -99,15 +95,10 @@ def plain_tokens(clip, text: str) -> dict[str, list]:
 
     No weights, no embeddings, no escapes, which the host would read in it.
     """
-    encoders = _encoders(clip)
+    encoders = symbols.text_encoders(clip)
     if encoders != {"l"}:
         raise ValueError(
             f"This CLIP is not SD 1.5's: it has the text encoders {', '.join(sorted(encoders))}, "
             "expected l (CLIP ViT-L/14) alone. Use the CLIP of an SD 1.5 checkpoint."
         )
     return {"l": [[(token, 1.0) for token in symbols.token_ids(clip, text)]]}
-
-
-def _encoders(clip) -> set[str]:
-    """Names of the text encoders in a CLIP; SD 1.5's has one, l."""
-    return set(clip.tokenize(""))

@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-import comfy.ldm.modules.attention
-import comfy.ldm.modules.diffusionmodules.openaimodel
-import comfy.ops
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -14,8 +11,6 @@ from ...cat_core.models.ref_adapter import RefAdapter
 from ...cat_core.weights import Checkpoint
 from . import symbols
 from .unet import block_name, unet_heads
-
-PREFIX = "diffusion_model."  # of the U-Net's keys within a MODEL
 
 
 class Denoiser(nn.Module):
@@ -37,9 +32,8 @@ class Denoiser(nn.Module):
         self.unet = unet
         self.ref_adapter = ref_adapter
         if checkpointing:
-            for module in unet.modules():
-                if isinstance(module, comfy.ldm.modules.attention.SpatialTransformer):
-                    _checkpoint(module)
+            for module in symbols.spatial_transformers(unet):
+                _checkpoint(module)
 
     def forward(
         self,
@@ -58,7 +52,7 @@ class Denoiser(nn.Module):
 
             patches.append(middle_patch)
         options = symbols.unet_options(patches, _differentiable)
-        return self.unet(x, timestep, context=context, transformer_options=options)
+        return symbols.call_unet(self.unet, x, timestep, context, options)
 
 
 def unet_of(model) -> Checkpoint:
@@ -67,8 +61,8 @@ def unet_of(model) -> Checkpoint:
     The host's own weights are never trained.
     """
     tensors = {}
-    for key, tensor in symbols.patched_weights(model, PREFIX):
-        tensors[key.removeprefix(PREFIX)] = tensor
+    for key, tensor in symbols.patched_weights(model, symbols.UNET_PREFIX):
+        tensors[key.removeprefix(symbols.UNET_PREFIX)] = tensor
     architecture = Architecture(unet_num_heads=unet_heads(model))
     return Checkpoint(Path("MODEL"), {"unet": tensors}, architecture)
 
@@ -77,19 +71,14 @@ def trainable_unet(file: Checkpoint) -> nn.Module:
     """The host's U-Net class with the file's weights as fp32 parameters that can be trained."""
     tensors = file.parts["unet"]
     config = symbols.sd15_config(tensors, file.architecture.unet_num_heads)
-    unet = comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel(
-        **config.unet_config, operations=comfy.ops.disable_weight_init, dtype=torch.float32
-    )
+    unet = symbols.new_unet(config.unet_config, symbols.PLAIN_LAYERS)
     unet.load_state_dict(tensors)
     return unet
 
 
 def _differentiable(attention, *args, **kwargs):
-    """PyTorch's attention, which has a memory-efficient backward pass.
-
-    The host's choice for inference may have none.
-    """
-    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+    """Another function than `attention`, the host's choice for inference."""
+    return symbols.differentiable_attention(*args, **kwargs)
 
 
 def _checkpoint(module: nn.Module) -> None:
@@ -98,7 +87,7 @@ def _checkpoint(module: nn.Module) -> None:
 
     def recomputed(x, context, transformer_options):
         # The U-Net writes the block's name into the same dict for every block, in
-        # comfy/ldm/modules/diffusionmodules/openaimodel.py:879: keep this one's.
+        # comfy/ldm/modules/diffusionmodules/openaimodel.py:879 (block): keep this one's.
         own_options = dict(transformer_options)
         return checkpoint(forward, x, context, own_options, use_reentrant=False)
 

@@ -43,7 +43,7 @@ class HostEncoders:
         return encode_text(self.clip, text)
 
     def _tokens(self, text: str) -> torch.Tensor:
-        return self.clip.encode_from_tokens(plain_tokens(self.clip, text))
+        return symbols.context(self.clip, plain_tokens(self.clip, text))
 
     def _each(self, kind: str, texts: Sequence[str], encode: Callable) -> torch.Tensor:
         """The features of texts, (1, ...) each, as a batch; each text is encoded once."""

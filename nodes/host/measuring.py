@@ -1,13 +1,5 @@
 """What the benchmark asks of the host: its choices, one step of its sampling, its own loaders."""
 
-import comfy.clip_vision
-import comfy.k_diffusion.sampling
-import comfy.ldm.modules.attention
-import comfy.ldm.modules.diffusionmodules.openaimodel
-import comfy.model_management
-import comfy.ops
-import comfy.samplers
-import comfy.sd
 import comfyui_version
 import torch
 
@@ -21,49 +13,51 @@ def version() -> str:
 
 def attention_name() -> str:
     """The function that the host computes attention with."""
-    return comfy.ldm.modules.attention.optimized_attention.__name__
+    return symbols.attention_name()
 
 
 def schedule(model, name: str, steps: int) -> torch.Tensor:
     """The host's noise levels by the name of a scheduler, descending, (steps + 1,)."""
-    sampling = model.get_model_object("model_sampling")
-    return comfy.samplers.calculate_sigmas(sampling, name, steps)
+    return symbols.scheduled_sigmas(symbols.noise_schedule(model), name, steps)
 
 
 def euler_step(denoiser, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict) -> torch.Tensor:
     """One step from the first noise level to the second, (2,); the host's ddim is made of these.
 
-    comfy/k_diffusion/sampling.py:190, which is called inside a sampling: see sample_on_sigmas.
+    It is called inside a sampling: see sample_on_sigmas.
     """
-    return comfy.k_diffusion.sampling.sample_euler(
-        denoiser, x, sigmas.to(x.device), extra_args=extra_args, disable=True
-    )
+    return symbols.sample_euler(denoiser, x, sigmas.to(x.device), extra_args)
 
 
 def load_patches(*models) -> None:
     """Load what the patches of MODELs bring, as the host does before it samples."""
     patchers = []
     for model in models:
-        patchers += model.model_patches_models()
-    comfy.model_management.load_models_gpu(patchers)
+        patchers += symbols.patchers_of_patches(model)
+    symbols.load(patchers)
 
 
 def bytes_of_patches(model) -> int:
     """What the patches of a MODEL hold beside it, as the host counts it."""
-    return sum(patcher.model_size() for patcher in model.model_patches_models())
+    return symbols.bytes_of(symbols.patchers_of_patches(model))
 
 
 def unet_without_memory(model) -> torch.nn.Module:
     """The U-Net of a MODEL once more, in fp32 on `meta`: shapes alone, nothing is computed."""
-    config = symbols.model_config(model).unet_config | {"dtype": torch.float32}
-    return comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel(
-        **config, device=torch.device("meta"), operations=comfy.ops.disable_weight_init
-    )
+    config = symbols.model_config(model).unet_config
+    return symbols.new_unet(config, symbols.PLAIN_LAYERS, torch.device("meta"))
+
+
+def unet_inputs_without_memory(model, rows: int, cells: int) -> tuple[torch.Tensor, ...]:
+    """x (rows, 9, cells, cells), timesteps (rows,) and context (rows, 77, T) on `meta`."""
+    meta = torch.device("meta")
+    config = symbols.model_config(model).unet_config
+    x = torch.empty(rows, config["in_channels"], cells, cells, device=meta)
+    timesteps = torch.empty(rows, device=meta)
+    context = torch.empty(rows, 77, config["context_dim"], device=meta)
+    return x, timesteps, context
 
 
 def load_with_stock_loaders(checkpoint: str, clip_vision: str) -> tuple:
     """What CheckpointLoaderSimple and CLIPVisionLoader make of two files."""
-    return (
-        comfy.sd.load_checkpoint_guess_config(checkpoint),
-        comfy.clip_vision.load(clip_vision),
-    )
+    return symbols.load_stock_checkpoint(checkpoint), symbols.load_stock_clip_vision(clip_vision)

@@ -4,11 +4,9 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import comfy.model_management
+from . import symbols
 
-from .messages import progress_bar
-
-Cancelled = comfy.model_management.InterruptProcessingException
+Cancelled = symbols.Cancelled
 BATCH = 16  # pictures that go through CLIP and SemInpainter at once
 
 
@@ -17,7 +15,7 @@ def chunks(total: int) -> Iterator[slice]:
 
     Raises Cancelled where the user has pressed Cancel.
     """
-    bar = progress_bar(total)
+    bar = symbols.progress_bar(total)
     for start in range(0, total, BATCH):
         raise_if_cancelled()
         yield slice(start, min(start + BATCH, total))
@@ -26,18 +24,17 @@ def chunks(total: int) -> Iterator[slice]:
 
 def raise_if_cancelled() -> None:
     """Raise Cancelled where the user has pressed Cancel."""
-    comfy.model_management.throw_exception_if_processing_interrupted()
+    symbols.raise_if_cancelled()
 
 
 def on_cpu() -> bool:
     """Whether the host computes on the CPU."""
-    return comfy.model_management.get_torch_device().type == "cpu"
+    return symbols.compute_device().type == "cpu"
 
 
 def clear_memory() -> None:
     """Take all models off the GPU; the host loads them again when it needs them."""
-    comfy.model_management.unload_all_models()
-    comfy.model_management.soft_empty_cache()
+    symbols.unload_all()
 
 
 @contextmanager

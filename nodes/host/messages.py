@@ -3,8 +3,6 @@
 import logging
 from contextlib import contextmanager
 
-import comfy.utils
-
 from ...cat_core.errors import CatError
 from . import symbols
 
@@ -21,7 +19,8 @@ def say(text: str) -> None:
 def plain_errors():
     """Raise the core's errors as ValueError.
 
-    The host puts the module path of other classes before the sentence (execution.py:630).
+    The host puts the module path of other classes before the sentence: execution.py:630
+    (full_type_name).
     """
     try:
         yield
@@ -29,6 +28,6 @@ def plain_errors():
         raise ValueError(str(error)) from error
 
 
-def progress_bar(total: int) -> comfy.utils.ProgressBar:
+def progress_bar(total: int):
     """The bar on the node that is running."""
-    return comfy.utils.ProgressBar(total)
+    return symbols.progress_bar(total)

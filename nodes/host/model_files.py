@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-import comfy.utils
 import folder_paths
 
 from ...cat_core import weights
@@ -24,7 +23,7 @@ def register_folder() -> None:
     """Make models/cat_diffusion known, and the pack's own demo model.
 
     Paths that the user configured for it are kept. The host's own function for this would list
-    files of every kind (folder_paths.py:389).
+    files of every kind: folder_paths.py:389 (set).
     """
     own = os.path.join(folder_paths.models_dir, FOLDER)
     configured = folder_paths.folder_names_and_paths.get(FOLDER, ([],))[0]
@@ -100,14 +99,8 @@ def read_path(path) -> Checkpoint:
     # The host's own reader where it pages weights into the GPU itself, or may not map files.
     host_reads = copies or symbols.streams_files()
     return weights.read(
-        path, _read_by_host if host_reads else None, mapped=not copies, numbers=False
+        path, symbols.read_tensors if host_reads else None, mapped=not copies, numbers=False
     )
-
-
-def _read_by_host(path) -> tuple[dict, dict | None]:
-    """Tensors and metadata."""
-    tensors, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
-    return tensors, metadata
 
 
 def new_path(filename_prefix: str) -> str:
@@ -125,7 +118,7 @@ def new_path(filename_prefix: str) -> str:
         raise ValueError(
             f"Cannot write to {root} ({error.strerror}). Check the folder's permissions."
         ) from error
-    except Exception as error:  # how the host refuses a path (folder_paths.py:557)
+    except Exception as error:  # how folder_paths.py:557 (raise) refuses a path
         raise ValueError(
             f"filename_prefix {filename_prefix!r} leads out of {root}. "
             "Give a name, or subfolder/name."

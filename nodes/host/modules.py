@@ -6,9 +6,6 @@ them on `meta` for their shapes alone.
 
 from collections.abc import Sequence
 
-import comfy.clip_model
-import comfy.ldm.models.autoencoder
-import comfy.ldm.modules.diffusionmodules.openaimodel
 import torch
 from torch import nn
 
@@ -57,9 +54,7 @@ def unet(
         "use_linear_in_transformer": False,
         "legacy": False,
     }
-    return comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel(
-        **config, dtype=torch.float32, operations=symbols.LayersWithWeights
-    )
+    return symbols.new_unet(config, symbols.LayersWithWeights)
 
 
 def vae(*, channels: int, multipliers: Sequence[int], res_blocks: int) -> nn.Module:
@@ -76,7 +71,7 @@ def vae(*, channels: int, multipliers: Sequence[int], res_blocks: int) -> nn.Mod
         "attn_resolutions": [],
         "dropout": 0.0,
     }
-    return comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig=ddconfig, embed_dim=4)
+    return symbols.new_autoencoder({"ddconfig": ddconfig, "embed_dim": 4})
 
 
 def clip_text(*, width: int, layers: int, heads: int, mlp_width: int) -> nn.Module:
@@ -87,7 +82,7 @@ def clip_text(*, width: int, layers: int, heads: int, mlp_width: int) -> nn.Modu
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
     }
-    return comfy.clip_model.CLIPTextModel(config, torch.float32, None, symbols.LayersWithWeights)
+    return symbols.new_text_encoder(config, torch.float32)
 
 
 def clip_vision(
@@ -111,6 +106,4 @@ def clip_vision(
     }
     if projection is not None:
         config["projection_dim"] = projection
-    return comfy.clip_model.CLIPVisionModelProjection(
-        config, torch.float32, None, symbols.LayersWithWeights
-    )
+    return symbols.new_image_encoder(config, torch.float32)

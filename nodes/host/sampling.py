@@ -2,23 +2,19 @@
 
 from collections.abc import Callable
 
-import comfy.sample
-import comfy.samplers
 import torch
 
-import nodes
-
-from .symbols import no_progress_bars
+from . import symbols
 
 
 def encode_prompt(clip, text: str):
     """The host's CLIPTextEncode: text -> CONDITIONING."""
-    return nodes.CLIPTextEncode().encode(clip, text)[0]
+    return symbols.run_stock_node("CLIPTextEncode", clip=clip, text=text)[0]
 
 
 def decode(vae, latent: dict) -> torch.Tensor:
     """The host's VAEDecode: LATENT -> IMAGE (B, H, W, 3), as it leaves the VAE."""
-    return nodes.VAEDecode().decode(vae, latent)[0]
+    return symbols.run_stock_node("VAEDecode", vae=vae, samples=latent)[0]
 
 
 def ksample(
@@ -37,17 +33,18 @@ def ksample(
 
     Takes what the node takes, and by its words; the defaults are the sampling of the paper.
     """
-    with no_progress_bars():
-        sampled = nodes.KSampler().sample(
-            model,
-            seed,
-            steps,
-            cfg,
-            sampler,
-            scheduler,
-            positive,
-            negative,
-            latent,
+    with symbols.no_progress_bars():
+        sampled = symbols.run_stock_node(
+            "KSampler",
+            model=model,
+            seed=seed,
+            steps=steps,
+            cfg=cfg,
+            sampler_name=sampler,
+            scheduler=scheduler,
+            positive=positive,
+            negative=negative,
+            latent_image=latent,
             denoise=denoise,
         )
     return sampled[0]
@@ -55,7 +52,7 @@ def ksample(
 
 def noise_for(latent: torch.Tensor, seed: int = 0):
     """The noise that KSampler adds to a latent for a seed, (B, 4, h, w) like it."""
-    return comfy.sample.prepare_noise(latent, seed)
+    return symbols.seeded_noise(latent, seed)
 
 
 def sample_on_sigmas(
@@ -70,7 +67,7 @@ def sample_on_sigmas(
     sampler: str | Callable = "ddim",
     callback: Callable | None = None,
 ) -> torch.Tensor:
-    """The host's SamplerCustom (comfy/sample.py:68): latents (B, 4, h, w).
+    """The host's SamplerCustom: latents (B, 4, h, w).
 
     Args:
         noise: (B, 4, h, w) of variance 1; the host scales it to sigmas[0].
@@ -79,18 +76,13 @@ def sample_on_sigmas(
         sampler: the host's name of one, or a function like those of k-diffusion.
         callback: callback(step, denoised, x, steps) before each step.
     """
-    by_name = isinstance(sampler, str)
-    choose = comfy.samplers.sampler_object if by_name else comfy.samplers.KSAMPLER
-    return comfy.sample.sample_custom(
+    return symbols.sample_custom(
         model,
         noise,
         cfg,
-        choose(sampler),
+        symbols.new_sampler(sampler),
         sigmas,
-        positive,
-        negative,
+        (positive, negative),
         latent,
-        disable_pbar=True,
-        seed=0,
-        callback=callback,
+        callback,
     )

@@ -1,10 +1,5 @@
 """The host's U-Net, its noise levels and its VAE: what they must be like to fit."""
 
-from typing import cast
-
-import comfy.ldm.modules.diffusionmodules.openaimodel
-import comfy.model_sampling
-import comfy.supported_models
 import torch
 
 from ...cat_core.config import RefAdapterConfig, unet_blocks
@@ -13,16 +8,15 @@ from . import symbols
 
 def check_unet(model, config: RefAdapterConfig) -> None:
     """Raise unless `model` is for inpainting, with the adapter's transformer blocks."""
-    unet = model.model.diffusion_model
+    unet = symbols.unet_module(model)
     blocks = unet_blocks(dict(unet.named_parameters()))
-    is_unet = isinstance(unet, comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel)
-    if not is_unet or dict(blocks) != dict(config.blocks):
+    if not symbols.is_sd_unet(unet) or dict(blocks) != dict(config.blocks):
         raise ValueError(
-            f"RefAdapter does not fit this model ({type(model.model).__name__}, {len(blocks)} "
+            f"RefAdapter does not fit this model ({symbols.model_kind(model)}, {len(blocks)} "
             "transformer blocks); it was made for a U-Net with "
             f"{len(config.blocks)} blocks. Load an SD 1.5 inpainting checkpoint."
         )
-    channels = unet.in_channels
+    channels = symbols.input_channels(unet)
     if channels != 9:
         raise ValueError(
             f"This model is not for inpainting: its U-Net takes {channels} channels, expected 9. "
@@ -33,7 +27,7 @@ def check_unet(model, config: RefAdapterConfig) -> None:
 def check_trainable(model) -> None:
     """Raise unless `model` is of SD 1.5's family and free of a visual prompt."""
     config = symbols.model_config(model)
-    if not isinstance(config, comfy.supported_models.SD15):
+    if not symbols.is_sd15(config):
         raise ValueError(
             f"RefAdapter cannot be trained for this model ({type(config).__name__}). "
             "Load an SD 1.5 inpainting checkpoint."
@@ -47,7 +41,7 @@ def check_trainable(model) -> None:
 
 def check_context(model, context: torch.Tensor) -> None:
     """Raise unless the U-Net reads texts of that width, (B, L, T)."""
-    weights = model.model.diffusion_model.state_dict()
+    weights = unet_weights(model)
     keys = (key for key in weights if key.endswith(".attn2.to_k.weight"))
     width = weights[next(keys)].shape[1]
     if width != context.shape[2]:
@@ -55,6 +49,11 @@ def check_context(model, context: torch.Tensor) -> None:
             f"This CLIP's text is {context.shape[2]} wide, the model reads {width}. "
             "Use the model's own CLIP."
         )
+
+
+def unet_weights(model) -> dict[str, torch.Tensor]:
+    """The tensors of a MODEL's U-Net, by the official keys."""
+    return symbols.unet_module(model).state_dict()
 
 
 def unet_heads(model) -> int:
@@ -71,25 +70,25 @@ def block_name(extra_options: dict) -> str:
 
 def percent_to_sigma(model, percent: float) -> float:
     """The noise level at a share of the sampling, as the host counts it."""
-    return float(model.get_model_object("model_sampling").percent_to_sigma(percent))
+    return symbols.sigma_at(symbols.noise_schedule(model), percent)
 
 
 def trained_sigmas(model) -> torch.Tensor:
     """The noise levels the model was trained on, ascending, (1000,) float32."""
-    sampling = model.get_model_object("model_sampling")
-    if not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
+    sigmas = symbols.discrete_sigmas(symbols.noise_schedule(model))
+    if sigmas is None:
         raise ValueError(
             "The official schedule needs a model with discrete noise levels such as SD 1.5; "
-            f"this one is {type(model.model).__name__}. Use its own scheduler."
+            f"this one is {symbols.model_kind(model)}. Use its own scheduler."
         )
-    return cast(torch.Tensor, sampling.sigmas).float().cpu()
+    return sigmas.float().cpu()
 
 
 def vae_cell(vae) -> int:
     """Pixels along one side of a latent cell; raises for a VAE of another family."""
-    if vae.latent_channels != 4:
+    channels = symbols.latent_channels(vae)
+    if channels != 4:
         raise ValueError(
-            f"This VAE makes latents of {vae.latent_channels} channels; SD 1.5 needs 4. "
-            "Use SD 1.5's VAE."
+            f"This VAE makes latents of {channels} channels; SD 1.5 needs 4. Use SD 1.5's VAE."
         )
     return symbols.vae_cell(vae)

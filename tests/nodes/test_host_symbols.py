@@ -1,34 +1,34 @@
 """Each symbol of the host that no document promises, asked of the running host.
 
-A test is called after its function in nodes/host/symbols.py, whose docstring says what breaks.
+A test is called after its symbol in nodes/host/symbols, where it is written what breaks.
 """
 
+import ast
 import inspect
 import re
 import types
 import uuid
+from pathlib import Path
 
+import comfy.cli_args
+import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.model_patcher
+import comfy.model_sampling
 import comfy.utils
 import pytest
 import torch
 from comfy_execution import utils as execution
 from comfyui_version import __version__
-from paths import COMFYUI
+from paths import COMFYUI, ROOT
+from safetensors import safe_open
 from server import PromptServer
 
+import nodes
 from cat_diffusion.nodes.host import symbols
 
-CONSTANTS = ["ANY_SIGMA", "MIDDLE_PATCH", "POSITIVE"]
 OLD = tuple(map(int, __version__.split(".")[:2])) < (0, 30)
-
-
-def is_symbol(value) -> bool:
-    return getattr(value, "__module__", None) == symbols.__name__
-
-
-FUNCTIONS = [name for name, value in vars(symbols).items() if is_symbol(value)]
+CODE = [*(ROOT / "nodes").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]
 
 
 @pytest.fixture
@@ -75,18 +75,69 @@ def spy(models, sample, module):
 # The inventory itself -------------------------------------------------------------------------
 
 
-def test_every_symbol_is_asked_for():
-    for name in FUNCTIONS + CONSTANTS:
-        assert f"test_{name}" in globals(), f"no test asks the host for {name}"
+def cited(text):
+    """(file, number of the line, word to look for there or "") of each line of the host."""
+    one_line = " ".join(text.replace("#", " ").split())
+    return re.findall(r"\b([\w/]+\.py):(\d+)(?: \(([^)]+)\))?", one_line)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+def written_beside(name):
+    """The docstring of a symbol, or the comment above a constant."""
+    for file in Path(symbols.__file__).parent.glob("*.py"):
+        text = file.read_text("utf-8")
+        constant = re.search(rf"((?:^#.*\n)+){name} = ", text, re.M)
+        if constant:
+            return constant[1]
+    return inspect.getdoc(getattr(symbols, name))
+
+
+@pytest.mark.parametrize("name", symbols.__all__)
+def test_every_symbol_is_asked_for(name):
+    assert f"test_{name}" in globals(), f"no test asks the host for {name}"
+
+
+@pytest.mark.parametrize("name", symbols.__all__)
 def test_every_symbol_says_where_the_host_explains_it(name):
-    text = inspect.getdoc(getattr(symbols, name))
-    places = re.findall(r"([\w/]+\.py):\d+", text)
+    places = cited(written_beside(name))
     assert places, f"{name} cites no line of the host"
-    for place in places:
-        assert (COMFYUI / place).exists(), f"{place}, cited by {name}, is gone"
+    for file, _, word in places:
+        assert word, f"{name} does not say what to look for in {file}"
+        assert word in (COMFYUI / file).read_text("utf-8"), f"{file} has no {word} of {name}"
+
+
+@pytest.mark.skipif(__version__ != "0.30.0", reason="the lines are those of 0.30.0")
+def test_every_cited_line_has_the_word():
+    wrong = []
+    for path in CODE:
+        for file, number, word in cited(path.read_text("utf-8")):
+            lines = (COMFYUI / file).read_text("utf-8").splitlines()
+            if not word or word not in lines[int(number) - 1]:
+                wrong.append(f"{path.name}: {file}:{number} ({word})")
+    assert wrong == []
+
+
+INSIDE = ["diffusion_model", "cond_stage_model", "model_config", "latent_format"]
+INSIDE += ["first_stage_model", "model_options", "get_model_object"]
+WORDS = ["cond_or_uncond", "block_index", "transformer_options"]
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_the_door_reaches_into_the_host(path):
+    """No attribute of a MODEL, CLIP or VAE, and no key of its options, outside of nodes/host."""
+    if path.is_relative_to(ROOT / "nodes" / "host"):
+        return
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Attribute) and not is_own(node):
+            assert node.attr not in INSIDE, f"line {node.lineno} reaches for .{node.attr}"
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            assert node.value not in WORDS, f"line {node.lineno} spells {node.value}"
+        elif isinstance(node, ast.keyword):
+            assert node.arg not in WORDS, f"line {node.value.lineno} names {node.arg}"
+
+
+def is_own(attribute):
+    """Whether it is a function of the door: symbols.model_config."""
+    return isinstance(attribute.value, ast.Name) and attribute.value.id == "symbols"
 
 
 # Weights and memory ---------------------------------------------------------------------------
@@ -144,6 +195,86 @@ def test_LayersWithWeights():
     assert layer.bias.shape == (3,)
 
 
+def test_CASTING_LAYERS():
+    layer = symbols.CASTING_LAYERS.Linear(2, 3, dtype=torch.float16)
+    layer.load_state_dict({"weight": torch.ones(3, 2).half(), "bias": torch.zeros(3).half()})
+    output = layer(torch.ones(1, 2))
+    assert output.dtype == torch.float32
+    assert torch.equal(output, torch.full((1, 3), 2.0))
+
+
+def test_PLAIN_LAYERS():
+    layer = symbols.PLAIN_LAYERS.Linear(2, 3)
+    layer.load_state_dict({"weight": torch.ones(3, 2), "bias": torch.zeros(3)})
+    layer.reset_parameters()
+    assert torch.equal(layer.weight, torch.ones(3, 2))
+
+
+def test_compute_device():
+    assert symbols.compute_device() == torch.device("cpu")  # where the tests compute
+
+
+def test_waiting_device():
+    assert symbols.waiting_device() == torch.device("cpu")
+
+
+def test_results_device():
+    assert symbols.results_device() == torch.device("cpu")
+
+
+def test_device_of(models, module):
+    assert symbols.device_of(symbols.new_patcher(module)) == symbols.compute_device()
+    assert symbols.device_of(models.clip_vision) == symbols.compute_device()
+
+
+def test_load(module):
+    patcher = symbols.new_patcher(module)
+    symbols.load([patcher], activations=1000, wholly=True)
+    assert patcher in comfy.model_management.loaded_models()
+
+
+def test_unload_all(module):
+    patcher = symbols.new_patcher(module)
+    symbols.load([patcher])
+    symbols.unload_all()
+    assert patcher not in comfy.model_management.loaded_models()
+
+
+def test_Cancelled():
+    comfy.model_management.interrupt_current_processing(True)
+    with pytest.raises(symbols.Cancelled):
+        symbols.raise_if_cancelled()
+
+
+def test_raise_if_cancelled():
+    symbols.raise_if_cancelled()  # nobody has cancelled
+    comfy.model_management.interrupt_current_processing(True)
+    with pytest.raises(symbols.Cancelled):
+        symbols.raise_if_cancelled()
+    symbols.raise_if_cancelled()  # once is enough
+
+
+def test_patchers_of_patches(spy):
+    assert symbols.patchers_of_patches(spy.patched) == [spy.patcher]
+
+
+def test_bytes_of(module):
+    patchers = [symbols.new_patcher(module), symbols.new_patcher(module)]
+    assert symbols.bytes_of(patchers) == 2 * 18  # 9 numbers of two bytes each
+
+
+def test_parameter_count():
+    tensors = {"one": torch.zeros(2, 3), "two.three": torch.zeros(4)}
+    assert symbols.parameter_count(tensors) == 10
+
+
+def test_read_tensors(tiny_file):
+    tensors, metadata = symbols.read_tensors(tiny_file)
+    with safe_open(tiny_file, "pt") as file:
+        assert set(tensors) == set(file.keys())
+        assert metadata == file.metadata()
+
+
 def test_streams_files(pytestconfig):
     assert symbols.streams_files() is pytestconfig.getoption("--dynamic-vram")
 
@@ -188,6 +319,114 @@ def test_compute_dtype(models):
     cast = models.model.clone()
     cast.add_object_patch("manual_cast_dtype", torch.bfloat16)
     assert symbols.compute_dtype(cast) == torch.bfloat16
+
+
+def test_UNET_PREFIX(models):
+    keys = models.model.model.state_dict()
+    of_unet = {key for key in keys if key.startswith(symbols.UNET_PREFIX)}
+    stored = models.file.parts["unet"]
+    assert {key.removeprefix(symbols.UNET_PREFIX) for key in of_unet} == set(stored)
+
+
+def test_unet_module(models):
+    assert set(symbols.unet_module(models.model).state_dict()) == set(models.file.parts["unet"])
+
+
+def test_is_sd_unet(models, module):
+    assert symbols.is_sd_unet(symbols.unet_module(models.model))
+    assert not symbols.is_sd_unet(module)
+
+
+def test_input_channels(models):
+    assert symbols.input_channels(symbols.unet_module(models.model)) == 9
+
+
+def test_new_unet(models):
+    stored = models.file.parts["unet"]
+    config = symbols.sd15_config(models.file.checked("unet"), 4).unet_config
+    unet = symbols.new_unet(config, symbols.PLAIN_LAYERS, torch.device("meta"))
+    assert {key: tensor.shape for key, tensor in unet.state_dict().items()} == {
+        key: tensor.shape for key, tensor in stored.items()
+    }
+    assert {tensor.dtype for tensor in unet.parameters()} == {torch.float32}
+
+
+def test_spatial_transformers(models):
+    unet = symbols.unet_module(models.model)
+    holders = list(symbols.spatial_transformers(unet))
+    assert len(holders) == len(models.cat_model.architecture.ref_adapter.blocks)
+    assert {len(holder.transformer_blocks) for holder in holders} == {1}
+
+
+def test_is_sd15(models):
+    assert symbols.is_sd15(symbols.model_config(models.model))
+    assert not symbols.is_sd15(object())
+
+
+def described(models):
+    """A description of the tiny U-Net with types in it, and the U-Net's tensors."""
+    tensors = models.file.checked("unet")
+    config = symbols.sd15_config(tensors, models.file.architecture.unet_num_heads)
+    dtype = symbols.set_dtypes(config, symbols.parameter_count(tensors), torch.float32)
+    assert dtype == torch.float32
+    return config, tensors
+
+
+def test_set_dtypes(models):
+    config, _ = described(models)
+    assert config.unet_config["dtype"] == torch.float32
+    assert config.manual_cast_dtype is None
+
+
+def test_new_base_model(models):
+    base = symbols.new_base_model(*described(models), torch.device("cpu"))
+    assert base.concat_keys  # it is for inpainting
+    assert base.latent_format.scale_factor == 0.18215
+
+
+def test_fill_base_model(models):
+    config, tensors = described(models)
+    base = symbols.new_base_model(config, tensors, torch.device("cpu"))
+    stored = dict(tensors)
+    symbols.fill_base_model(base, tensors, assign=True)
+    for key, tensor in base.diffusion_model.state_dict().items():
+        assert torch.equal(tensor, stored[key])
+
+
+def test_model_kind(models):
+    assert symbols.model_kind(models.model) == "BaseModel"
+
+
+def test_latent_scale(models):
+    latent = torch.ones(1, 4, 2, 2)
+    assert symbols.latent_scale(models.model) == 0.18215
+    scaled = latent * symbols.latent_scale(models.model)
+    assert torch.equal(symbols.scale_latent(models.model, latent), scaled)
+
+
+def test_noise_schedule(models):
+    """With what other nodes changed."""
+    changed = models.model.clone()
+    schedule = symbols.noise_schedule(models.model)
+    other = type(schedule)()
+    changed.add_object_patch("model_sampling", other)
+    assert symbols.noise_schedule(changed) is other
+    assert symbols.noise_schedule(models.model) is schedule
+
+
+def test_discrete_sigmas(models):
+    sigmas = symbols.discrete_sigmas(symbols.noise_schedule(models.model))
+    assert sigmas.shape == (1000,)
+    assert (sigmas.diff() > 0).all()
+    continuous = comfy.model_sampling.ModelSamplingContinuousEDM()
+    assert symbols.discrete_sigmas(continuous) is None
+
+
+def test_sigma_at(models):
+    schedule = symbols.noise_schedule(models.model)
+    half = symbols.sigma_at(schedule, 0.5)
+    assert symbols.sigma_at(schedule, 0.25) > half > symbols.sigma_at(schedule, 1.0) == 0
+    assert isinstance(half, float)
 
 
 def test_scale_latent(models):
@@ -289,7 +528,7 @@ def test_chunks_of_batch(spy):
     ids = set()
     for options in spy.calls:
         chunks = symbols.chunks_of_batch(options)
-        assert sorted(kind for kind, _ in chunks) == [symbols.POSITIVE, 1]
+        assert sorted(kind for kind, _ in chunks) == [symbols.POSITIVE, symbols.NEGATIVE]
         ids.update(chunks)
     assert len(ids) == 2
     assert {type(condition) for _, condition in ids} == {uuid.UUID}
@@ -304,6 +543,49 @@ def test_POSITIVE(models, sample, module):
     sample(patched, steps=1, cfg=1.0)
     kinds = [kind for options in spy.calls for kind, _ in symbols.chunks_of_batch(options)]
     assert set(kinds) == {symbols.POSITIVE}
+
+
+def test_NEGATIVE(spy):
+    for options in spy.calls:
+        assert set(symbols.kinds_of_batch(options)) == {symbols.POSITIVE, symbols.NEGATIVE}
+
+
+def test_kinds_of_batch(spy):
+    for options in spy.calls:
+        assert symbols.kinds_of_batch(options) == options["cond_or_uncond"]
+
+
+def test_sampler_options(models, spy):
+    """As those of a sampling, to a patch."""
+    sigmas = torch.ones(2)
+    kinds = [symbols.NEGATIVE, symbols.POSITIVE]
+    options = symbols.sampler_options(spy.patched, kinds, sigmas)
+    spy.calls.clear()
+    unet = symbols.unet_module(models.model)
+    x = torch.randn(2, 9, 8, 8)
+    symbols.call_unet(unet, x, torch.tensor([500.0, 500.0]), torch.randn(2, 77, 24), options)
+    assert len(spy.calls) == len(models.cat_model.architecture.ref_adapter.blocks)
+    for told in spy.calls:
+        assert symbols.kinds_of_batch(told) == kinds
+        assert symbols.noise_levels(told) is sigmas
+
+
+def test_call_unet(models):
+    unet = symbols.unet_module(models.model)
+    context = torch.randn(1, 77, 24)
+    options = symbols.unet_options([lambda x, _: x + 1], symbols.differentiable_attention)
+    options.pop("optimized_attention_override")
+    arguments = (unet, torch.randn(1, 9, 8, 8), torch.tensor([500.0]), context)
+    patched = symbols.call_unet(*arguments, options)
+    assert patched.shape == (1, 4, 8, 8)
+    assert not torch.equal(patched, symbols.call_unet(*arguments, {}))
+
+
+def test_options_to_repeat(spy):
+    for options in spy.calls:
+        kept = symbols.options_to_repeat(options)
+        assert symbols.calling_block(kept) == symbols.calling_block(options)
+        assert symbols.kinds_of_batch(kept) == symbols.kinds_of_batch(options)
 
 
 def test_noise_levels(models, spy):
@@ -328,12 +610,40 @@ def test_inpaint_values(models):
 # CLIP -----------------------------------------------------------------------------------------
 
 
-def test_clip_attention():
-    q, k, v = torch.randn(3, 1, 5, 8)
-    heads = [part.unflatten(2, (2, 4)).transpose(1, 2) for part in (q, k, v)]
+@pytest.fixture
+def attended():
+    """q, k, v (1, 5, 8), and what attention with two heads makes of them."""
+    qkv = torch.randn(3, 1, 5, 8)
+    heads = [part.unflatten(2, (2, 4)).transpose(1, 2) for part in qkv]
     expected = torch.nn.functional.scaled_dot_product_attention(*heads)
-    expected = expected.transpose(1, 2).flatten(2)
-    assert torch.allclose(symbols.clip_attention(q, k, v, 2), expected, atol=1e-5)
+    return qkv, expected.transpose(1, 2).flatten(2)
+
+
+def test_clip_attention(attended):
+    qkv, expected = attended
+    assert torch.allclose(symbols.clip_attention(*qkv, 2), expected, atol=1e-5)
+
+
+def test_fastest_attention(attended, monkeypatch):
+    """Whatever the host puts under the name."""
+    qkv, expected = attended
+    assert torch.allclose(symbols.fastest_attention(*qkv, 2), expected, atol=1e-5)
+    monkeypatch.setattr(comfy.ldm.modules.attention, "optimized_attention", lambda *_: "another")
+    assert symbols.fastest_attention(*qkv, 2) == "another"
+
+
+def test_attention_name():
+    assert symbols.attention_name() == "attention_pytorch"  # as configured for a CPU
+
+
+def test_differentiable_attention(attended):
+    qkv, expected = attended
+    with torch.inference_mode(False), torch.enable_grad():
+        q, k, v = qkv.clone().requires_grad_()
+        output = symbols.differentiable_attention(q, k, v, 2)
+        assert torch.allclose(output, expected, atol=1e-5)
+        (gradient,) = torch.autograd.grad(output.sum(), v)
+    assert gradient.any()
 
 
 def test_stock_text_config():
@@ -351,6 +661,89 @@ def test_new_clip(models):
         assert torch.equal(loaded[f"clip_l.transformer.{key}"], tensor)
 
 
+def test_new_text_encoder():
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = symbols.stock_text_config() | sizes | {"num_attention_heads": 2}
+    encoder = symbols.new_text_encoder(config, torch.float16)
+    tensors = encoder.state_dict()
+    assert tensors["text_projection.weight"].shape == (8, 8)
+    assert tensors["text_model.embeddings.position_embedding.weight"].shape == (77, 8)
+    assert tensors["text_model.encoder.layers.0.mlp.fc1.weight"].dtype == torch.float16
+
+
+def test_new_image_encoder(models):
+    config = symbols.vision_config(models.clip_vision)
+    plain = symbols.new_image_encoder(config).state_dict()
+    assert set(plain) - set(models.file.parts["clip_vision"]) == set()
+    projecting = symbols.new_image_encoder(config | {"projection_dim": 5}).state_dict()
+    assert projecting["visual_projection.weight"].shape == (5, 32)
+
+
+def test_new_autoencoder():
+    ddconfig = {"double_z": True, "z_channels": 4, "resolution": 8, "in_channels": 3, "out_ch": 3}
+    ddconfig |= {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": []}
+    vae = symbols.new_autoencoder({"ddconfig": ddconfig | {"dropout": 0.0}, "embed_dim": 4})
+    tensors = vae.state_dict()
+    assert tensors["post_quant_conv.weight"].shape == (4, 4, 1, 1)
+    assert tensors["encoder.down.1.block.0.conv1.weight"].shape == (32, 32, 3, 3)
+
+
+def test_new_clip_vision(models):
+    """The tiny image encoder is one, made of the file's tensors."""
+    stored = models.file.parts["clip_vision"]
+    loaded = models.clip_vision.get_sd()
+    for key, tensor in stored.items():
+        assert torch.equal(loaded[key], tensor)
+
+
+def test_new_vae(models):
+    """The tiny VAE is one: its cell is not SD 1.5's, and it decodes to the size it encoded."""
+    pixels = torch.rand(1, 64, 64, 3)
+    latent = models.vae.encode(pixels)
+    cell = 64 // latent.shape[-1]
+    assert models.vae.downscale_ratio == models.vae.upscale_ratio == cell
+    assert models.vae.decode(latent).shape == pixels.shape
+
+
+def test_latent_channels(models):
+    latent = models.vae.encode(torch.rand(1, 64, 64, 3))
+    assert symbols.latent_channels(models.vae) == latent.shape[1] == 4
+
+
+def test_last_hidden_state(models):
+    """A wide picture is squeezed to a square: its right end matters."""
+    wide = torch.rand(1, 224, 448, 3)
+    hidden = symbols.last_hidden_state(models.clip_vision, wide)
+    assert hidden.shape == (1, 257, 32)
+    wide[:, :, 400:] = 0
+    assert not torch.equal(symbols.last_hidden_state(models.clip_vision, wide), hidden)
+
+
+def test_load_clip_vision(models):
+    symbols.unload_all()
+    symbols.load_clip_vision(models.clip_vision)
+    assert models.clip_vision.patcher in comfy.model_management.loaded_models()
+
+
+def test_text_encoders(models):
+    assert symbols.text_encoders(models.clip) == {"l"}
+
+
+def test_context(models):
+    tokens = models.clip.tokenize("spoon")
+    context = symbols.context(models.clip, tokens)
+    assert context.shape == (1, 77, 24)
+    (scheduled,) = models.clip.encode_from_tokens_scheduled(tokens)
+    assert torch.equal(context, scheduled[0])
+
+
+def test_pooled_feature(models):
+    """As SD 1.5's encoder gives it: not projected."""
+    tokens = models.clip.tokenize("spoon")
+    pooled = symbols.pooled_feature(models.clip, tokens)
+    assert torch.equal(pooled, symbols.unprojected_feature(models.clip, tokens))
+
+
 def test_vision_config(models):
     config = symbols.vision_config(models.clip_vision)
     assert config["model_type"] == "clip_vision_model"
@@ -359,9 +752,12 @@ def test_vision_config(models):
 
 
 def test_post_layernorm(models):
-    norm = symbols.post_layernorm(models.clip_vision)
-    stored = models.file.parts["clip_vision"]["vision_model.post_layernorm.weight"]
-    assert torch.equal(norm.weight, stored)
+    stored = models.file.parts["clip_vision"]
+    weight = stored["vision_model.post_layernorm.weight"].float()
+    bias = stored["vision_model.post_layernorm.bias"].float()
+    features = torch.randn(2, 32)
+    expected = torch.nn.functional.layer_norm(features, (32,), weight, bias)
+    assert torch.allclose(symbols.post_layernorm(models.clip_vision, features), expected, atol=1e-5)
 
 
 def test_visual_projection(models):
@@ -400,6 +796,118 @@ def test_unprojected_feature(models, monkeypatch):
     assert torch.equal(symbols.unprojected_feature(models.clip, tokens), feature)
 
 
+# Sampling -------------------------------------------------------------------------------------
+
+
+def test_run_stock_node(models):
+    """The four that are run, by the ids of their inputs."""
+    latent = {"samples": torch.randn(1, 4, 8, 8)}
+    (image,) = symbols.run_stock_node("VAEDecode", vae=models.vae, samples=latent)
+    assert torch.equal(image, models.vae.decode(latent["samples"]))
+    (entry,) = symbols.run_stock_node("CLIPTextEncode", clip=models.clip, text="spoon")[0]
+    assert torch.equal(entry[0], symbols.context(models.clip, models.clip.tokenize("spoon")))
+    ids = {
+        "KSampler": "model seed steps cfg sampler_name scheduler positive negative latent_image "
+        "denoise",
+        "InpaintModelConditioning": "positive negative vae pixels mask noise_mask",
+    }
+    for name, inputs in ids.items():
+        required = nodes.NODE_CLASS_MAPPINGS[name].INPUT_TYPES()["required"]
+        assert sorted(required) == sorted(inputs.split())
+
+
+def test_with_values():
+    conditioning = [[torch.zeros(1), {"kept": 1}], [torch.ones(1), {}]]
+    changed = symbols.with_values(conditioning, {"new": 2})
+    assert [values for _, values in changed] == [{"kept": 1, "new": 2}, {"new": 2}]
+    assert [values for _, values in conditioning] == [{"kept": 1}, {}]
+
+
+def test_seeded_noise():
+    latent = torch.zeros(2, 4, 8, 8)
+    expected = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(symbols.seeded_noise(latent, 7), expected)
+
+
+def test_scheduled_sigmas(models):
+    sigmas = symbols.scheduled_sigmas(symbols.noise_schedule(models.model), "ddim_uniform", 5)
+    assert sigmas.shape == (6,)
+    assert (sigmas.diff() < 0).all()
+    assert sigmas[-1] == 0
+
+
+@pytest.fixture
+def sampled(models, conditioned):
+    """sampled(sampler, callback) -> the latent after two steps."""
+    *conditionings, latent = conditioned
+    noise = symbols.seeded_noise(latent["samples"], 1)
+    sigmas = symbols.scheduled_sigmas(symbols.noise_schedule(models.model), "ddim_uniform", 2)
+
+    def run(sampler, callback=None):
+        return symbols.sample_custom(
+            models.model,
+            noise,
+            7.5,
+            symbols.new_sampler(sampler),
+            sigmas,
+            conditionings,
+            latent["samples"],
+            callback,
+        )
+
+    return run
+
+
+def test_sample_custom(sampled, capfd):
+    steps = []
+
+    def note(step, denoised, x, total):
+        steps.append((step, total))
+
+    sampled("euler", note)
+    assert steps == [(0, 2), (1, 2)]
+    assert "2/2" not in capfd.readouterr().err
+
+
+def test_new_sampler(sampled):
+    calls = []
+
+    def keep(denoiser, x, sigmas, extra_args=None, callback=None, disable=None):
+        calls.append(sigmas)
+        return x
+
+    assert sampled(keep).shape == sampled("ddim").shape
+    assert len(calls) == 1
+
+
+def test_sample_euler(sampled):
+    def by_hand(denoiser, x, sigmas, extra_args=None, callback=None, disable=None):
+        for number in range(len(sigmas) - 1):
+            x = symbols.sample_euler(denoiser, x, sigmas[number : number + 2], extra_args)
+        return x
+
+    assert torch.equal(sampled(by_hand), sampled("euler"))
+
+
+def test_load_stock_checkpoint(tmp_path):
+    """tests/nodes/test_bench.py loads with it."""
+    with pytest.raises(FileNotFoundError):
+        symbols.load_stock_checkpoint(str(tmp_path / "none.safetensors"))
+
+
+def test_load_stock_clip_vision(tmp_path):
+    """tests/nodes/test_bench.py loads with it."""
+    with pytest.raises(FileNotFoundError):
+        symbols.load_stock_clip_vision(str(tmp_path / "none.safetensors"))
+
+
+def test_settings_of_startup():
+    """The tools set them by name, before the host is imported."""
+    settings = vars(comfy.cli_args.parser.parse_args([]))
+    assert settings["cpu"] is False
+    assert settings["use_pytorch_cross_attention"] is False
+
+
 # What the user sees ---------------------------------------------------------------------------
 
 
@@ -423,3 +931,15 @@ def test_no_progress_bars(models, sample, capfd):
     assert "1/1" not in capfd.readouterr().err
     sample(models.model, steps=1)
     assert "1/1" in capfd.readouterr().err
+
+
+def test_progress_bar(monkeypatch):
+    shown = []
+
+    def hook(done, total, *_, **__):
+        shown.append((done, total))
+
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
+    bar = symbols.progress_bar(5)
+    bar.update(2)
+    assert shown == [(2, 5)]

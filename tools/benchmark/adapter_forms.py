@@ -27,7 +27,7 @@ class OfficialPatch(symbols.Patch):
 
     def __call__(self, x: torch.Tensor, extra_options: dict) -> torch.Tensor:
         block = self.adapter.model.block(block_name(extra_options))
-        return x + block(x, self._prompts(x, extra_options["cond_or_uncond"]))
+        return x + block(x, self._prompts(x, symbols.kinds_of_batch(extra_options)))
 
     def models(self) -> list:
         return [self.adapter]
@@ -50,7 +50,7 @@ class KeptKeysPatch(OfficialPatch):
     def __call__(self, x: torch.Tensor, extra_options: dict) -> torch.Tensor:
         name = block_name(extra_options)
         if name not in self.kept:
-            self._keep(name, self._prompts(x, extra_options["cond_or_uncond"]))
+            self._keep(name, self._prompts(x, symbols.kinds_of_batch(extra_options)))
         return x + self._attention(name, x)
 
     def _keep(self, name: str, prompts: torch.Tensor) -> None:
@@ -70,7 +70,7 @@ class SkippingPatch(KeptKeysPatch):
     """And attention for conditional rows alone: what the others get is the bias, exactly."""
 
     def __call__(self, x: torch.Tensor, extra_options: dict) -> torch.Tensor:
-        conds = extra_options["cond_or_uncond"]
+        conds = symbols.kinds_of_batch(extra_options)
         name = block_name(extra_options)
         chunks = x.unflatten(0, (len(conds), -1))  # (conds, B, N, C)
         looking = [number for number, cond in enumerate(conds) if cond == POSITIVE]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from comfyui import ROOT
 
-from .loading import KINDS, read
+from .load_once import KINDS, read
 from .rows import Row, rows_in_turn
 
 PACK = "CAT Load Checkpoint, everything"

@@ -105,9 +105,7 @@ def adapter_calls(bench: Bench, size: int, batch: int = 1) -> list[tuple]:
     calls = []
 
     def record(x, extra_options):
-        names = ("block", "block_index", "cond_or_uncond")
-        options = {name: extra_options[name] for name in names}
-        calls.append((torch.randn_like(x), options))
+        calls.append((torch.randn_like(x), symbols.options_to_repeat(extra_options)))
         return x
 
     model = bench.model.clone()

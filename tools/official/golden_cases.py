@@ -202,15 +202,11 @@ def unet(goldens: Goldens) -> Iterator[CaseResult]:
     for case, golden in goldens.cases("unet_cases.safetensors"):
         model = goldens.patched_unet(golden["fusion"])
         conditional = bool(golden["fusion"].any())
-        options = {
-            **model.model_options["transformer_options"],
-            "cond_or_uncond": [0 if conditional else 1],
-            "sigmas": torch.ones(len(golden["x"])),
-        }
+        kind = symbols.POSITIVE if conditional else symbols.NEGATIVE
+        options = symbols.sampler_options(model, [kind], torch.ones(len(golden["x"])))
         x = torch.cat((golden["x"], golden["mask"], golden["masked_latent"]), dim=1)
-        eps = model.model.diffusion_model(
-            x, golden["timesteps"], context=golden["context"], transformer_options=options
-        )
+        module = symbols.unet_module(model)
+        eps = symbols.call_unet(module, x, golden["timesteps"], golden["context"], options)
         yield _compared(f"U-Net with RefAdapter {case}", eps, golden["out.eps"])
 
 
@@ -218,7 +214,7 @@ def trajectory(goldens: Goldens) -> Iterator[CaseResult]:
     """5 DDIM steps with CFG 7.5 through the host's sampler, on the sigmas of CAT Scheduler."""
     golden = dict(goldens.cases("ddim.safetensors"))["traj"]
     model = goldens.patched_unet(golden["fusion"])
-    scale = model.model.latent_format.scale_factor
+    scale = symbols.latent_scale(model)
     values = symbols.inpaint_values(golden["masked_latent"] / scale, golden["mask"])
     sigmas = official_sigmas(model, len(golden["x_steps"]))
     # The official latents are those of the host divided by sqrt(1 + sigma^2).
