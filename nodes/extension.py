@@ -8,6 +8,7 @@ from comfy_api.latest import ComfyExtension, io
 from .apply_ref_adapter import CATApplyRefAdapter
 from .compare import CATCompareFeatures
 from .conditioning import CATInpaintConditioning, CATScheduler
+from .crop_and_stitch import CATCropAroundMask, CATStitch
 from .demo_scene import CATDemoScene
 from .host import model_files
 from .load import CATLoadCheckpoint, CATLoadWeights
@@ -21,6 +22,8 @@ NODES = [
     CATEncodeVisualPrompt,
     CATApplyRefAdapter,
     CATInpaintConditioning,
+    CATCropAroundMask,
+    CATStitch,
     CATScheduler,
     CATVisualPromptPreview,
     CATCompareFeatures,

@@ -5,6 +5,7 @@ from comfy_api.latest import io
 
 CATEGORY = "CAT-Diffusion"
 CatModelWire = io.Custom("CAT_MODEL")
+CropWire = io.Custom("CAT_CROP")
 VisualPromptWire = io.Custom("VISUAL_PROMPT")
 
 

@@ -219,6 +219,29 @@ def test_more_masks_than_images(error, prompt):
     check(error, prompt, "CATSemanticInpaint", "2 images and 3 masks")
 
 
+def test_a_crop_of_a_size_that_the_vae_would_cut(error, prompt):
+    size = prompt.add("size", "PrimitiveInt", value=500)
+    crop = prompt.add(
+        "crop",
+        "CATCropAroundMask",
+        image=["2", 0],
+        mask=["2", 1],
+        size=size,
+        context=1.5,
+    )
+    prompt.inputs("CATSemanticInpaint")["image"] = crop
+    check(error, prompt, "CATCropAroundMask", "size is 500", "multiple of 8", "Take 496, or 512")
+
+
+def test_results_that_do_not_belong_to_the_crop(error, prompt):
+    images = prompt.add("images", "RepeatImageBatch", image=["2", 0], amount=2)
+    prompt.add("crop", "CATCropAroundMask", image=images, mask=["2", 1], size=64, context=1.5)
+    three = prompt.add("three", "RepeatImageBatch", image=["2", 0], amount=3)
+    stitched = prompt.add("stitch", "CATStitch", crop=["crop", 2], image=three, soft_edge=8)
+    prompt.inputs("SaveImage")["images"] = stitched
+    check(error, prompt, "CATStitch", "holds 2 photos, here are 3 images", "from this crop")
+
+
 def test_a_range_that_ends_before_it_starts(error, prompt):
     prompt.inputs("CATApplyRefAdapter").update(start_percent=0.8, end_percent=0.2)
     check(error, prompt, "CATApplyRefAdapter", "start_percent is 0.8", "end_percent 0.2")

@@ -25,6 +25,8 @@ CONTRACT = {
         ["positive", "negative", "vae", "image", "mask", "fill", "noise_mask"],
         ["CONDITIONING", "CONDITIONING", "LATENT"],
     ),
+    "CATCropAroundMask": (["image", "mask", "size", "context"], ["IMAGE", "MASK", "CAT_CROP"]),
+    "CATStitch": (["crop", "image", "soft_edge"], ["IMAGE"]),
     "CATScheduler": (["model", "steps", "denoise"], ["SIGMAS"]),
     "CATVisualPromptPreview": (["visual_prompt", "clip", "clip_vision"], ["IMAGE"]),
     "CATDemoScene": (["scene"], ["IMAGE", "MASK"]),

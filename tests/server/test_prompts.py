@@ -3,8 +3,10 @@
 import itertools
 import threading
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 CAT_NODES = ("CATSemanticInpaint", "CATInpaintConditioning")  # both get the photo and the mask
 
@@ -240,6 +242,48 @@ def test_features_are_compared_on_the_node(prompt, run, picture):
     assert histogram.shape == (240, 640, 3)
     assert (picture(result, "plot") == histogram).all()
     assert "compare" in with_progress
+
+
+@pytest.mark.parametrize("photo, context", [("large.png", 1.0), ("odd.png", 8.0)])
+def test_a_crop_is_drawn_and_put_back(prompt, run, server, base, photo, context):
+    """A square scaled down, and the largest of a photo that is no multiple of 8."""
+    prompt.inputs("LoadImage")["image"] = photo
+    prompt.add(
+        "crop",
+        "CATCropAroundMask",
+        image=["2", 0],
+        mask=["2", 1],
+        size=64,
+        context=context,
+    )
+    for name in CAT_NODES:
+        prompt.inputs(name).update(image=["crop", 0], mask=["crop", 1])
+    variations = prompt.add("two", "RepeatLatentBatch", samples=["9", 2], amount=2)
+    prompt.inputs("KSampler")["latent_image"] = variations
+    stitched = prompt.add("stitch", "CATStitch", crop=["crop", 2], image=["11", 0], soft_edge=0)
+    prompt.inputs("SaveImage")["images"] = stitched
+    result, latent = run(prompt)
+    assert latent.shape == (2, 4, 8, 8)
+
+    original = np.asarray(Image.open(base / "input" / photo)).astype(int)
+    outside = original[..., 3] == 255
+    inside = original[..., 3] == 0
+    pictures = []
+    for saved in result.outputs["17"]["images"]:
+        pictures.append(np.asarray(Image.open(server.image_path(saved))).astype(int))
+    assert len(pictures) == 2
+    for picture in pictures:
+        assert (picture[outside] == original[outside, :3]).all()
+        assert (picture[inside] != original[inside, :3]).any()
+    assert (pictures[0][inside] != pictures[1][inside]).any()
+
+
+def test_an_empty_mask_is_said_on_the_crop(prompt, run):
+    prompt.inputs("LoadImage")["image"] = "opaque.png"
+    prompt.add("crop", "CATCropAroundMask", image=["2", 0], mask=["2", 1], size=64, context=1.5)
+    prompt.inputs("CATSemanticInpaint").update(image=["crop", 0], mask=["crop", 1])
+    result, _ = run(prompt)
+    assert result.texts["crop"].startswith("The mask is empty: the square is the middle")
 
 
 def test_an_image_with_alpha_is_taken_as_rgb(prompt, run):

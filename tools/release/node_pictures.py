@@ -77,10 +77,20 @@ def workflow(run: int, nodes: Collection[str]) -> dict:
     workflow = _demo()
     workflow["CATSemanticInpaint"]["inputs"]["text"] = "red star" + run * " "
     workflow["whole"] = {"class_type": "LoadImage", "inputs": {"image": "whole.png"}}
-    for kind, inputs in beside_demo().items():
-        if kind in nodes:
-            workflow[kind] = {"class_type": kind, "inputs": inputs}
+    beside = beside_demo()
+    for kind in nodes:
+        _add(workflow, kind, beside)
     return workflow
+
+
+def _add(workflow: dict, kind: str, beside: dict[str, dict]) -> None:
+    """A node beside the demo workflow, after those that its inputs come from."""
+    if kind in workflow or kind not in beside:
+        return
+    for value in beside[kind].values():
+        if isinstance(value, list):
+            _add(workflow, value[0], beside)
+    workflow[kind] = {"class_type": kind, "inputs": beside[kind]}
 
 
 def _demo() -> dict:
@@ -114,6 +124,17 @@ def beside_demo() -> dict[str, dict]:
     return {
         "CATLoadWeights": {"weights": "cat_demo_model.safetensors"},
         "CATEncodeVisualPrompt": {"clip_vision": clip_vision, "image": ["whole", 0]},
+        "CATCropAroundMask": {
+            "image": ["whole", 0],
+            "mask": ["whole", 1],
+            "size": 128,
+            "context": 1.5,
+        },
+        "CATStitch": {
+            "crop": ["CATCropAroundMask", 2],
+            "image": ["CATCropAroundMask", 0],
+            "soft_edge": 8,
+        },
         "CATScheduler": {"model": model, "steps": 50, "denoise": 1.0},
         "CATCompareFeatures": {
             "cat_model": cat_model,
