@@ -123,7 +123,7 @@ def test_every_command_explains_itself(tool):
 def test_every_tool_of_run_explains_itself(name):
     run = run_tool("run.py", name, "--help")
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith(f"usage: {name}")  # and not run.py itself
+    assert run.stdout.startswith(f"usage: run.py {name}")  # and not run.py itself
 
 
 @pytest.mark.parametrize(
