@@ -1,6 +1,8 @@
 """What all errors of the core have in common."""
 
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class CatError(Exception):
@@ -17,3 +19,9 @@ def few(names: Iterable[str], most: int = 5) -> str:
     if len(names) > most:
         text += f" and {len(names) - most} more"
     return text
+
+
+def how_to_install(requirements: str, python: str | Path = sys.executable) -> str:
+    """The command that installs one of the pack's requirements files into a Python."""
+    file = Path(__file__).resolve().parents[1] / requirements
+    return f'"{python}" -m pip install -r "{file}"'

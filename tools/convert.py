@@ -5,13 +5,12 @@
     python tools/convert.py sd15_inpainting.safetensors clip_vision.safetensors cat.safetensors \\
         --full cat_full.safetensors
 
-Run it with ComfyUI's Python (it needs torch and safetensors). Outputs are written to a temporary
+It needs torch and safetensors, which ComfyUI's Python has. Outputs are written to a temporary
 name and renamed; nothing is overwritten unless --overwrite is given. The checkpoint is mapped, not
 loaded, where the format allows.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from comfyui import launch
@@ -60,12 +59,12 @@ def main() -> int:
         help="read a pickle with foreign Python objects by dropping them; nothing in it is run",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+    launch.add_host_options(parser, installs=False)
     arguments = parser.parse_args()
     _check_outputs(parser, arguments)
-    try:
-        from official import conversion
-    except ModuleNotFoundError as error:
-        parser.error(f"{sys.executable} has no {error.name}; run this with ComfyUI's Python")
+    launch.enter_python(parser, arguments, {"torch": "torch", "safetensors": "safetensors"})
+    from official import conversion
+
     return conversion.command(arguments)
 
 

@@ -3,10 +3,10 @@
     python tools/demo.py [--label "red star"] [--scene 3] [--hole box|exact] [--out cat_demo.png]
     python tools/demo.py --full-size [--steps 4]
 
-Needs only Python >= 3.10, git and pip; installs ComfyUI into a cache on first use. The first form
-uses the bundled demo model, which knows coloured shapes on drawn scenes and nothing else. No
-trained CAT-Diffusion weights of full size are public, so the second writes random ones: it shows
-that a photograph goes through, and what that costs.
+Needs only Python >= 3.10, git and pip. Where it finds no ComfyUI it installs one of 6 GB into a
+cache, once. The first form uses the bundled demo model, which knows coloured shapes on drawn scenes
+and nothing else. No trained CAT-Diffusion weights of full size are public, so the second writes
+random ones: it shows that a photograph goes through, and what that costs.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import os
 import time
 from pathlib import Path
 
-from comfyui import install, launch
+from comfyui import existing, install, launch
 
 
 def main() -> int:
@@ -37,7 +37,7 @@ def main() -> int:
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    launch.add_host_options(parser)
+    launch.add_host_options(parser, installs=False)
     parser.add_argument(
         "--label", help='what to draw, such as "red star" (default: what the scene has there)'
     )
@@ -71,7 +71,7 @@ def run_in_comfyui(parser: argparse.ArgumentParser, arguments) -> int:
     """Run this command again in a ComfyUI's Python, and say which; returns its exit code."""
     start = time.monotonic()
     try:
-        host = install.chosen_host(arguments.comfyui, arguments.python)
+        host = existing.find_host(arguments.comfyui, arguments.python) or install.prepare_host()
     except install.SetupError as error:
         parser.error(str(error))
     print(f"ComfyUI: {host.path} ({time.monotonic() - start:.1f} s)", flush=True)

@@ -7,8 +7,8 @@
 
 A results folder, written by tools/generate.py, holds <id>.png for each record and run.json with
 manifest, split, hole and size. Differences are to the first folder. Folders that were made alike
-but for the seed also give diversity. Needs requirements-evaluate.txt. Nothing is downloaded at any
-time.
+but for the seed also give diversity. What lacks its file or its library (requirements-evaluate.txt)
+is left out, with a line that says why. Nothing is downloaded at any time.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from evaluation import DEMO_MODEL
 def main() -> int:
     parser = command_line()
     arguments = parser.parse_args()
-    launch.enter_comfyui(parser, arguments, "evaluate")
+    launch.enter_comfyui(parser, arguments, optional=("evaluate",))
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when open_clip's and ComfyUI's libraries are imported
     launch.limit_threads(arguments.threads)
     launch.start_host(arguments.cpu or not launch.has_cuda())

@@ -11,21 +11,17 @@ Prepare data with tools/prepare_data.py.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from comfyui import launch
 
 
 def main() -> int:
-    arguments = command_line().parse_args()
-    try:
-        from evaluation import generation
-    except ModuleNotFoundError as error:
-        sys.exit(
-            f"error: {sys.executable} has no {error.name}; install Pillow and tqdm, or run this "
-            "with ComfyUI's Python"
-        )
+    parser = command_line()
+    arguments = parser.parse_args()
+    launch.enter_python(parser, arguments, {"PIL": "Pillow", "tqdm": "tqdm"})
+    from evaluation import generation
+
     return generation.command(arguments)
 
 
@@ -85,6 +81,7 @@ def command_line() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="stop when no server has answered for so long",
     )
+    launch.add_host_options(parser, installs=False)
     return parser
 
 

@@ -11,31 +11,34 @@
 
 A manifest names pictures relative to its own folder, so put it in a folder above the data. Bad
 samples are skipped, counted and named in OUT.report.txt beside it. Needs Pillow and tqdm,
-which ComfyUI's Python has; coco also needs numpy and pycocotools (requirements-train.txt).
+which ComfyUI's Python has; coco also needs numpy and pycocotools (requirements-coco.txt).
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from comfyui import launch
 
 
 def main() -> int:
-    arguments = parse()
-    try:
-        from training import preparation
-    except ModuleNotFoundError as error:
-        print(
-            f"error: {sys.executable} has no {error.name}; run this with ComfyUI's Python",
-            file=sys.stderr,
+    parser = command_line()
+    arguments = parser.parse_args()
+    if "min_area" in arguments and arguments.min_area > arguments.max_area:
+        parser.error(
+            f"--min-area {arguments.min_area} is above --max-area {arguments.max_area}, "
+            "so nothing would be left"
         )
-        return 1
+    modules = {"PIL": "Pillow", "tqdm": "tqdm"}
+    if arguments.source == "coco":
+        modules["numpy"] = "numpy"
+    launch.enter_python(parser, arguments, modules)
+    from training import preparation
+
     return preparation.command(arguments)
 
 
-def parse() -> argparse.Namespace:
-    """The command line, checked."""
+def command_line() -> argparse.ArgumentParser:
+    """What the command takes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="source", required=True)
     common = common_options()
@@ -44,13 +47,7 @@ def parse() -> argparse.Namespace:
     add_coco(commands, [common, areas])
     add_folder(commands, [common])
     add_official(commands, [common, areas])
-    arguments = parser.parse_args()
-    if "min_area" in arguments and arguments.min_area > arguments.max_area:
-        parser.error(
-            f"--min-area {arguments.min_area} is above --max-area {arguments.max_area}, "
-            "so nothing would be left"
-        )
-    return arguments
+    return parser
 
 
 def common_options() -> argparse.ArgumentParser:
@@ -71,6 +68,7 @@ def common_options() -> argparse.ArgumentParser:
         help="decode every picture and mask; without it only their existence is checked",
     )
     options.add_argument("--overwrite", action="store_true", help="replace a manifest that exists")
+    launch.add_host_options(options, installs=False)
     return options
 
 

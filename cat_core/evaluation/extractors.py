@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
+from ..errors import how_to_install
 from .metrics import EvaluationError, Missing
 
 Extractor = Callable[[Sequence[Image.Image]], torch.Tensor]
@@ -53,8 +54,8 @@ class Inception:
     Args:
         path: torch-fidelity's file (pt_inception-2015-12-05), which this never downloads.
     Raises:
-        Missing: torchmetrics or torch-fidelity is not installed.
-        EvaluationError: the file is missing or not that network's.
+        Missing: torchmetrics or torch-fidelity is not installed, or the file is not there.
+        EvaluationError: the file is not that network's.
     """
 
     SIZE = (299, 299)  # pixels
@@ -66,10 +67,10 @@ class Inception:
         except ImportError as error:
             raise Missing(
                 f"Inception features need torchmetrics and torch-fidelity ({error}). "
-                "Install requirements-evaluate.txt with ComfyUI's Python."
+                f"Install them with: {how_to_install('requirements-evaluate.txt')}"
             ) from error
         if not path.is_file():
-            raise EvaluationError(
+            raise Missing(
                 f"{path} is not a file, expected torch-fidelity's Inception weights. Download "
                 "weights-inception-2015-12-05-6726825d.pth from torch-fidelity's releases."
             )
@@ -114,8 +115,8 @@ class OpenClip:
             import open_clip
         except ImportError as error:
             raise Missing(
-                f"open_clip is not installed ({error}). Install requirements-evaluate.txt with "
-                "ComfyUI's Python."
+                f"open_clip is not installed ({error}). Install it with: "
+                f"{how_to_install('requirements-evaluate.txt')}"
             ) from error
         file = pretrained
         settings = {}

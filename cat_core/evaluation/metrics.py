@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..errors import CatError
+from ..errors import CatError, how_to_install
 
 LEVEL = 95  # per cent of the resamples that an interval covers
 IDENTICAL = 100.0  # dB, the PSNR of what did not change: infinity has no mean
@@ -70,8 +70,8 @@ def _frechet_sums(width: int):
         from torchmetrics.image.fid import FrechetInceptionDistance
     except ImportError as error:
         raise Missing(
-            f"FID needs torchmetrics ({error}). Install requirements-evaluate.txt with ComfyUI's "
-            "Python."
+            f"FID needs torchmetrics ({error}). Install it with: "
+            f"{how_to_install('requirements-evaluate.txt')}"
         ) from error
     features = _ReadyFeatures()
     features.num_features = width

@@ -4,7 +4,9 @@ import base64
 import csv
 import io
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import SIZE, grey, write_pictures, write_run
+from conftest import SIZE, grey, original, write_pictures, write_run
 from paths import ROOT
 from PIL import Image, ImageFilter
 
@@ -264,10 +266,6 @@ def test_errors_end_without_a_traceback(fails, result_folder, tmp_path):
             ["--extractor", "resnet"],
             "--extractor is 'resnet', expected inception:FILE or clip:FILE",
         ),
-        (
-            ["--extractor", f"inception:{none}.pth"],
-            "none.pth is not a file, expected torch-fidelity's",
-        ),
         (["--extractor", f"clip:{none}.safetensors"], "none.safetensors does not exist"),
         (["--clip-score", "ViT-B-32"], "--clip-score is 'ViT-B-32', expected MODEL:FILE"),
         (unwritable, "Cannot write"),
@@ -278,6 +276,36 @@ def test_errors_end_without_a_traceback(fails, result_folder, tmp_path):
     assert "hole is 'round' and size '64', expected segment or box" in fails(boxes)
     (folder / "run.json").unlink()
     assert f"There is no manifest in {folder / 'run.json'}. Give --manifest." in fails(folder)
+
+
+def test_the_documented_command_runs_as_written(result_folder, tmp_path):
+    """Without Inception's file, and without open_clip's weights."""
+    text = (ROOT / "docs/evaluation.md").read_text("utf-8")
+    command, _ = re.search(r"^(python tools/evaluate\.py (.*\\\n)*.*)$", text, re.M).groups()
+    assert "inception:" in command
+    assert "--clip-score" in command
+    (tmp_path / "results").mkdir()
+    for name, paint in (("plain", grey), ("cat", original)):
+        result_folder(f"results/{name}", paint)
+    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    python, *words = shlex.split(command.replace("\\\n", ""))
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "no_weights")}
+    run = subprocess.run(
+        [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert python == "python"
+    assert run.returncode == 0, run.stderr
+    left_out = "FID, Local FID and similarity are left out: weights-inception"
+    for where in (run.stdout, run.stderr, (tmp_path / "report/index.html").read_text("utf-8")):
+        assert left_out in where
+        assert "CLIP score is left out: The weights openai" in where
+    found = json.loads((tmp_path / "measured.json").read_text())
+    assert {line["metric"] for line in found["lines"]} == {
+        "background_mean",
+        "background_max",
+        "background_psnr",
+    }
+    assert (tmp_path / "measured.csv").is_file()
 
 
 def test_without_run_json_the_options_say_it_all(

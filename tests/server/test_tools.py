@@ -11,7 +11,7 @@ from paths import COMFYUI, ROOT
 from PIL import Image
 from run import TOOLS
 
-from comfyui import install, launch
+from comfyui import existing, install, launch
 
 LOCKING = """
 import sys
@@ -105,11 +105,11 @@ def test_a_host_of_another_version_is_noticed(tmp_path):
 
 def test_an_existing_comfyui_is_checked(tmp_path):
     with pytest.raises(install.SetupError, match="not a ComfyUI folder"):
-        install.existing_host(str(tmp_path))
-    assert install.existing_host(str(COMFYUI), sys.executable).path == COMFYUI
+        existing.existing_host(str(tmp_path))
+    assert existing.existing_host(str(COMFYUI), sys.executable).path == COMFYUI
     (tmp_path / "python").symlink_to("/bin/false")
     with pytest.raises(install.SetupError, match="lacks ComfyUI's requirements"):
-        install.existing_host(str(COMFYUI), str(tmp_path / "python"))
+        existing.existing_host(str(COMFYUI), str(tmp_path / "python"))
 
 
 @pytest.mark.parametrize("tool", COMMANDS)

@@ -1,7 +1,8 @@
 """Install the real ComfyUI that demo and tests run on, once, into a cache outside the checkout.
 
-Needs nothing but Python >= 3.10 and pip. An interrupted install leaves only a `.partial` folder,
-which the next run removes.
+Only tools/demo.py, tools/test.py and a command that was given --install call it. Needs nothing but
+Python >= 3.10 and pip. An interrupted install leaves only a `.partial` folder, which the next run
+removes.
 """
 
 import hashlib
@@ -43,14 +44,6 @@ from importlib.metadata import version
 for name in sys.argv[1:]:
     print(version(name).split("+")[0])
 """
-# Where people keep the environment of a ComfyUI; the last one is of its portable version.
-BESIDE = (
-    ".venv/bin/python",
-    "venv/bin/python",
-    ".venv/Scripts/python.exe",
-    "venv/Scripts/python.exe",
-    "../python_embeded/python.exe",
-)
 
 
 class SetupError(RuntimeError):
@@ -78,39 +71,6 @@ def cache_dir() -> Path:
     return (base / "cat-diffusion").absolute()
 
 
-def existing_host(path: str, python: str | None = None) -> Host:
-    """The user's own ComfyUI at `path`, with `python` or the environment found beside it.
-
-    Raises SetupError where one of the two is not what it should be.
-    """
-    root = Path(path).expanduser().absolute()
-    if python is not None and shutil.which(python) is None:
-        raise SetupError(
-            f"{python} is not a program that can be run. Name ComfyUI's own Python with --python."
-        )
-    if not (root / "main.py").is_file() or not (root / "comfy").is_dir():
-        raise SetupError(f"{root} is not a ComfyUI folder: expected main.py and comfy/ in it.")
-    if python is not None:
-        its_python = Path(shutil.which(python)).absolute()
-    else:
-        its_python = _python_beside(root)
-    command = [its_python, "-c", "import torch, safetensors, aiohttp"]
-    if subprocess.run(command, capture_output=True).returncode:
-        raise SetupError(
-            f"{its_python} lacks ComfyUI's requirements (torch, safetensors, aiohttp). "
-            "Name ComfyUI's own Python with --python."
-        )
-    return Host(root, its_python)
-
-
-def _python_beside(root: Path) -> Path:
-    """The Python of a ComfyUI's own environment; without one, that of this process."""
-    for name in BESIDE:
-        if (root / name).is_file():
-            return root / name
-    return Path(sys.executable)
-
-
 def prepare_host(version: str = NEWEST) -> Host:
     """ComfyUI `version` and an environment that runs it, installed on first use."""
     cache = cache_dir()
@@ -120,27 +80,31 @@ def prepare_host(version: str = NEWEST) -> Host:
     return Host(source, python)
 
 
+def prepared_host() -> Host | None:
+    """The newest of what `prepare_host` installed before, for this Python; None without one."""
+    cache = cache_dir()
+    source = cache / f"ComfyUI-{NEWEST}/ComfyUI"
+    requirements = source / "requirements.txt"
+    if not requirements.is_file():
+        return None
+    python = _python(cache / _environment_name(_wanted(requirements)))
+    return Host(source, python) if python.is_file() else None
+
+
 def require(host: Host, requirements: Path) -> None:
     """Install a small requirements file into the host's environment unless that was done before."""
     digest = hashlib.sha256(requirements.read_bytes()).hexdigest()[:16]
     done = host.python.parents[1] / f"requirements-{digest}.done"
     with _lock(cache_dir() / "install.lock"):
         if not done.exists():
-            _pip(host.python, "install", "-q", "-r", str(requirements))
+            install_requirements(host.python, requirements)
             done.touch()
 
 
-def chosen_host(path: str | None, python: str | None, *requirements: Path) -> Host:
-    """The user's own ComfyUI at `path`, into which nothing is installed.
-
-    Without a path the cache's, with `requirements`.
-    """
-    if path:
-        return existing_host(path, python)
-    host = prepare_host()
-    for file in requirements:
-        require(host, file)
-    return host
+def install_requirements(python: Path, requirements: Path) -> None:
+    """Install a requirements file into a Python, and say so; raises SetupError."""
+    print(f"Installing {requirements.name} for {python} ...", flush=True)
+    _pip(python, "install", "-q", "-r", str(requirements))
 
 
 def _source(cache: Path, version: str) -> Path:
@@ -184,13 +148,8 @@ def _fetch_source(folder: Path, version: str) -> None:
 def _environment(cache: Path, newest: Path) -> Path:
     """The Python of an environment with what the newest ComfyUI asks for, made on first use."""
     requirements = newest / "requirements.txt"
-    wanted = {
-        "python": ".".join(map(str, sys.version_info[:3])),
-        "torch": TORCH,
-        "requirements": hashlib.sha256(requirements.read_bytes()).hexdigest(),
-    }
-    key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
-    target = cache / f"env-{key}"
+    wanted = _wanted(requirements)
+    target = cache / _environment_name(wanted)
     if not target.is_dir():
         print(
             f"Installing ComfyUI's requirements into {target} (about 6 GB, a few minutes) ...",
@@ -207,6 +166,20 @@ def _environment(cache: Path, newest: Path) -> Path:
             f"expected {TORCH}. Delete that folder and run again."
         )
     return python
+
+
+def _wanted(requirements: Path) -> dict:
+    """What an environment for this Python is made of."""
+    return {
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "torch": TORCH,
+        "requirements": hashlib.sha256(requirements.read_bytes()).hexdigest(),
+    }
+
+
+def _environment_name(wanted: dict) -> str:
+    key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
+    return f"env-{key[:12]}"
 
 
 def _make_environment(folder: Path, requirements: Path) -> None:

@@ -9,34 +9,94 @@ import signal
 import subprocess
 import sys
 
-from . import ROOT, install
+from . import existing, install
 
 COMFYUI = "CAT_DIFFUSION_COMFYUI"  # environment variable: ComfyUI's folder, set in its Python
 
 
-def add_host_options(parser) -> None:
-    """--comfyui and --python, for commands that run in a user's own ComfyUI."""
+def add_host_options(parser, installs: bool = True) -> None:
+    """--comfyui and --python, for commands that run in a user's own ComfyUI, and --install.
+
+    Args:
+        installs: whether there is an --install; `enter_comfyui` asks for it.
+    """
     parser.add_argument(
-        "--comfyui", help="an existing ComfyUI folder; installed into the cache if not given"
+        "--comfyui",
+        help="a ComfyUI folder (default: the one that this pack lies in, else the one that this "
+        "Python belongs to, else the one that tools/demo.py made)",
     )
     parser.add_argument("--python", help="the Python that runs that ComfyUI")
+    if installs:
+        parser.add_argument(
+            "--install",
+            action="store_true",
+            help="install what is missing: packages of requirements-*.txt into ComfyUI's Python "
+            "and, where there is no ComfyUI, one of 6 GB into the cache; without it nothing is "
+            "installed",
+        )
 
 
-def enter_comfyui(parser, arguments, *extras: str) -> None:
+def enter_comfyui(parser, arguments, *extras: str, optional: tuple[str, ...] = ()) -> None:
     """Return only in a ComfyUI's Python; elsewhere run this command again in there, and exit.
 
-    That is the ComfyUI of --comfyui, else the cache's, installed first if need be, each of
-    `requirements-<extra>.txt` with it.
+    Which ComfyUI, existing.py says. What is missing ends this with an error that says how to
+    install it, unless --install was given.
+
+    Args:
+        extras: of each `requirements-<extra>.txt` without which the command cannot work.
+        optional: of those that it can do without; only --install cares.
     """
     if COMFYUI in os.environ:
         return
-    requirements = [ROOT / f"requirements-{extra}.txt" for extra in extras]
-    path = getattr(arguments, "comfyui", None)
-    python = getattr(arguments, "python", None)
     try:
-        host = install.chosen_host(path, python, *requirements)
+        host = existing.find_host(arguments.comfyui, arguments.python)
+        if host is None and arguments.install:
+            host = install.prepare_host()
+        if host is None:
+            parser.error(
+                "no ComfyUI was found: --comfyui names none, this pack does not lie in one, and "
+                f"{sys.executable} belongs to none. Give --comfyui FOLDER, with --python if its "
+                "Python lies elsewhere; or give --install, which puts a ComfyUI of 6 GB into "
+                f"{install.cache_dir()}."
+            )
+        missing = existing.missing_requirements(host.python, extras)
+        if arguments.install:
+            missing += existing.missing_requirements(host.python, optional)
+            for file in sorted({line.file for line in missing}):
+                install.install_requirements(host.python, file)
+        elif missing:
+            parser.error(existing.say_what_is_missing(host.python, missing))
     except install.SetupError as error:
         parser.error(str(error))
+    print(f"ComfyUI: {host.path}, with {host.python}", file=sys.stderr, flush=True)
+    sys.exit(run_again(host))
+
+
+def enter_python(parser, arguments, modules: dict[str, str]) -> None:
+    """Return in a Python that has some modules, for commands that do not import ComfyUI.
+
+    That is this one, unless --comfyui, --python or the folder that this pack lies in says another.
+
+    Args:
+        modules: as they are imported -> as they are installed.
+    """
+    if COMFYUI in os.environ:
+        return
+    named = arguments.comfyui or arguments.python or existing.around_the_pack()
+    missing = existing.missing_modules(sys.executable, modules)
+    if not named and not missing:
+        return
+    try:
+        host = existing.find_host(arguments.comfyui, arguments.python)
+    except install.SetupError as error:
+        parser.error(str(error))
+    if host is None:
+        packages = " ".join(modules[name] for name in missing)
+        parser.error(
+            f"{sys.executable} has no {' and no '.join(missing)}. ComfyUI's Python has: name its "
+            f"folder with --comfyui, or install with\n"
+            f'    "{sys.executable}" -m pip install {packages}'
+        )
     sys.exit(run_again(host))
 
 

@@ -223,11 +223,15 @@ def feature_cosines(
 
 
 def _or_note(notes: list[str], what: str, build: Callable):
-    """What `build` makes, or None and a note where something is not installed."""
+    """What `build` makes, or None and a note where a file or a library is missing.
+
+    It is said at once, too: measuring may take hours.
+    """
     try:
         return build()
     except Missing as error:
         notes.append(f"{what} left out: {error}")
+        print(notes[-1], file=sys.stderr, flush=True)
         return None
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 from cat_diffusion.cat_core.data.folder import Candidate, DataFolder, candidate
 from cat_diffusion.cat_core.data.masks import SampleError
+from cat_diffusion.cat_core.errors import how_to_install
 
 from .data_sources import SourceError, fractions
 
@@ -30,7 +31,8 @@ def coco(
         from pycocotools import mask as rle
     except ImportError as error:
         raise SourceError(
-            f"COCO's masks need pycocotools ({error}). Run: pip install -r requirements-train.txt"
+            f"COCO's masks need pycocotools ({error}). Install it with: "
+            f"{how_to_install('requirements-coco.txt')}"
         ) from error
     content = _json(instances, "images", "annotations", "categories")
     pictures = _by(content["images"], "id")
