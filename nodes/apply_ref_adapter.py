@@ -6,24 +6,35 @@ from comfy_api.latest import io
 from .host import symbols
 from .host.build import build_folded
 from .host.cat_model import require_part
-from .host.unet import block_name, check_unet, percent_to_sigma
+from .host.sampled_rows import OneSampling, sampling_of, watch_samplings
+from .host.unet import block_name, check_unet
 from .wires import CATEGORY, CatModelWire, VisualPromptWire
 
 
 class RefAdapterPatch(symbols.Patch):
     """Adds the RefAdapters' output between self-attention and text cross-attention.
 
-    That place is the host's `middle_patch`. The object does not change but for what it remembers
-    of a sampling: one serves all clones of a model and all samplers.
+    That place is the host's `middle_patch`. The object does not change: one serves all clones of a
+    model and all samplers.
+
+    Args:
+        folded: ModelPatcher around FoldedRefAdapter.
+        outside: what holds where the U-Net is called without a guider.
     """
 
-    def __init__(self, folded, strength: float, sigma_start: float, sigma_end: float):
-        self.folded = folded  # ModelPatcher around FoldedRefAdapter
+    def __init__(
+        self,
+        folded,
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+        outside: OneSampling,
+    ):
+        self.folded = folded
         self.strength = strength
-        self.sigma_start = sigma_start
-        self.sigma_end = sigma_end
-        self._last_call: tuple[torch.Tensor | None, bool] = (None, True)  # sigmas, in range
-        self._negatives: set = set()  # ids of conditions that came as negative in this sampling
+        self.start_percent = start_percent
+        self.end_percent = end_percent
+        self.outside = outside
 
     @torch.compiler.disable  # a compiled U-Net calls it as it is: settings must not be traced
     def __call__(self, x: torch.Tensor, extra_options: dict) -> torch.Tensor:
@@ -31,45 +42,17 @@ class RefAdapterPatch(symbols.Patch):
 
         Where nothing is to be added it is x itself.
         """
-        if self.strength == 0 or not self._in_range(symbols.noise_levels(extra_options)):
+        if self.strength == 0:
             return x
-        chunks = symbols.chunks_of_batch(extra_options)
-        self._remember_negatives(chunks)
+        sampling = sampling_of(extra_options) or self.outside
+        if not sampling.is_between(self.start_percent, self.end_percent, extra_options):
+            return x
         block = self.folded.model.block(block_name(extra_options))
-        return block(x, [self._is_positive(*chunk) for chunk in chunks], self.strength)
-
-    def _remember_negatives(self, chunks) -> None:
-        for kind, condition in chunks:
-            if kind != symbols.POSITIVE:
-                self._negatives.add(condition)
-
-    def _is_positive(self, kind: int, condition) -> bool:
-        """Whether a chunk of the batch belongs to the positive prompt.
-
-        Self-attention guidance and the like run the negative prompt alone, as if it were the
-        positive, comfy_extras/nodes_sag.py:174 (uncond); its id tells.
-        """
-        return kind == symbols.POSITIVE and condition not in self._negatives
-
-    def _in_range(self, sigmas: torch.Tensor | None) -> bool:
-        always = self.sigma_end <= 0 and self.sigma_start >= symbols.ANY_SIGMA
-        if sigmas is None or always:
-            return True
-        last_sigmas, in_range = self._last_call
-        # All blocks of a call get the same tensor: wait for its value on the GPU only once.
-        if last_sigmas is not sigmas:
-            in_range = self.sigma_end <= sigmas.max().item() <= self.sigma_start
-            self._last_call = (sigmas, in_range)
-        return in_range
+        return block(x, sampling.runs(extra_options, len(x), block.prompts), self.strength)
 
     def models(self) -> list:
         """Being here, the folded matrices are moved by the host itself; `to` has nothing to do."""
         return [self.folded]
-
-    def cleanup(self) -> None:
-        """Forget the sampling."""
-        self._negatives.clear()
-        self._last_call = (None, True)
 
     def __deepcopy__(self, memo):
         return self
@@ -162,12 +145,14 @@ def apply_ref_adapter(
         raise ValueError(
             f"start_percent is {start_percent}, after end_percent {end_percent}. Set it below."
         )
+    patched = model.clone()
+    watch_samplings(patched)
     patch = RefAdapterPatch(
         build_folded(cat_model, visual_prompt, symbols.compute_dtype(model)),
         strength,
-        sigma_start=percent_to_sigma(model, start_percent),
-        sigma_end=percent_to_sigma(model, end_percent),
+        start_percent,
+        end_percent,
+        outside=OneSampling(symbols.noise_schedule(model)),
     )
-    patched = model.clone()
     symbols.add_middle_patch(patched, patch)
     return patched

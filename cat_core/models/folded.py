@@ -1,6 +1,7 @@
 """RefAdapter with a visual prompt folded in: what is left to compute in each step of a sampling."""
 
 import copy
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -8,6 +9,64 @@ from einops import rearrange
 from torch import nn
 
 from .ref_adapter import RefAdapter, RefAdapterBlock
+
+UNCONDITIONAL = -1  # in the place of a latent: the row looks at no visual prompt
+
+
+class Run:
+    """Rows under each other that one attention serves, or that get the bias alone.
+
+    Args:
+        latents: the latent that each row belongs to, ascending, or UNCONDITIONAL for all of them.
+    """
+
+    def __init__(self, latents: list[int]):
+        self.latents = latents
+        self.rows = len(latents)
+        self.conditional = latents[0] != UNCONDITIONAL
+        self._indices: dict[tuple[int, torch.device], torch.Tensor] = {}
+
+    def of_prompts(self, constant: torch.Tensor) -> torch.Tensor:
+        """(P, ...) -> (rows, ...), or (1, ...) of one prompt: what the latents look at.
+
+        Latent i looks at prompt i modulo P.
+        """
+        prompts = len(constant)
+        if prompts == 1:
+            return constant
+        chosen = [latent % prompts for latent in self.latents]
+        first = chosen[0]
+        if chosen != list(range(first, first + self.rows)):
+            return constant[self._index(chosen, prompts, constant.device)]
+        return constant if self.rows == prompts else constant[first : first + self.rows]
+
+    def _index(self, chosen: list[int], prompts: int, device: torch.device) -> torch.Tensor:
+        """Kept, as a GPU waits for what it is sent from a list."""
+        key = (prompts, device)
+        if key not in self._indices:
+            self._indices[key] = torch.tensor(chosen, device=device)
+        return self._indices[key]
+
+
+def runs_of(latents: Sequence[int]) -> list[Run]:
+    """The rows of a batch in runs.
+
+    One ends where another kind of rows begins, or the latents start again: each prompt that the
+    host puts under another is served apart, so that it does not matter which others come with it.
+
+    Args:
+        latents: the latent that each row belongs to, UNCONDITIONAL where it looks at no prompt.
+    """
+    runs: list[list[int]] = []
+    for latent in latents:
+        last = runs[-1][-1] if runs else None
+        both_unconditional = latent == last == UNCONDITIONAL
+        goes_on = last not in (None, UNCONDITIONAL) and latent > last
+        if both_unconditional or goes_on:
+            runs[-1].append(latent)
+        else:
+            runs.append([latent])
+    return [Run(run) for run in runs]
 
 
 class PromptedBlock(nn.Module):
@@ -27,34 +86,29 @@ class PromptedBlock(nn.Module):
         self.shift = _kept(block.norm4.bias, dtype)
         self.bias = _kept(block.attn3.out.bias, dtype)  # all that a zero prompt adds
 
-    def forward(
-        self, x: torch.Tensor, conditional: list[bool], strength: float = 1.0
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, runs: list[Run], strength: float = 1.0) -> torch.Tensor:
         """Hidden states with the adapter's output added, times `strength`.
 
         Args:
-            x: (B, N, C): as many batches of latents under each other as `conditional` has entries.
-                Latent i of each looks at prompt i modulo P.
-            conditional: which of the batches look at their prompts; the others get what an
-                all-zero prompt adds, the bias.
+            x: (B, N, C).
+            runs: which rows look at which prompts, B rows in all. Those that look at none get what
+                an all-zero prompt adds, the bias.
         """
         # Asked first, as even a call that changes nothing costs time in each step.
         if not x.is_contiguous():
             x = x.contiguous()
         block = self._beside(x)
         out = torch.empty_like(x)
-        by_condition = (len(conditional), -1, *x.shape[1:])
-        batches = x.view(by_condition).unbind()
-        results = out.view(by_condition).unbind()
-        for looks, latents, result in zip(conditional, batches, results, strict=True):
-            if looks:
-                block.attend(latents, result, strength)
+        rows = [run.rows for run in runs]
+        for run, latents, result in zip(runs, x.split(rows), out.split(rows), strict=True):
+            if run.conditional:
+                block.attend(latents, result, run, strength)
             else:
                 torch.add(latents, block.bias, alpha=strength, out=result)
         return out
 
-    def attend(self, x: torch.Tensor, out: torch.Tensor, strength: float) -> None:
-        """Write x (B, N, C) plus `strength` times its attention to the prompts into `out`.
+    def attend(self, x: torch.Tensor, out: torch.Tensor, run: Run, strength: float) -> None:
+        """Write x (B, N, C) plus `strength` times its attention to the run's prompts into `out`.
 
         Both are contiguous. Kept to few operators: on a fast GPU it is their number that costs.
         """
@@ -109,14 +163,14 @@ class FoldedBlock(PromptedBlock):
         out_of_weights = rearrange(out_of_weights, "p h m c -> p (h m) c")
         self.b = _kept(out_of_weights + bias / heads, dtype)
 
-    def attend(self, x, out, strength):
+    def attend(self, x, out, run, strength):
         x = self._grouped(x)
         out = self._grouped(out)
         groups = len(x)
-        scores = torch.bmm(self._normalised(x), _of_groups(self.a, groups))
+        scores = torch.bmm(self._normalised(x), run.of_prompts(self.a))
         by_head = scores.view(groups, -1, self.heads, scores.shape[2] // self.heads)
         weights = by_head.softmax(3).view(scores.shape)  # (groups, tokens, heads * M)
-        torch.baddbmm(x, weights, _of_groups(self.b, groups), alpha=strength, out=out)
+        torch.baddbmm(x, weights, run.of_prompts(self.b), alpha=strength, out=out)
 
 
 class CachedBlock(PromptedBlock):
@@ -131,13 +185,13 @@ class CachedBlock(PromptedBlock):
         self.values = _kept(values, dtype)  # (P, M, C)
         self.to_out = _kept(block.attn3.out.weight, dtype)  # (C, C)
 
-    def attend(self, x, out, strength):
+    def attend(self, x, out, run, strength):
         x = self._grouped(x)
         out = self._grouped(out)
-        groups = len(x)
-        q = torch.bmm(self._normalised(x), _of_groups(self.to_q, groups))
-        k = _of_groups(self.keys, groups)
-        v = _of_groups(self.values, groups)
+        to_q = self.to_q if len(x) == 1 else self.to_q.expand(len(x), -1, -1)
+        q = torch.bmm(self._normalised(x), to_q)
+        k = run.of_prompts(self.keys)
+        v = run.of_prompts(self.values)
         seen = self.attention(q, k, v, self.heads)  # (groups, tokens, C)
         added = nn.functional.linear(seen, self.to_out, self.bias)
         torch.add(x, added, alpha=strength, out=out)
@@ -187,15 +241,3 @@ def keys_and_values(
 def _kept(constant: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:
     """A parameter, since those are what a host counts and moves."""
     return nn.Parameter(constant.detach().to(dtype).contiguous(), requires_grad=False)
-
-
-def _of_groups(constant: torch.Tensor, groups: int) -> torch.Tensor:
-    """(P, ...) -> (groups, ...): the prompts repeat, one for each group."""
-    prompts = len(constant)
-    if prompts == groups:
-        return constant
-    if prompts == 1:
-        return constant.expand(groups, -1, -1)
-    if prompts > groups:
-        return constant[:groups]
-    return constant[torch.arange(groups, device=constant.device) % prompts]

@@ -68,11 +68,6 @@ def block_name(extra_options: dict) -> str:
     return f"{parent}.1.transformer_blocks.{index}"
 
 
-def percent_to_sigma(model, percent: float) -> float:
-    """The noise level at a share of the sampling, as the host counts it."""
-    return symbols.sigma_at(symbols.noise_schedule(model), percent)
-
-
 def trained_sigmas(model) -> torch.Tensor:
     """The noise levels the model was trained on, ascending, (1000,) float32."""
     sigmas = symbols.discrete_sigmas(symbols.noise_schedule(model))

@@ -17,7 +17,7 @@ from cat_diffusion.cat_core.config import (
     SemInpainterConfig,
     unet_blocks,
 )
-from cat_diffusion.cat_core.models.folded import FoldedBlock, fold
+from cat_diffusion.cat_core.models.folded import UNCONDITIONAL, FoldedBlock, fold, runs_of
 from cat_diffusion.cat_core.models.ref_adapter import RefAdapter, RefAdapterBlock
 from cat_diffusion.cat_core.models.sem_inpainter import SemInpainter
 
@@ -113,6 +113,15 @@ def test_half_precision_stays_near_the_goldens(dtype, stored, computed):
             assert 0 < error <= bound
 
 
+def batches(x, conditional):
+    """Runs of as many batches of latents under each other as `conditional` has entries."""
+    latents = len(x) // len(conditional)
+    rows = []
+    for looks in conditional:
+        rows += range(latents) if looks else [UNCONDITIONAL] * latents
+    return runs_of(rows)
+
+
 def test_a_zero_visual_prompt_adds_exactly_the_bias():
     adapter = random_(RefAdapter(BLOCKS))
     block = adapter.block("input_blocks.1.1.transformer_blocks.0")
@@ -120,8 +129,8 @@ def test_a_zero_visual_prompt_adds_exactly_the_bias():
     bias = block.attn3.out.bias
     assert torch.equal(block(x, torch.zeros(2, 64, 32)), bias.expand(2, 9, 40))
     folded = fold(block, torch.zeros(1, 64, 32), torch.float32)
-    assert torch.equal(folded(x, [False]), x + bias)
-    assert torch.allclose(folded(x, [True]), x + bias, atol=1e-6)
+    assert torch.equal(folded(x, batches(x, [False])), x + bias)
+    assert torch.allclose(folded(x, batches(x, [True])), x + bias, atol=1e-6)
 
 
 # (width, tokens, heads): folded, folded, keys and values kept
@@ -157,9 +166,42 @@ def test_folding_changes_nothing(width, tokens, heads, prompts, latents, conditi
     )
     folded = fold(block, prompts, torch.float32)
     assert isinstance(folded, FoldedBlock) == ((width, tokens, heads) != SHAPES[2])
-    out = folded(x, conditional, -0.7)
+    out = folded(x, batches(x, conditional), -0.7)
     assert torch.equal(x, before)
     assert (out - unfolded).abs().max() <= 1e-5 * (unfolded - x).abs().max()
+
+
+def test_rows_in_runs():
+    """A new run where the kind changes or the latents start again."""
+    rows = [UNCONDITIONAL, UNCONDITIONAL, 0, 2, 3, 3, 1, UNCONDITIONAL, 0]
+    runs = runs_of(rows)
+    assert [run.latents for run in runs] == [[-1, -1], [0, 2, 3], [3], [1], [-1], [0]]
+    assert [run.rows for run in runs] == [2, 3, 1, 1, 1, 1]
+    assert [run.conditional for run in runs] == [False, True, True, True, False, True]
+
+
+@pytest.mark.parametrize("width, tokens, heads", SHAPES)
+@pytest.mark.parametrize(
+    "latents",
+    [[2, 3], [3, 0, 1], [1, 3], [0, 1, 2, 3, 4, 5], [4, 5, 6], [UNCONDITIONAL, 3, UNCONDITIONAL]],
+)
+def test_rows_in_any_order_look_at_their_own_prompts(width, tokens, heads, latents):
+    """As context windows and tiles bring them, against each row alone."""
+    generator = torch.Generator().manual_seed(3)
+    block = random_(RefAdapterBlock(width, 32, heads))
+    prompts = torch.randn(4, tokens, 32, generator=generator)
+    folded = fold(block, prompts, torch.float32)
+    x = torch.randn(len(latents), 9, width, generator=generator)
+    out = folded(x, runs_of(latents), 0.5)
+    again = folded(x, runs_of(latents), 0.5)
+    assert torch.equal(out, again)
+    for row, latent in enumerate(latents):
+        tokens_seen = torch.zeros(1, tokens, 32)
+        if latent != UNCONDITIONAL:
+            tokens_seen = prompts[latent % 4][None]
+        alone = x[row : row + 1]
+        expected = alone + 0.5 * block(alone, tokens_seen)
+        assert torch.allclose(out[row : row + 1], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("width, tokens, heads", SHAPES)
@@ -175,7 +217,7 @@ def test_folding_is_no_worse_in_half_precision(width, tokens, heads, dtype, scal
     block, unfolded, exact = block_and_reference(
         width, tokens, heads, dtype, x, prompts, [True], 1.0
     )
-    out = fold(block, prompts, dtype)(x, [True])
+    out = fold(block, prompts, dtype)(x, batches(x, [True]))
     assert out.dtype == dtype
     error = (out.double() - exact).norm().item()
     error_unfolded = (unfolded.double() - exact).norm().item()
@@ -186,13 +228,14 @@ def test_folding_is_no_worse_in_half_precision(width, tokens, heads, dtype, scal
 
 def test_hidden_states_may_be_of_another_type_and_layout_than_the_folded_matrices():
     folded = fold(random_(RefAdapterBlock(80, 32, 4)), torch.randn(1, 16, 32), torch.float32)
-    x = torch.randn(2, 80, 9)
-    whole = folded(x.transpose(1, 2), [True, False])
-    assert torch.equal(whole, folded(x.transpose(1, 2).contiguous(), [True, False]))
-    half = folded(x.transpose(1, 2).bfloat16(), [True, False])
+    x = torch.randn(2, 80, 9).transpose(1, 2)
+    runs = batches(x, [True, False])
+    whole = folded(x, runs)
+    assert torch.equal(whole, folded(x.contiguous(), runs))
+    half = folded(x.bfloat16(), runs)
     assert half.dtype == torch.bfloat16
     assert torch.allclose(half.float(), whole, atol=0.1)
-    assert torch.equal(whole, folded(x.transpose(1, 2), [True, False]))
+    assert torch.equal(whole, folded(x, runs))
 
 
 def test_an_adapter_knows_only_its_own_blocks():

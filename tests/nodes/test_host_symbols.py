@@ -15,6 +15,7 @@ import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
+import comfy.samplers
 import comfy.utils
 import pytest
 import torch
@@ -437,12 +438,6 @@ def test_scale_latent(models):
 def test_vae_cell(models):
     pixels = torch.rand(1, 64, 64, 3)
     assert symbols.vae_cell(models.vae) == 64 // models.vae.encode(pixels).shape[-1]
-
-
-def test_ANY_SIGMA(models):
-    sampling = models.model.get_model_object("model_sampling")
-    assert sampling.percent_to_sigma(0.0) >= symbols.ANY_SIGMA
-    assert sampling.percent_to_sigma(0.001) < symbols.ANY_SIGMA
 
 
 # Patches --------------------------------------------------------------------------------------
@@ -943,3 +938,105 @@ def test_progress_bar(monkeypatch):
     bar = symbols.progress_bar(5)
     bar.update(2)
     assert shown == [(2, 5)]
+
+
+# Around a sampling ----------------------------------------------------------------------------
+
+
+class Guided:
+    """What wrappers of a sampling and of the U-Net are given, and what its patches are told."""
+
+    def __init__(self, models, sample, spy):
+        self.numbers = torch.tensor([[[3]]])
+        self.starts = []  # guider of each sampling
+        self.lists = {}  # of conditions, as they are when it starts
+        spy.calls.clear()
+        self.model = spy.patched.clone()
+        carry = symbols.carry_to_patches("numbers", lambda tensor: tensor.flatten().tolist())
+        for _ in range(2):  # the second time changes nothing
+            symbols.wrap_sampling(self.model, "test", self.start, carry)
+        self.latent = sample(self.model, steps=1)
+        self.calls = spy.calls
+
+    def start(self, executor, *args, **kwargs):
+        guider = symbols.guider_of(executor)
+        self.starts.append(guider)
+        lists = symbols.conditions_of(guider)
+        self.lists = {name: [dict(entry) for entry in entries] for name, entries in lists.items()}
+        for entry in lists["positive"]:
+            symbols.let_travel(entry, "numbers", self.numbers)
+        for entry in lists["negative"]:
+            symbols.let_travel(entry, "numbers", -self.numbers)
+        symbols.tell_patches(guider, "told", "to all")
+        return executor(*args, **kwargs)
+
+
+@pytest.fixture
+def guided(models, sample, spy):
+    return Guided(models, sample, spy)
+
+
+def test_wrap_sampling(guided):
+    """Once, although it was asked for twice."""
+    assert len(guided.starts) == 1
+    assert guided.latent.shape == (1, 4, 8, 8)
+
+
+def test_guider_of(guided):
+    assert isinstance(guided.starts[0], comfy.samplers.CFGGuider)
+
+
+def test_sampled_model(guided):
+    assert symbols.sampled_model(guided.starts[0]) is guided.model
+
+
+def test_conditions_of(guided, conditioned):
+    assert {name: len(entries) for name, entries in guided.lists.items()} == {
+        "positive": 1,
+        "negative": 1,
+    }
+    (condition,) = guided.lists["positive"]
+    mask = conditioned[0][0][1]["concat_mask"]
+    assert condition["concat_mask"] is mask
+
+
+def test_condition_id(guided):
+    """As chunks_of_batch calls them."""
+    ids = {name: symbols.condition_id(entries[0]) for name, entries in guided.lists.items()}
+    for options in guided.calls:
+        for kind, condition in symbols.chunks_of_batch(options):
+            assert condition == ids["positive" if kind == symbols.POSITIVE else "negative"]
+
+
+def test_condition_text(guided, conditioned):
+    for name, conditioning in zip(("positive", "negative"), conditioned, strict=False):
+        assert symbols.condition_text(guided.lists[name][0]) is conditioning[0][0]
+
+
+def test_tell_patches(guided):
+    assert {options["told"] for options in guided.calls} == {"to all"}
+    assert "told" not in guided.model.model_options["transformer_options"]
+
+
+def test_let_travel(guided):
+    """The numbers come in the order of the chunks, and none of the prompts is run apart."""
+    assert guided.calls
+    for options in guided.calls:
+        expected = [3 if kind == symbols.POSITIVE else -3 for kind in options["cond_or_uncond"]]
+        assert options["numbers"] == expected
+        assert len(expected) == 2
+
+
+def test_carry_to_patches(guided):
+    for options in guided.calls:
+        assert options["numbers"]
+    seen = []
+
+    def executor(x, t, c_concat, c_crossattn, control, transformer_options, **travelling):
+        seen.append((transformer_options, travelling))
+
+    before = {"block": 1}
+    wrapper = symbols.carry_to_patches("numbers", torch.Tensor.tolist)
+    wrapper(executor, 0, 0, transformer_options=before, numbers=torch.ones(1), y=2)
+    assert seen == [({"block": 1, "numbers": [1.0]}, {"y": 2})]
+    assert before == {"block": 1}

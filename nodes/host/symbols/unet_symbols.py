@@ -17,10 +17,6 @@ from .weights_and_memory import compute_device
 # MODEL's weights cannot be told from others.
 UNET_PREFIX = "diffusion_model."
 
-# comfy/model_sampling.py:213 (999999999): the noise level at 0 % of a sampling. Without it the
-# share of a sampling that a RefAdapter sees is compared in every call.
-ANY_SIGMA = 999999999
-
 
 def unet_module(model) -> Any:
     """The network inside a MODEL.
