@@ -35,7 +35,9 @@ def test_every_workflow_is_offered_with_a_picture_and_a_twin(server):
     assert sorted(offered) == NAMES == sorted(workflows.WORKFLOWS)
     for name in NAMES:
         assert server.get(f"/api/workflow_templates/cat-diffusion/{name}.json") == canvas(name)
-        assert Image.open(ROOT / f"workflows/{name}.jpg").height == 320
+        picture = ROOT / f"workflows/{name}.jpg"
+        assert picture.exists() == (name not in workflow_runs.NOT_SHOWN)
+        assert not picture.exists() or Image.open(picture).height == 320
         assert (ROOT / f"workflows/api/{name}.json").is_file()
 
 
@@ -141,7 +143,9 @@ def test_every_workflow_runs_on_the_demo_model(made, name):
     if name == "cat_compare":  # plain and CAT side by side, 8 pixels of white between them
         plain = pixels[:, :128]
         pixels = pixels[:, 136:]
-        assert np.abs(plain[hole] - pixels[hole]).mean() > 5
+        # Both get the black hole that the demo U-Net knows, so that only RefAdapter differs.
+        assert (plain[hole] != pixels[hole]).any()
+        assert (plain[~hole] == pixels[~hole]).all()
     assert pixels.shape == original.shape
     assert (pixels[~hole] == original[~hole]).all()
     assert np.abs(pixels[hole] - original[hole]).mean() > 10

@@ -18,8 +18,9 @@ SHOWN = {
     "cat_reference": ("green circle",),
     "cat_lora_controlnet": ("blue cross",),
     "cat_crop": ("yellow circle",),
-    "cat_compare": ("pink heart",),
 }
+# No thumbnail: the demo model draws nearly the same with RefAdapter and without.
+NOT_SHOWN = {"cat_compare"}
 HEIGHT = 320  # pixels, of a thumbnail
 GAP = 8  # pixels between its pictures
 
@@ -62,6 +63,8 @@ def _node_on_demo(node: dict, prompt: dict, label: str, scene: str) -> dict:
     kind = node["class_type"]
     if kind == "LoadImage":
         return node | {"class_type": "CATDemoScene", "inputs": {"scene": scene}}
+    if kind == "InpaintModelConditioning":
+        node = _filled_black(node)
     inputs = {}
     for name, value in node["inputs"].items():
         inputs[name] = _linked_to_demo(value, prompt)
@@ -71,6 +74,14 @@ def _node_on_demo(node: dict, prompt: dict, label: str, scene: str) -> dict:
     if kind == "PrimitiveInt":
         inputs["value"] = _CROP[node["_meta"]["title"]]
     return node | {"inputs": inputs}
+
+
+def _filled_black(node: dict) -> dict:
+    """Stock conditioning by CAT's node: the demo U-Net has seen black holes only, no grey ones."""
+    inputs = dict(node["inputs"])
+    inputs["image"] = inputs.pop("pixels")
+    inputs["fill"] = "black"
+    return node | {"class_type": "CATInpaintConditioning", "inputs": inputs}
 
 
 def _linked_to_demo(value, prompt: dict):

@@ -14,7 +14,7 @@ from pathlib import Path
 from comfyui.local_server import LocalServer, make_base
 from release import demo_workflows, photo_workflows, training_workflow
 from release.graph import Graph
-from release.workflow_runs import FOLDER, examples, thumbnail
+from release.workflow_runs import FOLDER, NOT_SHOWN, examples, thumbnail
 
 WORKFLOWS = {
     "cat_demo": demo_workflows.demo,
@@ -46,7 +46,7 @@ def main() -> int:
             info = server.get("/object_info")
             for name in arguments.only:
                 write(name, info)
-                if arguments.thumbnails:
+                if arguments.thumbnails and name not in NOT_SHOWN:
                     thumbnail(server, name)
                 print(name, flush=True)
     return 0
