@@ -15,7 +15,8 @@ def to_core(
     """The host's IMAGE (B, H, W, 3 or 4) and MASK (B, H, W) -> (B, 3, H, W) and (B, 1, H, W).
 
     fp32 on the CPU, in [0, 1]; mask 1 = repaint. Alpha is dropped as the host does. One picture
-    with N masks, or one mask with N pictures, is repeated.
+    with N masks, or one mask with N pictures, is repeated. A mask of black and white alone is
+    exactly 0 and 1, also where it was decoded one level off.
     """
     core_image = _core_image(image)
     if mask is None:
@@ -62,4 +63,16 @@ def _core_mask(mask: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             "The mask contains NaN or Inf. The node before it failed; look at its output."
         )
-    return core_mask.clamp(0, 1)
+    return _as_drawn(core_mask.clamp(0, 1))
+
+
+def _as_drawn(mask: torch.Tensor) -> torch.Tensor:
+    """Masks (B, 1, H, W) with those of black and white alone at exactly 0 and 1.
+
+    The host reads white of an 8-bit grey PNG as 254.008 of 255, by PyAV, and what is inverted has
+    a black of 0.992 then. A trace of what is under the mask would be left in the hole. Masks with
+    anything in between stay as they are.
+    """
+    level = 1 / 255 + 1e-6  # a little more, for what rounding adds
+    is_plain = ((mask <= level) | (mask >= 1 - level)).flatten(1).all(dim=1)
+    return torch.where(is_plain.view(-1, 1, 1, 1), mask.round(), mask)

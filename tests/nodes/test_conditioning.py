@@ -2,6 +2,7 @@
 
 import comfy.sample
 import comfy.samplers
+import folder_paths
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,8 @@ from safetensors.torch import load_file
 
 from cat_diffusion.cat_core.pictures.tensors import channels_last
 from cat_diffusion.nodes.conditioning import inpaint_conditioning, official_sigmas
+from cat_diffusion.nodes.host import symbols
+from cat_diffusion.nodes.wires import to_core
 from nodes import InpaintModelConditioning
 
 TEXT = [[torch.zeros(1, 77, 24), {}]]
@@ -88,6 +91,54 @@ def test_batches(condition, sample, apply, picture, images, masks):
     positive, negative, latent = condition(image, mask, noise_mask=True)
     assert len(latent["samples"]) == len(values(positive)["concat_mask"]) == 3
     assert len(sample(apply(), positive=positive, negative=negative, latent=latent, steps=1)) == 3
+
+
+def decoded(mask, folder, monkeypatch):
+    """A mask as the host reads it from an 8-bit grey PNG."""
+    Image.fromarray((mask[0] * 255).byte().numpy()).save(folder / "mask.png")
+    monkeypatch.setattr(folder_paths, "input_directory", str(folder))
+    return symbols.run_stock_node("LoadImageMask", image="mask.png", channel="red")[0]
+
+
+def test_black_and_white_are_so_after_decoding(condition, picture, tmp_path, monkeypatch):
+    """The hole is as black as with the mask that was drawn, and nothing shines through."""
+    image, mask = picture
+    drawn = mask.round()
+    read = decoded(drawn, tmp_path, monkeypatch)
+    assert (read - drawn).abs().max() <= 1 / 255
+    for mask_read, mask_drawn in ((read, drawn), (1 - read, 1 - drawn)):
+        for fill in ("black", "grey"):
+            found = condition(image, mask_read, fill, noise_mask=True)
+            expected = condition(image, mask_drawn, fill, noise_mask=True)
+            for name in ("concat_latent_image", "concat_mask"):
+                assert torch.equal(values(found[0])[name], values(expected[0])[name])
+            assert torch.equal(found[2]["noise_mask"], expected[2]["noise_mask"])
+
+
+WHITE = 254.008 / 255  # as the host reads it
+BLACK = 1 - WHITE  # inverted
+
+
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        ([0, WHITE], [0, 1]),
+        ([BLACK, 1], [0, 1]),
+        ([BLACK, BLACK], [0, 0]),
+        ([1 / 255, 254 / 255], [0, 1]),
+        ([0, 0.5, WHITE], [0, 0.5, WHITE]),
+        ([2 / 255, 1], [2 / 255, 1]),
+        ([0, 253 / 255], [0, 253 / 255]),
+    ],
+)
+def test_only_masks_of_two_values_are_mended(picture, row, expected):
+    """Each mask of a batch for itself."""
+    soft = torch.linspace(0, WHITE, len(row)).view(1, 1, -1)
+    masks = torch.cat((torch.tensor(row).view(1, 1, -1), soft))
+    _, core = to_core(picture[0], masks)
+    assert torch.equal(core[0].flatten(), torch.tensor(expected).float())
+    if len(row) > 2:
+        assert torch.equal(core[1].flatten(), soft.flatten())
 
 
 def test_mismatched_batches_are_refused(condition, picture):
