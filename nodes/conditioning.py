@@ -4,7 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from ..cat_core import preprocess
-from .host import symbols
+from .host import messages, symbols
 from .host.stock_conditioning import stock_inpaint_conditioning, with_values
 from .host.unet import trained_sigmas, vae_cell
 from .wires import CATEGORY, to_core
@@ -86,12 +86,19 @@ def inpaint_conditioning(
         noise_mask: also hand the sampler the mask, so that it keeps the latent outside.
     """
     cell = vae_cell(vae)
+    pictures = len(image)
     image, mask = to_core(image, mask)
     height, width = image.shape[2:]
     if min(height, width) < cell:
         raise ValueError(
             f"The image is {width}x{height} pixels; the VAE needs at least {cell}x{cell}. "
             "Scale it up."
+        )
+    if pictures < len(mask):
+        messages.say(
+            f"There are {len(mask)} masks for one image: {len(mask)} pictures are made of it. "
+            "Image Composite Masked saves as many as it gets of the photo; put Repeat Image Batch "
+            "before its destination."
         )
     if fill == "grey":
         return stock_inpaint_conditioning(

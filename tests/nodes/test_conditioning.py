@@ -6,6 +6,8 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
+from comfy_extras.nodes_images import RepeatImageBatch
+from comfy_extras.nodes_mask import ImageCompositeMasked
 from paths import GOLDENS
 from PIL import Image
 from safetensors.torch import load_file
@@ -91,6 +93,27 @@ def test_batches(condition, sample, apply, picture, images, masks):
     positive, negative, latent = condition(image, mask, noise_mask=True)
     assert len(latent["samples"]) == len(values(positive)["concat_mask"]) == 3
     assert len(sample(apply(), positive=positive, negative=negative, latent=latent, steps=1)) == 3
+
+
+def test_more_masks_than_pictures_are_said(condition, picture, caplog):
+    """The stock node at the end of the workflows pastes as many as it gets photos."""
+    caplog.set_level("INFO")
+    image, mask = picture
+    condition(image, mask)
+    condition(image.repeat(2, 1, 1, 1), mask.repeat(2, 1, 1))
+    assert not any("masks for one image" in line for line in caplog.messages)
+    _, _, latent = condition(image, mask.repeat(2, 1, 1))
+    assert len(latent["samples"]) == 2
+    said = [line for line in caplog.messages if "2 masks for one image: 2 pictures" in line]
+    assert len(said) == 1
+
+    def pasted(photo):
+        made = torch.rand(2, 64, 64, 3)
+        return ImageCompositeMasked.execute(photo, made, 0, 0, False, mask).args[0]
+
+    assert len(pasted(image)) == 1
+    (repeated,) = RepeatImageBatch.execute(image, 2).args
+    assert len(pasted(repeated)) == 2
 
 
 def decoded(mask, folder, monkeypatch):
