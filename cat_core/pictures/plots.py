@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from .. import preprocess
 from .axis import Axis
+from .captions import one_line, shortened
 from .tensors import to_picture
 
 WIDTH = 640  # pixels of a panel
@@ -183,13 +184,12 @@ def sheet(
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     for column, title in enumerate(titles):
-        draw.text((column * side + 4, 4), title, fill="black")
+        draw.text((column * side + 4, 4), shortened(title, side - 8), fill="black")
     for row, (text, pictures) in enumerate(rows):
         top = LINE + row * (side + LINE)
         for column, picture in enumerate(pictures):
             cell = picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
             canvas.paste(cell, (column * side, top))
-        # Pillow's own font knows no letters beyond Latin-1.
-        known = text.encode("latin-1", "replace").decode("latin-1")
-        draw.text((4, top + side + 4), known, fill="black")
+        line = shortened(one_line(text), canvas.width - 8)
+        draw.text((4, top + side + 4), line, fill="black")
     return canvas

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .. import preprocess
 from ..features import VisualPrompt
+from .captions import one_line, shortened, width_of
 from .tensors import channels_last, to_picture
 
 SIDE = preprocess.CLIP_SIZE  # pixels of a panel
@@ -83,7 +84,10 @@ def _similarity_panel(text: str, cosines: torch.Tensor, cells: torch.Tensor) -> 
     high = cosines.max().item()
     grey = (cosines - low) / max(high - low, 1e-6)
     panel = _enlarged(grey.reshape(*cells.shape, 1).expand(-1, -1, 3))
-    return f'"{text}": {low:.2f} black, {high:.2f} white', _outlined(panel, cells)
+    legend = f'": {low:.2f} black, {high:.2f} white'
+    # What is shortened is the text: the numbers are why one looks here.
+    name = shortened(f'"{one_line(text)}', SIDE - width_of(legend))
+    return name + legend, _outlined(panel, cells)
 
 
 def _enlarged(cells: torch.Tensor) -> Image.Image:
@@ -136,8 +140,6 @@ def _row(panels: Sequence[Panel]) -> Image.Image:
     draw = ImageDraw.Draw(row)
     for number, (title, panel) in enumerate(panels):
         x = GAP + number * (SIDE + GAP)
-        while draw.textlength(title) > SIDE:
-            title = title[:-4] + "..."
         draw.text((x, 3), title, fill=_INK)
         row.paste(panel, (x, TITLE))
     return row
