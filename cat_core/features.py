@@ -21,6 +21,7 @@ class VisualPrompt:
     picture: torch.Tensor  # (B, 3, 224, 224) uint8, what CLIP saw
     mask: torch.Tensor | None = None  # (B, 1, H, W) in [0, 1], 1 = hidden from CLIP
     text: str = ""  # of the last object
+    image_feature: torch.Tensor | None = None  # (B, D), predicted; None where no SemInpainter ran
 
 
 def blend(

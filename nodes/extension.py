@@ -6,6 +6,7 @@ Node ids, input ids and orders, and output orders are a contract with saved work
 from comfy_api.latest import ComfyExtension, io
 
 from .apply_ref_adapter import CATApplyRefAdapter
+from .clip_vision_output import CATVisualPromptToClipVision
 from .compare import CATCompareFeatures
 from .conditioning import CATInpaintConditioning, CATScheduler
 from .crop_and_stitch import CATCropAroundMask, CATStitch
@@ -26,6 +27,7 @@ NODES = [
     CATStitch,
     CATScheduler,
     CATVisualPromptPreview,
+    CATVisualPromptToClipVision,
     CATCompareFeatures,
     CATTrainSemInpainter,
     CATTrainRefAdapter,

@@ -234,7 +234,7 @@ def predict(
     _say_where_odd(patch_mask)
     text_feature = encode_text(clip, label, config.text_size)
     predicted = run_sem_inpainter(cat_model, observed, image_feature, text_feature, patch_mask)
-    after = features.blend(predicted, observed, patch_mask)
+    after = features.blend(predicted.patches, observed, patch_mask)
     return features.VisualPrompt(
         tokens=features.pool(after),
         before=observed,
@@ -243,6 +243,7 @@ def predict(
         picture=seen.masked_image,
         mask=hidden,
         text=label,
+        image_feature=predicted.image,
     )
 
 

@@ -13,7 +13,7 @@ class SemInpainterOutput(NamedTuple):
     """What SemInpainter predicts, before blending."""
 
     patches: torch.Tensor  # (B, G*G, D), no final norm
-    image: torch.Tensor  # (B, D), post-layernormed; used by the distillation loss only
+    image: torch.Tensor  # (B, D), post-layernormed; the visual prompt does without it
     label: torch.Tensor  # (B, D), no final norm; unused downstream
 
 

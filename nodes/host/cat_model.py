@@ -7,6 +7,7 @@ import torch
 
 from ...cat_core import weights
 from ...cat_core.config import Architecture, SemInpainterConfig
+from ...cat_core.models.sem_inpainter import SemInpainterOutput
 from . import symbols
 from .memory import BATCH, chunks
 
@@ -48,8 +49,8 @@ def part_tensors(
     return copies
 
 
-def run_sem_inpainter(cat_model: CatModel, patches, image, text, patch_mask) -> torch.Tensor:
-    """Predicted patch features (B, N, D).
+def run_sem_inpainter(cat_model: CatModel, patches, image, text, patch_mask) -> SemInpainterOutput:
+    """What SemInpainter predicts of a batch of any size.
 
     Computed where the host wants it, returned where it keeps results. Takes SemInpainter's own
     inputs; one text for all pictures.
@@ -58,13 +59,13 @@ def run_sem_inpainter(cat_model: CatModel, patches, image, text, patch_mask) -> 
     needed = _activations(patcher.model.config, len(patches))
     symbols.load([patcher], needed)
     device = symbols.device_of(patcher)
-    predicted = []
+    outputs = []
     for rows in chunks(len(patches)):
         count = len(patches[rows])
         inputs = (patches[rows], image[rows], text.expand(count, -1), patch_mask[rows])
         output = patcher.model(*(part.to(device) for part in inputs))
-        predicted.append(output.patches.to(symbols.results_device()))
-    return torch.cat(predicted)
+        outputs.append(SemInpainterOutput(*(part.to(symbols.results_device()) for part in output)))
+    return SemInpainterOutput(*map(torch.cat, zip(*outputs, strict=True)))
 
 
 def _activations(config: SemInpainterConfig, pictures: int) -> int:

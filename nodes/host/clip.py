@@ -36,10 +36,42 @@ def encode_image(clip_vision, pixels: torch.Tensor) -> tuple[torch.Tensor, torch
 
     The patches are as they leave the last layer, the image feature has the norm after it.
     """
-    image = pixels.movedim(1, -1).float() / 255
-    hidden = symbols.last_hidden_state(clip_vision, image).float()
+    hidden = _last_hidden_state(clip_vision, pixels)
     image_feature = symbols.post_layernorm(clip_vision, hidden[:, 0]).float()
     return hidden[:, 1:], image_feature.to(hidden.device)
+
+
+def class_token(clip_vision, pixels: torch.Tensor) -> torch.Tensor:
+    """(B, 3, 224, 224) uint8 -> what leaves the last layer before the patches, (B, 1, D)."""
+    return _last_hidden_state(clip_vision, pixels)[:, :1]
+
+
+def _last_hidden_state(clip_vision, pixels: torch.Tensor) -> torch.Tensor:
+    image = pixels.movedim(1, -1).float() / 255
+    return symbols.last_hidden_state(clip_vision, image).float()
+
+
+def normed(clip_vision, features: torch.Tensor) -> torch.Tensor:
+    """The norm after CLIP vision's last layer, in fp32 and where the features lie."""
+    symbols.load_clip_vision(clip_vision)
+    return symbols.post_layernorm(clip_vision, features).to(features)
+
+
+def project_image(clip_vision, features: torch.Tensor) -> torch.Tensor | None:
+    """Normed features (..., D) in CLIP's common space (..., P), where they lie.
+
+    None where CLIP vision has no projection into it.
+    """
+    project = symbols.visual_projection(clip_vision)
+    if project is None or not _is_trained(project):
+        return None
+    symbols.load_clip_vision(clip_vision)
+    return project(features.to(symbols.device_of(clip_vision))).to(features)
+
+
+def vision_output(last_hidden_state: torch.Tensor, image_embeds: torch.Tensor):
+    """The host's CLIP_VISION_OUTPUT of (B, N + 1, D) and (B, P)."""
+    return symbols.VisionOutput(last_hidden_state, image_embeds)
 
 
 def encode_text(clip, text: str, width: int | None = None) -> torch.Tensor:
@@ -64,17 +96,14 @@ def text_similarity(clip, clip_vision, prompt) -> torch.Tensor | None:
     """
     if symbols.text_encoders(clip) != {"l"}:
         return None
-    project = symbols.visual_projection(clip_vision)
-    if project is None or not _is_trained(project):
-        return None
     if not _is_trained(symbols.text_projection(clip)):
         return None
+    cells = project_image(clip_vision, normed(clip_vision, prompt.after))
     text = symbols.pooled_feature(clip, plain_tokens(clip, prompt.text))
-    symbols.load_clip_vision(clip_vision)
-    cells = project(symbols.post_layernorm(clip_vision, prompt.after)).float().cpu()
-    if cells.shape[2] != text.shape[1]:
+    if cells is None or cells.shape[2] != text.shape[1]:
         return None
-    return torch.nn.functional.cosine_similarity(cells, text.float().cpu().view(1, 1, -1), dim=2)
+    text = text.to(cells).view(1, 1, -1)
+    return torch.nn.functional.cosine_similarity(cells, text, dim=2).cpu()
 
 
 def _is_trained(projection) -> bool:

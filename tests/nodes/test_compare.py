@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from cat_diffusion.cat_core.models.sem_inpainter import SemInpainterOutput
 from cat_diffusion.nodes import visual_prompt
 from cat_diffusion.nodes.compare import CATCompareFeatures
 from cat_diffusion.nodes.host.cat_model import CatModel
@@ -46,7 +47,8 @@ def test_the_numbers_are_mean_cosines_in_the_hole(compare, truth, picture, promp
 
 
 def test_a_perfect_prediction_is_1(compare, truth, picture, monkeypatch):
-    monkeypatch.setattr(visual_prompt, "run_sem_inpainter", lambda *_: truth)
+    perfect = SemInpainterOutput(patches=truth, image=truth[:, 0], label=truth[:, 0])
+    monkeypatch.setattr(visual_prompt, "run_sem_inpainter", lambda *_: perfect)
     observed, predicted, _ = compare(*picture)
     assert predicted == pytest.approx(1, abs=1e-5)
     assert observed < 0.99

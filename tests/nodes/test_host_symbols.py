@@ -746,6 +746,19 @@ def test_vision_config(models):
     assert symbols.vision_config(types.SimpleNamespace()) == {}
 
 
+def test_VisionOutput(models):
+    """It has what the host's own output of an encoder has, as far as it can."""
+    encoded = models.clip_vision.encode_image(torch.rand(2, 224, 224, 3), crop=False)
+    hidden = encoded["last_hidden_state"]
+    made = symbols.VisionOutput(hidden, encoded["image_embeds"])
+    assert isinstance(made, type(encoded))
+    assert torch.equal(made["last_hidden_state"], hidden)
+    assert made.image_sizes == encoded.image_sizes
+    for name in set(vars(encoded)) - set(vars(made)):
+        with pytest.raises(AttributeError, match=f"A visual prompt has no {name}"):
+            getattr(made, name)
+
+
 def test_post_layernorm(models):
     stored = models.file.parts["clip_vision"]
     weight = stored["vision_model.post_layernorm.weight"].float()

@@ -68,7 +68,8 @@ def test_the_second_object_builds_on_the_first(predict, models, picture, second)
     predicted = run_sem_inpainter(models.cat_model, before, image_feature, text, cells_2)
 
     assert torch.equal(both.before, before)
-    assert torch.equal(both.after, features.blend(predicted, before, cells_2))
+    assert torch.equal(both.after, features.blend(predicted.patches, before, cells_2))
+    assert torch.equal(both.image_feature, predicted.image)
     assert torch.equal(both.tokens, features.pool(both.after))
     assert torch.equal(both.patch_mask, seen.patch_mask)
     assert both.text == "cup"

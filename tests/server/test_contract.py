@@ -29,6 +29,7 @@ CONTRACT = {
     "CATStitch": (["crop", "image", "soft_edge"], ["IMAGE"]),
     "CATScheduler": (["model", "steps", "denoise"], ["SIGMAS"]),
     "CATVisualPromptPreview": (["visual_prompt", "clip", "clip_vision"], ["IMAGE"]),
+    "CATVisualPromptToClipVision": (["visual_prompt", "clip_vision"], ["CLIP_VISION_OUTPUT"]),
     "CATDemoScene": (["scene"], ["IMAGE", "MASK"]),
     "CATCompareFeatures": (
         ["cat_model", "clip_vision", "clip", "image", "mask", "text"],

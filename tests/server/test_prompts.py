@@ -171,6 +171,29 @@ def test_the_lora_still_applies_after_the_adapter(prompt, run):
     assert not torch.equal(run(prompt)[1], plain)
 
 
+def test_the_features_go_on_to_a_stock_node(prompt, run):
+    """The stock U-Net of SD 1.5 does not read them, so the picture stays as it was."""
+    _, plain = run(prompt)
+    output = prompt.add(
+        "output",
+        "CATVisualPromptToClipVision",
+        visual_prompt=["7", 0],
+        clip_vision=["1", 3],
+    )
+    prompt.inputs("KSampler")["positive"] = prompt.add(
+        "unclip",
+        "unCLIPConditioning",
+        conditioning=["9", 0],
+        clip_vision_output=output,
+        strength=1.0,
+        noise_augmentation=0.0,
+    )
+    result, latent = run(prompt)
+    assert torch.equal(latent, plain)
+    assert {"output", "unclip"} <= set(result.seconds)
+    assert "no projection" in result.texts["output"]
+
+
 def test_the_official_schedule_through_sampler_custom(prompt, run):
     prompt.add(
         "10",

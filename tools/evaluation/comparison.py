@@ -203,7 +203,7 @@ def feature_cosines(
             truth, _ = encode_image(vision, seen.image)
             text = encode_text(clip, record.label)
             predicted = run_sem_inpainter(cat_model, observed, image, text, seen.patch_mask)
-            for kind, patches in (("observed", observed), ("predicted", predicted)):
+            for kind, patches in (("observed", observed), ("predicted", predicted.patches)):
                 cosines = metrics.masked_cosines(patches, truth, seen.patch_mask)
                 counts[kind] += metrics.histogram(cosines)
                 means[kind].append(float(cosines.mean()))

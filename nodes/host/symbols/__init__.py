@@ -9,6 +9,7 @@ is imported are in startup.py.
 """
 
 from .clip_and_vae import (
+    VisionOutput,
     context,
     last_hidden_state,
     latent_channels,
@@ -135,6 +136,7 @@ __all__ = [
     "Cancelled",
     "LayersWithWeights",
     "Patch",
+    "VisionOutput",
     "add_middle_patch",
     "attention_name",
     "bytes_of",

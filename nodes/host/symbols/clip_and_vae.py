@@ -139,6 +139,32 @@ def last_hidden_state(clip_vision, image: torch.Tensor) -> torch.Tensor:
     return clip_vision.encode_image(image, crop=False)["last_hidden_state"]
 
 
+class VisionOutput(comfy.clip_vision.Output):
+    """A CLIP_VISION_OUTPUT of features that no encoder made; readers ask it for attributes.
+
+    comfy/clip_vision.py:14 (class Output), and comfy/clip_vision.py:72 (last_hidden_state) with the
+    lines after it for the names. Without it no node of the host reads a visual prompt's features.
+
+    Args:
+        last_hidden_state: (B, N + 1, D), the whole picture's token first.
+        image_embeds: (B, P).
+    """
+
+    def __init__(self, last_hidden_state: torch.Tensor, image_embeds: torch.Tensor):
+        self.last_hidden_state = last_hidden_state
+        self.image_embeds = image_embeds
+        self.image_sizes = [torch.Size((3, 224, 224))] * len(last_hidden_state)
+        self.mm_projected = None
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AttributeError(
+            f"A visual prompt has no {name}: SemInpainter predicts CLIP's last layer alone. A node "
+            "that asks for it, such as those for video, needs CLIP Vision Encode instead."
+        )
+
+
 def post_layernorm(clip_vision, features: torch.Tensor) -> torch.Tensor:
     """The norm after CLIP vision's last layer, where the encoder computes.
 
