@@ -8,7 +8,8 @@ from PIL import Image
 
 from .manifest import ManifestError, Record
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+PNG_AND_JPEG = (".png", ".jpg", ".jpeg", ".jfif")
+PICTURES = (*PNG_AND_JPEG, ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jp2")
 
 
 class Candidate(NamedTuple):
@@ -54,17 +55,50 @@ def triples(data: DataFolder, split: str) -> Iterator[Candidate]:
         NAME.jpg                NAME_mask.png      NAME.txt     the label is the text file's content
 
     A text file named like the image wins in the first form too. A sample's id is its image's name
-    without ending.
+    without ending; where several have the same, the ending that PICTURES names first counts.
     """
-    files = sorted(path.name for path in data.path.iterdir() if path.suffix.lower() in PICTURES)
-    # Where a stem has several endings, the first one counts.
-    stems = {Path(name).stem: name for name in reversed(files)}
+    files = sorted(path.name for path in data.path.iterdir())
+    stems = {}
+    for name in sorted(filter(_is_picture, files), key=_rank):
+        stems.setdefault(Path(name).stem, name)
+    unread = set(_unread(files, stems))
+    images = {*stems, *(Path(name).stem for name in unread)}
     for name in files:
         stem = Path(name).stem
-        if not _is_mask(stem, stems):
+        if name in unread:
+            yield Candidate(name, reason=f"{_ending(name)} is no format that is read")
+        elif not _is_picture(name):
+            continue
+        elif stems[stem] != name:
+            yield Candidate(name, reason="same name with another ending")
+        elif not _is_mask(stem, stems):
             yield _triple(data, name, stems, split)
-        elif _lacks_image(stem, stems):
+        elif _lacks_image(stem, images):
             yield Candidate(stem, reason="missing image")
+
+
+def _is_picture(name: str) -> bool:
+    return _ending(name) in PICTURES
+
+
+def _ending(name: str) -> str:
+    return Path(name).suffix.lower()
+
+
+def _rank(name: str) -> tuple[int, str]:
+    return PICTURES.index(_ending(name)), name
+
+
+def _unread(files: list[str], stems: dict[str, str]) -> Iterator[str]:
+    """Files that are meant as images, since they have a mask or a label, in other formats."""
+    names = set(files)
+    for name in files:
+        stem = Path(name).stem
+        is_other = _ending(name) not in ("", ".txt", *PICTURES) and stem not in stems
+        has_label = f"{stem}.txt" in names
+        has_mask = f"{stem.removesuffix('_image')}_mask" in stems
+        if is_other and (has_label or has_mask):
+            yield name
 
 
 def _triple(data: DataFolder, name: str, stems: dict[str, str], split: str) -> Candidate:
@@ -92,6 +126,6 @@ def _is_mask(stem: str, stems: dict[str, str]) -> bool:
     return stem.endswith("_mask") and f"{stem}_mask" not in stems
 
 
-def _lacks_image(mask: str, stems: dict[str, str]) -> bool:
+def _lacks_image(mask: str, images: set[str]) -> bool:
     subject = mask.removesuffix("_mask")
-    return subject not in stems and f"{subject}_image" not in stems
+    return subject not in images and f"{subject}_image" not in images

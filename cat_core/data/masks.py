@@ -1,17 +1,23 @@
 """A record's pictures, and the holes that training cuts: Pillow alone, no torch."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageFilter
 
 from ..errors import CatError
+from ..pictures import opening
 from .manifest import Box, Record
 
 VARIANTS = ("segment", "box")  # how the hole is made of the object's mask
 HOLE_SIZE = 512  # pixels, the official working size
 MASKED = 128  # grey level from which a pixel counts as masked
 BINARY = [0] * MASKED + [255] * (256 - MASKED)  # each grey level -> unmasked or masked
+SHAPE_TOLERANCE = 0.02  # of the proportion of its sides, by which a mask may differ from its image
+COLOURED = 32  # levels by which the channels of a colour differ that is not grey
 
 
 class SampleError(CatError):
@@ -36,13 +42,22 @@ def load(record: Record, folder: str | os.PathLike) -> tuple[Image.Image, Image.
         the record has no mask picture; None for a hole-free image. A mask picture of another size
         is resized, bicubic, to the image's.
     Raises:
-        SampleError: its reason is missing image, corrupt image, missing mask, corrupt mask or empty
-            mask.
+        SampleError: an image or mask is missing, corrupt or of another shape, or the mask is empty
+            or not of 0 and 255.
     """
-    image = _picture(Path(folder, record.image), "image", "RGB")
+    with opened(Path(folder, record.image), "image") as file:
+        turned = opening.is_turned(file)
+        image = opening.as_rgb(file)
     if not record.hole:
         return image, None
-    mask = _mask(record, folder, image.size)
+    if record.mask is None:
+        assert record.box is not None  # one of the two makes the hole
+        mask = box_mask(record.box, image.size)
+    else:
+        mask = read_mask(Path(folder, record.mask))
+        check_shape(mask, image.size, turned)
+        if mask.size != image.size:
+            mask = mask.resize(image.size, Image.Resampling.BICUBIC)
     if _object_box(mask) is None:
         raise SampleError(
             "empty mask",
@@ -52,14 +67,65 @@ def load(record: Record, folder: str | os.PathLike) -> tuple[Image.Image, Image.
     return image, mask
 
 
-def _mask(record: Record, folder: str | os.PathLike, size: tuple[int, int]) -> Image.Image:
-    if record.mask is not None:
-        mask = _picture(Path(folder, record.mask), "mask", "L")
-        if mask.size == size:
-            return mask
-        return mask.resize(size, Image.Resampling.BICUBIC)
-    assert record.box is not None  # one of the two makes the hole
-    return box_mask(record.box, size)
+def read_mask(path: Path) -> Image.Image:
+    """Open a mask picture: L, 255 = object, turned upright as its EXIF data says.
+
+    It lies in the file's alpha, opaque = object, where that differs from pixel to pixel; else in
+    the brightness of its colours.
+    Raises SampleError: missing mask, corrupt mask, empty mask, or values other than 0 and 255.
+    """
+    with opened(path, "mask") as file:
+        transparency = opening.alpha(file)
+        has_mask_in_alpha = transparency is not None and _varies(transparency)
+        mask = transparency if has_mask_in_alpha else opening.as_grey(file)
+        if not has_mask_in_alpha:
+            _check_palette(file, path)
+    lightest = mask.getextrema()[1]
+    if lightest == 0:
+        raise SampleError("empty mask", f"{path} is black, expected white where the object is")
+    if lightest < MASKED:
+        raise SampleError(
+            f"mask reaches {lightest} of 255",
+            f"{path}: expected 0, and 255 where the object is. tools/prepare_data.py takes other "
+            "values with --mask-values.",
+        )
+    return mask
+
+
+def check_shape(mask: Image.Image, size: tuple[int, int], turned: bool) -> None:
+    """Raise SampleError unless a mask's sides have the image's proportion, as far as both tell.
+
+    Two per cent and one pixel of the mask are granted.
+
+    Args:
+        size: the upright image's (W, H).
+        turned: whether EXIF data has turned the image onto its side.
+    """
+    if same_shape(mask.size, size):
+        return
+    found = f"the mask is {mask.width}x{mask.height}, the image {size[0]}x{size[1]}"
+    if turned and same_shape(mask.size, size[::-1]):
+        raise SampleError(
+            "mask of the image before its EXIF turn",
+            f"{found}, turned by its EXIF data. tools/prepare_data.py turns such masks with "
+            "--turn-masks.",
+        )
+    raise SampleError(
+        "mask of another shape",
+        f"{found}, expected sides in the same proportion. Crop or draw the mask for this image.",
+    )
+
+
+def same_shape(mask_size: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Whether two sizes (W, H) have the same proportion, as check_shape grants it."""
+    mask_width, mask_height = mask_size
+    width, height = size
+    fitting_width = mask_height * width / height
+    fitting_height = mask_width * height / width
+    return (
+        abs(mask_width - fitting_width) <= max(1, SHAPE_TOLERANCE * fitting_width)
+        or abs(mask_height - fitting_height) <= 1
+    )
 
 
 def box_mask(box: Box, size: tuple[int, int]) -> Image.Image:
@@ -105,10 +171,39 @@ def _object_box(mask: Image.Image) -> tuple[int, int, int, int] | None:
     return mask.point(BINARY).getbbox()
 
 
-def _picture(path: Path, kind: str, mode: str) -> Image.Image:
+def _varies(channel: Image.Image) -> bool:
+    low, high = channel.getextrema()
+    return low < high
+
+
+def _check_palette(file: Image.Image, path: Path) -> None:
+    """Raise SampleError where a palette names several things by colours, as VOC's masks do."""
+    if file.mode != "P":
+        return
+    used = file.getcolors() or []  # at most 256
+    colours = file.convert("RGB").getcolors() or []
+    coloured = any(max(colour) - min(colour) > COLOURED for _, colour in colours)
+    if coloured and len(used) > 2:
+        values = ", ".join(str(value) for _, value in sorted(used, key=itemgetter(1))[:8])
+        raise SampleError(
+            f"mask of {len(used)} colours",
+            f"{path} holds the palette's values {values}; expected 0 and 255. "
+            "tools/prepare_data.py takes other values with --mask-values.",
+        )
+
+
+@contextmanager
+def opened(path: Path, kind: str) -> Iterator[Image.Image]:
+    """A file as Pillow opens it; what goes wrong inside becomes a SampleError.
+
+    Args:
+        kind: image or mask, for the reason.
+    """
     try:
-        with Image.open(path) as file:
-            return ImageOps.exif_transpose(file).convert(mode)
+        with opening.opened(path) as file:
+            yield file
+    except SampleError:
+        raise
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise SampleError(f"missing {kind}", f"{path} is not a file") from error
     # For what is broken Pillow raises OSError, SyntaxError, ValueError, struct.error and others.

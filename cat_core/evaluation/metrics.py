@@ -56,7 +56,8 @@ def frechet_distance(real: Iterable[torch.Tensor], made: Iterable[torch.Tensor])
             "FID compares covariances and needs at least 2 pictures on each side; found "
             f"{counts['real']} real and {counts['made']} made. Evaluate more pictures."
         )
-    return float(sums.compute())
+    # Of equal sets rounding leaves a little more or less than nothing; no distance is negative.
+    return max(float(sums.compute()), 0.0)
 
 
 class _ReadyFeatures(torch.nn.Identity):

@@ -13,17 +13,21 @@ from pathlib import Path
 from PIL import Image
 
 from ..data import manifest, masks
+from ..data.folder import PICTURES
 from ..data.manifest import Record
 from ..errors import few
+from ..pictures import opening
 from .metrics import EvaluationError
 
 RUN = "run.json"
 FAILED = "failed.jsonl"
+ENDINGS = tuple(spelt for ending in PICTURES for spelt in (ending, ending.upper()))
+LOSSY = (".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".jp2")
 
 
 @dataclass(frozen=True)
 class Results:
-    """A folder with `<id>.png` for each sample.
+    """A folder with `<id>.png` for each sample, or in another format where it has no PNG at all.
 
     Its `run.json` says how they were made, `failed.jsonl` what could not be.
     """
@@ -71,11 +75,33 @@ class Results:
     @property
     def ids(self) -> set[str]:
         """Of the pictures that are there."""
-        ids = set()
-        for path in self.folder.iterdir():
-            if path.name.endswith(".png"):
-                ids.add(path.name.removesuffix(".png"))
-        return ids
+        return {Path(name).stem for name in self._names()}
+
+    @property
+    def notes(self) -> list[str]:
+        """What makes the numbers of this folder differ from those of PNG files."""
+        endings = {Path(name).suffix for name in self._names()}
+        lossy = sorted(ending for ending in endings if ending.lower() in LOSSY)
+        if not lossy:
+            return []
+        return [
+            f"{self.folder} holds {few(lossy)} files instead of PNG: what their compression "
+            "changed counts as background error."
+        ]
+
+    def _names(self) -> list[str]:
+        """Of the pictures: the PNG files, or where there are none those of other formats."""
+        names = [path.name for path in self.folder.iterdir() if path.suffix in ENDINGS]
+        of_png = [name for name in names if name.lower().endswith(".png")]
+        return of_png or names
+
+    def _path(self, id: str) -> Path:
+        """The file of a picture that is there; a PNG file first."""
+        for ending in ENDINGS:
+            path = self.folder / f"{id}{ending}"
+            if path.is_file():
+                return path
+        return self.folder / f"{id}.png"
 
     def name(self, folders: Sequence["Results"]) -> str:
         """The folder's name, or its path where another of the folders is called the same."""
@@ -85,7 +111,7 @@ class Results:
     def picture(self, id: str, size: int) -> Image.Image:
         """The finished picture, RGB, size x size; raises EvaluationError."""
         with self._open(id, size) as file:
-            return file.convert("RGB")
+            return opening.as_rgb(file)
 
     def check(self, id: str, size: int) -> None:
         """Raise EvaluationError unless the file's header tells of a picture of that size.
@@ -97,9 +123,9 @@ class Results:
 
     @contextmanager
     def _open(self, id: str, size: int) -> Iterator[Image.Image]:
-        path = self.folder / f"{id}.png"
+        path = self._path(id)
         try:
-            with Image.open(path) as file:
+            with opening.opened(path) as file:
                 if file.size != (size, size):
                     raise EvaluationError(
                         f"{path} is {file.width}x{file.height}, expected {size}x{size}. Give the "
@@ -112,7 +138,7 @@ class Results:
         # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... for what is broken.
         except Exception as error:
             raise EvaluationError(
-                f"{path} cannot be decoded ({error}), expected a PNG. Delete it and let "
+                f"{path} cannot be decoded ({error}), expected a picture. Delete it and let "
                 "tools/generate.py make it again."
             ) from error
 
@@ -182,6 +208,7 @@ class SampleSet:
         notes = []
         problems = []
         for results in folders:
+            notes += results.notes
             ids = results.ids
             lost = self._lost(results, ids)
             shared = [record for record in shared if record.id in ids]

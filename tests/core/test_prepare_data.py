@@ -13,6 +13,7 @@ from pictures import cut, mask, picture
 from PIL import Image
 
 from cat_diffusion.cat_core.data import manifest, masks
+from cat_diffusion.cat_core.data.folder import PICTURES
 from cat_diffusion.cat_core.data.manifest import Record
 from comfyui import existing
 
@@ -98,6 +99,37 @@ def test_check_decodes_everything(triples):
         assert record.image.startswith("data/")
     assert skipped(out)["corrupt image"] == 1
     assert skipped(out)["empty mask"] == 1
+
+
+def test_a_folder_may_hold_every_format_that_is_read(tmp_path):
+    names = [f"cup{number}{ending}" for number, ending in enumerate(PICTURES)]
+    names.append("LOUD.TIF")
+    for name in names:
+        stem = name.split(".")[0]
+        picture(tmp_path / name)
+        mask(tmp_path / f"{stem}_mask.gif")
+        (tmp_path / f"{stem}.txt").write_text("cup")
+    picture(tmp_path / "cup0.gif")  # the first format counts
+    (tmp_path / "phone.heic").write_bytes(b"x")
+    mask(tmp_path / "phone_mask.png")
+    (tmp_path / "labelled.heic").write_bytes(b"x")
+    (tmp_path / "labelled.txt").write_text("cup")
+    (tmp_path / "cup1.json").write_text("{}")
+    out = tmp_path / "m.jsonl"
+    run = prepare("folder", "--data", tmp_path, "--out", out, "--check")
+    assert run.returncode == 0, run.stderr
+    records = manifest.read(out)
+    assert {record.image for record in records} == set(names)
+    for record in records:
+        image, hole = masks.load(record, tmp_path)
+        assert hole.getbbox() == (10, 5, 30, 20)
+        red, *others = image.getpixel((20, 15))
+        assert red > 240
+        assert max(others) < 12
+    assert skipped(out) == {
+        "same name with another ending": 1,
+        ".heic is no format that is read": 2,
+    }
 
 
 def test_nothing_is_overwritten_unless_told(triples):

@@ -9,6 +9,7 @@ from PIL import Image
 from cat_diffusion.cat_core.data import masks
 from cat_diffusion.cat_core.data.manifest import Record
 from cat_diffusion.cat_core.data.masks import SampleError
+from cat_diffusion.cat_core.pictures import opening
 from comfyui.remote_server import Gone, Refused, RemoteServer
 
 ID_LENGTH = 200  # bytes; file systems end at 255
@@ -87,7 +88,7 @@ def finished_picture(server: RemoteServer, image: dict, size: int) -> Image.Imag
         # A server that starts clears the temporary pictures of all servers in its folder.
         raise Gone("a picture that it made is gone") from error
     try:
-        picture = Image.open(io.BytesIO(content)).convert("RGB")
+        picture = opening.as_rgb(Image.open(io.BytesIO(content)))
     except Exception as error:  # whatever Pillow raises for what is broken
         raise SampleError(
             "corrupt picture", f"{server.url} sent a picture that cannot be decoded ({error})"
