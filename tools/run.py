@@ -22,7 +22,14 @@ class Tool(NamedTuple):
 
 TOOLS = {
     "demo_model.recipe": Tool("train the demo model from nothing", ("train",), gpu=True),
+    "demo_model.world_recipe": Tool(
+        "train the demo model on things in photographs", ("train",), gpu=True
+    ),
     "demo_model.world_sources": Tool("fetch the things and photographs of its world", ("world",)),
+    "demo_model.world_judge": Tool("train the judge of things in photographs", gpu=True),
+    "demo_model.world_score": Tool(
+        "fill held-out holes in photographs, and a judge looks", gpu=True
+    ),
     "demo_model.score": Tool("let the demo model fill held-out holes, and a judge look", gpu=True),
     "demo_model.ablation": Tool(
         "the paper's ablation on drawn scenes", ("train", "evaluate"), gpu=True

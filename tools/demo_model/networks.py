@@ -6,6 +6,7 @@ They are built from the host's own classes. The visual grid is the real one (224
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import torch
 from einops import repeat
@@ -22,10 +23,6 @@ from cat_diffusion.nodes.host import modules
 
 SIZE = 128  # side of the demo model's pictures, in pixels
 LATENT_SCALE = 0.18215  # Stable Diffusion's: latents are multiplied by it
-_VISION = 64  # width of CLIP's vision part, SemInpainter and visual prompt
-_TEXT = 32  # width of CLIP's text part
-_HEADS = 4  # of all but CLIP's text part
-_TEXT_HEADS = 2
 _PATCH = 14
 # Layers that end a residual branch start at zero, so that a fresh network passes its input on.
 _BRANCH_ENDS = (
@@ -41,59 +38,120 @@ _BRANCH_ENDS = (
 _NUMBERED_NORMS = (".in_layers.0.weight", ".out_layers.0.weight", ".out.0.weight")
 
 
-def networks(generator: torch.Generator) -> dict[str, nn.Module]:
+@dataclass(frozen=True)
+class Sizes:
+    """How large the networks are.
+
+    Attributes:
+        vision: width of CLIP's vision part, SemInpainter and visual prompt.
+        vision_layers: of CLIP's vision part, and of SemInpainter.
+        text: width of CLIP's text part.
+        heads: of all but CLIP's text part.
+    """
+
+    vision: int
+    vision_layers: int
+    text: int
+    text_layers: int
+    text_heads: int
+    heads: int
+    vae_channels: int
+    vae_multipliers: tuple[int, ...]
+    unet_channels: int
+    unet_multipliers: tuple[int, ...]
+    unet_transformers: tuple[int, ...]
+
+
+DRAWN_SCENES = Sizes(
+    vision=64,
+    vision_layers=4,
+    text=32,
+    text_layers=2,
+    text_heads=2,
+    heads=4,
+    vae_channels=32,
+    vae_multipliers=(1, 1, 2, 2),
+    unet_channels=64,
+    unet_multipliers=(1, 2),
+    unet_transformers=(0, 1),
+)
+PHOTOGRAPHS = Sizes(
+    vision=160,
+    vision_layers=4,
+    text=64,
+    text_layers=2,
+    text_heads=2,
+    heads=4,
+    vae_channels=32,
+    vae_multipliers=(1, 1, 2, 4),
+    unet_channels=96,
+    unet_multipliers=(1, 2),
+    unet_transformers=(0, 1),
+)
+
+
+def networks(generator: torch.Generator, sizes: Sizes = DRAWN_SCENES) -> dict[str, nn.Module]:
     """Fresh modules by part (see weights.PREFIXES), in fp32."""
     parts = {
         "clip_text": modules.clip_text(
-            width=_TEXT, layers=2, heads=_TEXT_HEADS, mlp_width=4 * _TEXT
+            width=sizes.text,
+            layers=sizes.text_layers,
+            heads=sizes.text_heads,
+            mlp_width=4 * sizes.text,
         ),
         "clip_vision": modules.clip_vision(
-            width=_VISION, layers=4, heads=_HEADS, mlp_width=2 * _VISION, projection=_TEXT
+            width=sizes.vision,
+            layers=sizes.vision_layers,
+            heads=sizes.heads,
+            mlp_width=2 * sizes.vision,
+            projection=sizes.text,
         ),
-        "vae": modules.vae(channels=32, multipliers=(1, 1, 2, 2), res_blocks=1),
+        "vae": modules.vae(
+            channels=sizes.vae_channels, multipliers=sizes.vae_multipliers, res_blocks=1
+        ),
         "unet": modules.unet(
-            channels=64,
-            multipliers=(1, 2),
-            transformer_depth=(0, 1),
+            channels=sizes.unet_channels,
+            multipliers=sizes.unet_multipliers,
+            transformer_depth=sizes.unet_transformers,
             res_blocks=1,
-            heads=_HEADS,
-            text_width=_TEXT,
+            heads=sizes.heads,
+            text_width=sizes.text,
         ),
     }
-    parts |= weights.cat_modules(architecture(parts["unet"]), dtype=torch.float32)
+    parts |= weights.cat_modules(architecture(parts["unet"], sizes), dtype=torch.float32)
     for module in parts.values():
         fresh(module, generator)
     parts["unet"].out[2].weight.data.zero_()
     clip_embeddings = parts["clip_vision"].vision_model.embeddings
-    clip_embeddings.patch_embedding.weight.data.copy_(_waves(_VISION, _PATCH))
+    clip_embeddings.patch_embedding.weight.data.copy_(_waves(sizes.vision, _PATCH))
     for embeddings in (clip_embeddings, parts["sem_inpainter"].embeddings):
         table = embeddings.position_embedding.weight
-        table.data[-256:] = _places(_VISION)  # CLIP's begins with the class token
+        table.data[-256:] = _places(sizes.vision)  # CLIP's begins with the class token
     return parts
 
 
-def architecture(unet: nn.Module) -> Architecture:
+def architecture(unet: nn.Module, sizes: Sizes = DRAWN_SCENES) -> Architecture:
     """What the file's header says of the networks."""
     return Architecture(
         sem_inpainter=SemInpainterConfig(
-            hidden_size=_VISION,
-            intermediate_size=2 * _VISION,
-            num_hidden_layers=4,
-            num_attention_heads=_HEADS,
+            hidden_size=sizes.vision,
+            intermediate_size=2 * sizes.vision,
+            num_hidden_layers=sizes.vision_layers,
+            num_attention_heads=sizes.heads,
             grid_size=16,
-            text_size=_TEXT,
-            text_intermediate_size=2 * _TEXT,
-            spatial_intermediate_size=2 * _VISION,
-            global_intermediate_size=2 * _VISION,
+            text_size=sizes.text,
+            text_intermediate_size=2 * sizes.text,
+            spatial_intermediate_size=2 * sizes.vision,
+            global_intermediate_size=2 * sizes.vision,
         ),
         ref_adapter=RefAdapterConfig(
-            visual_size=_VISION,
-            num_heads=_HEADS,
+            visual_size=sizes.vision,
+            num_heads=sizes.heads,
             blocks=unet_blocks(unet.state_dict()),
         ),
-        unet_num_heads=_HEADS,
-        clip_text_num_heads=_TEXT_HEADS,
-        clip_vision_num_heads=_HEADS,
+        unet_num_heads=sizes.heads,
+        clip_text_num_heads=sizes.text_heads,
+        clip_vision_num_heads=sizes.heads,
     )
 
 

@@ -1,0 +1,280 @@
+"""Train the demo model on things in photographs, from nothing, by CAT-Diffusion's own code.
+
+    python tools/run.py demo_model.world_recipe --world FOLDER [--work runs/world]
+
+Every stage continues where it was stopped; what is done is not done again.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from cat_diffusion.cat_core import weights
+from cat_diffusion.cat_core.config import Architecture
+from cat_diffusion.cat_core.errors import CatError
+from cat_diffusion.cat_core.training import loop
+from cat_diffusion.cat_core.training.assemble import assemble
+from cat_diffusion.cat_core.training.settings import Settings, TrainingRun
+from cat_diffusion.cat_core.training.stages import NEW, STAGES, Stage
+from cat_diffusion.nodes.host.build import build_clip
+from cat_diffusion.nodes.host.clip import plain_tokens
+from cat_diffusion.nodes.host.denoiser import Denoiser
+from comfyui import ROOT, launch
+from demo_model import networks, world, world_samples
+from demo_model.pretraining import Reconstruction
+from demo_model.world_clip import WorldContrastive
+from demo_model.world_texts import Texts
+
+LICENCE = "MIT"
+PROVENANCE = "demo model, tools/demo_model/world_recipe.py, Fluent and Noto emoji in photographs"
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage's numbers.
+
+    Attributes:
+        stage: of training/stages.py, or one of its kind.
+        rate: of new parts; a stage's pretrained parts have a tenth.
+    """
+
+    stage: Stage
+    steps: int
+    batch_size: int
+    rate: float
+    warmup: int = 100
+
+
+def _pretraining(name: str, *parts: str) -> Stage:
+    return Stage(name, "pretraining", tuple((part, NEW) for part in parts))
+
+
+PLANS = {
+    "clip": StagePlan(_pretraining("clip", "clip_text", "clip_vision"), 4000, 128, 1e-3),
+    "vae": StagePlan(_pretraining("vae", "vae"), 5000, 64, 1e-3),
+    "unet": StagePlan(STAGES["unet"], 5000, 128, 1e-3),
+    "sem-inpainter": StagePlan(STAGES["sem-inpainter"], 2500, 128, 1e-3),
+    "ref-adapter-unet": StagePlan(STAGES["ref-adapter-unet"], 6000, 128, 2e-3),
+    "cascade": StagePlan(STAGES["cascade"], 3000, 128, 2e-3),
+}
+PICTURES = 60_000  # that are painted
+POOLS = {"unet": 60_000, "objects": 60_000}  # samples that are encoded
+
+
+class Recipe:
+    """All stages over one set of modules, in one process."""
+
+    def __init__(self, arguments):
+        self.work = arguments.work
+        self.device = torch.device("cpu" if arguments.cpu else "cuda")
+        self.shorter = arguments.shorter
+        self.compile = arguments.compile
+        self.precision = "no" if arguments.cpu else "bf16"
+        self.plans = dict(PLANS)
+        for setting in arguments.set:
+            name, steps, batch_size = setting.split(":")
+            plan = self.plans[name]
+            self.plans[name] = dataclasses.replace(
+                plan, steps=int(steps), batch_size=int(batch_size) or plan.batch_size
+            )
+        generator = torch.Generator().manual_seed(0)
+        self.modules = networks.networks(generator, networks.PHOTOGRAPHS)
+        self.architecture = networks.architecture(self.modules["unet"], networks.PHOTOGRAPHS)
+        self.texts, self.empty = self._texts(arguments.world)
+        scenery = world.load(arguments.world).to(self.device)
+        trained_on = np.flatnonzero(~scenery.held_out)
+        painter = world.Painter(scenery, trained_on)
+        at_once = 32 if arguments.cpu else 256
+        self.gallery = world.Gallery(painter, PICTURES // self.shorter, 0, at_once)
+        self.pools: dict[str, world_samples.Pool] = {}
+
+    def _texts(self, folder: Path) -> tuple[Texts, torch.Tensor]:
+        facts = json.loads((folder / "things.json").read_text("utf-8"))
+        facts.sort(key=lambda fact: fact["index"])
+        parts = {part: module.state_dict() for part, module in self.modules.items()}
+        start = self.work / "start.safetensors"
+        write(start, parts, self.architecture)
+        clip = build_clip(weights.read(start))
+
+        def tokenize(text: str) -> list[int]:
+            return [token for token, _ in plain_tokens(clip, text)["l"][0]]
+
+        texts = Texts([(fact["english"], fact["chinese"]) for fact in facts], tokenize)
+        return texts, torch.tensor([tokenize("")])
+
+    def run(self, names: Sequence[str]) -> None:
+        """Train these stages in order."""
+        for name in names:
+            start = time.monotonic()
+            print(f"\n== {name}", flush=True)
+            getattr(self, "_" + name.replace("-", "_"))()
+            print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+
+    def _clip(self) -> None:
+        plan = self.plans["clip"]
+        parts = ("clip_text", "clip_vision")
+        objective = WorldContrastive(*(self.modules[part] for part in parts), self.texts)
+        source = world_samples.ClipBatches(self.gallery, self.texts, plan.batch_size, seed=1)
+        self._train("clip", objective, source, parts)
+
+    def _vae(self) -> None:
+        plan = self.plans["vae"]
+        vae = self.modules["vae"]
+        source = world_samples.VaeBatches(self.gallery, plan.batch_size, seed=2)
+        self._train("vae", Reconstruction(vae), source, ("vae",))
+        path = self.work / "vae/scaled.safetensors"
+        if path.exists():
+            vae.load_state_dict(weights.read(path).parts["vae"])
+            return
+        vae.requires_grad_(False)
+        pictures = self.gallery.paint(128, seed=3).whole
+        latents = [vae.quant_conv(vae.encoder(2 * part - 1))[:, :4] for part in pictures.split(16)]
+        networks.scale_latents(vae, torch.cat(latents))
+        write(path, {"vae": vae.state_dict()}, self.architecture)
+
+    def _unet(self) -> None:
+        self._diffuse("unet", "unet")
+
+    def _sem_inpainter(self) -> None:
+        self._diffuse("sem-inpainter", "objects")
+
+    def _ref_adapter_unet(self) -> None:
+        self._diffuse("ref-adapter-unet", "objects")
+
+    def _cascade(self) -> None:
+        self._diffuse("cascade", "objects")
+
+    def _diffuse(self, name: str, pool: str) -> None:
+        """One of CAT-Diffusion's own stages."""
+        plan = self.plans[name]
+        parts = {part: self.modules[part] for part in ("sem_inpainter", "ref_adapter", "unet")}
+        objective = assemble(plan.stage, parts, Denoiser)
+        if self.compile:
+            objective.denoiser.compile()
+        frozen = world_samples.FrozenNetworks(self.modules, self.device)
+        if self._done(name) < plan.steps // self.shorter and pool not in self.pools:
+            self.pools.clear()  # before the next is made: they fill the memory
+            self.pools[pool] = self._pool(pool, frozen)
+        source = None
+        if self.pools:
+            source = world_samples.PoolBatches(
+                self.pools[pool], frozen, self.empty, plan.batch_size, seed=4
+            )
+        self._train(name, objective, source, plan.stage.parts)
+
+    def _pool(self, name: str, frozen: world_samples.FrozenNetworks) -> world_samples.Pool:
+        start = time.monotonic()
+        drawer = world_samples.SampleDrawer(self.gallery, self.texts, frozen)
+        draw = drawer.of_captions if name == "unet" else drawer.of_objects
+        count = POOLS[name] // self.shorter
+        at_once = 32 if self.device.type == "cpu" else 256
+        pool = world_samples.Pool(draw, count, 5 if name == "unet" else 6, at_once)
+        print(f"{count} samples: {time.monotonic() - start:.0f} s", flush=True)
+        return pool
+
+    def _done(self, name: str) -> int:
+        folder = newest(self.work / name)
+        return int(folder.name.rpartition("-")[2]) if folder else 0
+
+    def _train(self, name: str, objective: nn.Module, source, parts: Sequence[str]) -> None:
+        plan = self.plans[name]
+        settings = Settings(
+            steps=max(plan.steps // self.shorter, 1),
+            batch_size=plan.batch_size,
+            micro_batch_size=plan.batch_size,
+            warmup=plan.warmup,
+            final_rate=0.01,
+            precision=self.precision,
+            save_every=1000,
+            keep=1,
+        )
+        training = TrainingRun(
+            plan.stage.scaled(plan.rate / NEW),
+            {part: self.modules[part].to(self.device) for part in parts},
+            objective,
+            settings,
+            folder=self.work / name,
+            architecture=self.architecture,
+            provenance=PROVENANCE,
+            licence=LICENCE,
+        )
+        last = time.monotonic()
+
+        def show(step: int, figures: Mapping[str, float]) -> None:
+            nonlocal last
+            if step % 100 == 0 or step == settings.steps:
+                speed = 100 / (time.monotonic() - last)
+                last = time.monotonic()
+                values = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
+                print(f"{name} {step}: {values}; {speed:.2f} steps/s", flush=True)
+
+        objective.to(self.device)
+        loop.train(training, source, cpu=self.device.type == "cpu", on_step=show)
+
+    def write(self, path: Path) -> None:
+        """The whole model in fp16."""
+        parts = {part: module.state_dict() for part, module in self.modules.items()}
+        write(path, parts, self.architecture, torch.float16)
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+def newest(folder: Path) -> Path | None:
+    """A stage's latest checkpoint."""
+    return max(folder.glob("checkpoint-*[0-9]"), default=None)
+
+
+def write(
+    path: Path,
+    parts: Mapping,
+    architecture: Architecture,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """A file of parts; see weights.save."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flat = {}
+    for part, tensors in parts.items():
+        flat[part] = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+    metadata = weights.header(flat, architecture, licence=LICENCE, provenance=PROVENANCE)
+    weights.save(path, weights.flat(flat), metadata, dtype, overwrite=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--world", type=Path, required=True, help="folder of things, photographs")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/world")
+    parser.add_argument("--out", type=Path, default=ROOT / "models/cat_demo_model.safetensors")
+    parser.add_argument("--only", choices=PLANS, nargs="+", default=list(PLANS))
+    parser.add_argument("--shorter", type=int, default=1, metavar="N", help="an Nth of everything")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="STAGE:STEPS:BATCH", help="a stage's numbers"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the U-Net, for a GPU")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    arguments = parser.parse_args()
+    launch.limit_threads(arguments.threads)
+    arguments.cpu = arguments.cpu or not launch.has_cuda()
+    if not arguments.cpu:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    try:
+        recipe = Recipe(arguments)
+        recipe.run(arguments.only)
+        recipe.write(arguments.out)
+    except KeyboardInterrupt:
+        print("\nStopped. The same command continues.")
+        return 130
+    except CatError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    return 0
