@@ -1,5 +1,6 @@
 """The official checkpoint's layout: which parts there are, and how their keys are spelled."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
@@ -50,6 +51,15 @@ _SCHEDULE = {
     "logvar",
 }
 
+# What programs put before all keys: DDP around a model, torch.compile inside one.
+_WRAPPING = re.compile(r"^(module\.)+|_orig_mod\.")
+# What training and merging leave beside the weights.
+_LEFT_OVER = re.compile(
+    r"(^|\.)(model_ema|embedding_manager|denoiser|loss_fn)\."
+    r"|^first_stage_model\.loss\."
+    r"|(^|\.)(logit_scale|scale_factor|sigmas|log_sigmas|ztsnr|v_pred|global_step|epoch)$"
+)
+
 
 def describe(parts: Iterable[str]) -> str:
     """Titles of parts for messages, as in "SemInpainter, RefAdapter and VAE"."""
@@ -64,30 +74,46 @@ def describe(parts: Iterable[str]) -> str:
 def sort_keys(tensors: Mapping[str, Stored]) -> tuple[dict[str, dict[str, Stored]], list[str]]:
     """Sort a flat state dict into parts with canonical keys.
 
-    Drops what is not a weight (schedule buffers, EMA copy, position_ids) and writes both spellings
-    of the CLIP keys as Hugging Face's transformers 4 does, with `text_model.` and `vision_model.`.
-    A CLIP vision file of its own, without the official prefix, is taken too.
+    Drops what is not a weight (schedule buffers, EMA copy, position_ids and what `left_over` names)
+    and writes both spellings of the CLIP keys as Hugging Face's transformers 4 does, with
+    `text_model.` and `vision_model.`. Prefixes of DDP and torch.compile go. A CLIP vision file of
+    its own, without the official prefix, is taken too.
 
     Returns:
-        The parts, and the keys that fit nowhere.
+        The parts, and the keys that fit nowhere or name a weight a second time.
     """
     parts: dict[str, dict[str, Stored]] = {}
     unknown = []
-    for key, tensor in tensors.items():
-        if _is_no_weight(key):
+    for stored_key, tensor in tensors.items():
+        key = _unwrapped(stored_key)
+        if _is_of_the_schedule(key) or _LEFT_OVER.search(key):
             continue
-        if key.startswith(("vision_model.", "visual_projection.")):
-            key = PREFIXES["clip_vision"] + key
         part = _part_of(key)
         if part is None:
-            unknown.append(key)
+            unknown.append(stored_key)
             continue
         name = key.removeprefix(PREFIXES[part])
         level = _CLIP_LEVELS.get(part)
         if level and not name.startswith((level, *_CLIP_PROJECTIONS)):
             name = level + name
-        parts.setdefault(part, {})[name] = tensor
+        if name in parts.setdefault(part, {}):
+            unknown.append(stored_key)
+            continue
+        parts[part][name] = tensor
     return parts, unknown
+
+
+def left_over(keys: Iterable[str]) -> list[str]:
+    """Those keys that training or merging left beside the weights; `sort_keys` drops them."""
+    return [key for key in keys if _LEFT_OVER.search(_unwrapped(key))]
+
+
+def is_of_a_part(key: str) -> bool:
+    """Whether a weight of some part is to be under this key."""
+    key = _unwrapped(key)
+    if _is_of_the_schedule(key) or _LEFT_OVER.search(key):
+        return False
+    return _part_of(key) is not None
 
 
 def flat(parts: Mapping[str, Tensors]) -> dict[str, torch.Tensor]:
@@ -99,8 +125,17 @@ def flat(parts: Mapping[str, Tensors]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _is_no_weight(key: str) -> bool:
-    return key in _SCHEDULE or key.startswith("model_ema.") or key.endswith(".position_ids")
+def _unwrapped(key: str) -> str:
+    """A key in the official spelling."""
+    key = _WRAPPING.sub("", key)
+    if key.startswith(("vision_model.", "visual_projection.")):
+        return PREFIXES["clip_vision"] + key
+    return key
+
+
+def _is_of_the_schedule(key: str) -> bool:
+    """Whether a key is of a buffer that every checkpoint has beside its weights."""
+    return key in _SCHEDULE or key.endswith(".position_ids")
 
 
 def _part_of(key: str) -> str | None:

@@ -4,8 +4,8 @@ Every reader returns the same thing, a Checkpoint of named parts. Loading is str
 code.
 """
 
+import logging
 import os
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from functools import cached_property, partial
@@ -17,15 +17,37 @@ import torch
 from ..config import Architecture, ArchitectureError, RefAdapterConfig, SemInpainterConfig, Tensors
 from ..errors import few
 from .checkpoint import Checkpoint, WeightsError, cat_modules, check_keys
-from .keys import DTYPES, TITLES, sort_keys
-from .pickles import load_pickle
+from .keys import DTYPES, TITLES, left_over, sort_keys
+from .pickles import open_pickle
 from .writing import FORMAT, FORMAT_VERSION
 
 Reader = Callable[[str], tuple[Tensors, Mapping[str, str] | None]]
 
 _CONFIGS = {"sem_inpainter": SemInpainterConfig, "ref_adapter": RefAdapterConfig}
-_HEADER_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_PICKLE_STARTS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04")  # a zip, or protocols 2 to 4
+_HEADER_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_LONGEST_HEADER = 100_000_000  # bytes; the safetensors format allows no more
+_PICKLE_STARTS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zip, protocols
+# How files begin that are downloaded or linked in the place of weights.
+_OTHER_FILES = (
+    (
+        (b"version https://git-lfs",),
+        "a pointer of Git LFS, which stands for the weights. Run git lfs pull where it is from, or "
+        "download the file itself",
+    ),
+    ((b"<",), "a web page or XML. Download the file itself"),
+    ((b"{", b"["), "JSON text. Choose the file of the weights beside it"),
+    ((b"GGUF",), "a GGUF file, expected safetensors or a PyTorch checkpoint"),
+    ((b"\x89HDF",), "an HDF5 file, expected safetensors or a PyTorch checkpoint"),
+    ((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF"), "a picture. Choose the file of the weights"),
+    ((b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"\xfd7zXZ", b"BZh"), "an archive. Unpack it first"),
+)
+
+log = logging.getLogger(__name__)
 
 
 def read(
@@ -104,15 +126,17 @@ def _kind(path: Path) -> str:
         raise WeightsError(f"{path.name} is empty (0 bytes). Download or copy it again.")
     # Safetensors start with the length of their header, 8 bytes, and the header, a JSON object.
     header_size = int.from_bytes(start[:8], "little")
-    if start[8:9] == b"{" and header_size < 100_000_000:
-        kind = "safetensors"
-    elif start[:2] in _PICKLE_STARTS:
+    if start[:2] in _PICKLE_STARTS:
         kind = "pickle"
+    elif start[8:9] == b"{":
+        kind = "safetensors"
+        if header_size > _LONGEST_HEADER:
+            raise WeightsError(
+                f"{path.name} says that its header has {header_size:,} bytes, and safetensors "
+                f"allows {_LONGEST_HEADER:,}. It is damaged; download or copy it again."
+            )
     else:
-        raise WeightsError(
-            f"{path.name} is not a weights file: it starts with {start[:24]!r}. "
-            "Expected safetensors or a PyTorch checkpoint; download it again."
-        )
+        raise _not_weights(path, start)
     labelled = "safetensors" if path.suffix.lower() in (".safetensors", ".sft") else "pickle"
     if kind != labelled:
         ending = ".safetensors" if kind == "safetensors" else ".ckpt"
@@ -121,6 +145,17 @@ def _kind(path: Path) -> str:
             f"Rename it to end in {ending}."
         )
     return kind
+
+
+def _not_weights(path: Path, start: bytes) -> WeightsError:
+    """What a file is instead; its content is not quoted, as it may be anybody's."""
+    for starts, what in _OTHER_FILES:
+        if start.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(starts):
+            return WeightsError(f"{path.name} is not a weights file but {what}.")
+    return WeightsError(
+        f"{path.name} is not a weights file: it starts like none. "
+        "Expected safetensors or a PyTorch checkpoint; download it again."
+    )
 
 
 def _read_safetensors(path: Path, reader: Reader | None, mapped: bool) -> Checkpoint:
@@ -146,14 +181,14 @@ def _read_safetensors(path: Path, reader: Reader | None, mapped: bool) -> Checkp
 
 
 def _read_pickle(path: Path, inert_objects: bool, mapped: bool) -> Checkpoint:
-    """Whole at first, as a pickle has no header; a zipped one is mapped and costs no memory."""
-    tensors = load_pickle(path, inert_objects)
-    parts: dict[str, Tensors] = dict(_sorted(tensors, path.name))
-    architecture = _validated(parts, {}, path.name)
-    if mapped and zipfile.is_zipfile(path):
-        load = partial(load_pickle, path, inert_objects)
-        for part, names_of_part in _names(tensors).items():
-            parts[part] = _MappedPart(path, names_of_part, load)
+    """By the pickle first, which says what is where; numbers are read afterwards."""
+    file = open_pickle(path, inert_objects)
+    described = file.described()
+    architecture = _validated(_sorted(described, path.name), {}, path.name)
+    parts: dict[str, Tensors] = {}
+    for part, names_of_part in _names(described).items():
+        load = partial(file.load, names_of_part, mapped)
+        parts[part] = _MappedPart(path, names_of_part, load)
     return Checkpoint(path, parts, architecture)
 
 
@@ -225,7 +260,12 @@ def _names(tensors: Tensors) -> dict[str, dict[str, str]]:
 
 
 def _renamed(tensors: Tensors, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    return {key: tensors[name] for key, name in names.items()}
+    """The tensors of a part under its keys; fp64, which nothing here computes in, becomes fp32."""
+    renamed = {}
+    for key, name in names.items():
+        tensor = tensors[name]
+        renamed[key] = tensor.float() if tensor.dtype == torch.float64 else tensor
+    return renamed
 
 
 def _sorted(tensors: Tensors, file_name: str) -> dict[str, dict[str, torch.Tensor]]:
@@ -242,6 +282,9 @@ def _sorted(tensors: Tensors, file_name: str) -> dict[str, dict[str, torch.Tenso
             f"{file_name} has {len(unknown)} keys that are not part of CAT-Diffusion: "
             f"{few(unknown)}. It may belong to another model."
         )
+    besides = left_over(tensors)
+    if besides:
+        log.info("%s: left out %d keys of no part: %s.", file_name, len(besides), few(besides))
     return parts
 
 
@@ -325,9 +368,19 @@ def _different_fields(config: type, stated: object, seen: object) -> list[str]:
 
 def _check_types(tensors: Tensors, file_name: str, part: str) -> None:
     """Raise WeightsError for a tensor that is not in a type of weights."""
+    doubles = 0
     for key, tensor in tensors.items():
-        if tensor.dtype not in DTYPES.values():
+        if tensor.dtype == torch.float64:
+            doubles += 1
+        elif tensor.dtype not in DTYPES.values():
             raise WeightsError(
                 f"{key} of the {TITLES[part]} in {file_name} is "
                 f"{str(tensor.dtype).removeprefix('torch.')}, expected fp32, fp16 or bf16."
             )
+    if doubles:
+        log.info(
+            "%s: %d tensors of the %s are fp64 and are read as fp32.",
+            file_name,
+            doubles,
+            TITLES[part],
+        )
