@@ -4,10 +4,14 @@ import torch
 from comfy_api.latest import io
 
 from ..cat_core import preprocess
+from .checks import check_choice, check_conditioning, check_number, check_switch, check_wires
 from .host import messages, symbols
 from .host.stock_conditioning import stock_inpaint_conditioning, with_values
 from .host.unet import trained_sigmas, vae_cell
 from .wires import CATEGORY, to_core
+
+FILLS = ["black", "grey"]  # colours of the hole
+MOST_STEPS = 1000
 
 
 class CATInpaintConditioning(io.ComfyNode):
@@ -46,7 +50,7 @@ class CATInpaintConditioning(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "fill",
-                    options=["black", "grey"],
+                    options=FILLS,
                     default="black",
                     tooltip="Colour of the hole before encoding. Black: CAT-Diffusion. Grey: "
                     "stock SD 1.5 inpainting, by ComfyUI's own Inpaint Model Conditioning.",
@@ -69,6 +73,8 @@ class CATInpaintConditioning(io.ComfyNode):
 
     @classmethod
     def execute(cls, positive, negative, vae, image, mask, fill, noise_mask) -> io.NodeOutput:
+        check_choice("fill", fill, FILLS)
+        check_switch("noise_mask", noise_mask)
         return io.NodeOutput(
             *inpaint_conditioning(positive, negative, vae, image, mask, fill, noise_mask)
         )
@@ -85,8 +91,10 @@ def inpaint_conditioning(
         fill: "black" as CAT-Diffusion was trained, "grey" as stock SD 1.5 inpainting.
         noise_mask: also hand the sampler the mask, so that it keeps the latent outside.
     """
+    check_conditioning(positive=positive, negative=negative)
+    check_wires(vae=vae, mask=mask)
     cell = vae_cell(vae)
-    pictures = len(image)
+    photos = image
     image, mask = to_core(image, mask)
     height, width = image.shape[2:]
     if min(height, width) < cell:
@@ -94,7 +102,7 @@ def inpaint_conditioning(
             f"The image is {width}x{height} pixels; the VAE needs at least {cell}x{cell}. "
             "Scale it up."
         )
-    if pictures < len(mask):
+    if len(photos) < len(mask):
         messages.say(
             f"There are {len(mask)} masks for one image: {len(mask)} pictures are made of it. "
             "Image Composite Masked saves as many as it gets of the photo; put Repeat Image Batch "
@@ -143,7 +151,7 @@ class CATScheduler(io.ComfyNode):
                     "steps",
                     default=50,
                     min=1,
-                    max=1000,
+                    max=MOST_STEPS,
                     tooltip="The paper uses 50. Where 1000 is not a multiple, the official code "
                     "makes more steps (31 for 30, 999 above 500); so does this.",
                 ),
@@ -161,6 +169,9 @@ class CATScheduler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, steps, denoise) -> io.NodeOutput:
+        check_wires(model=model)
+        check_number("steps", steps, 1, MOST_STEPS, whole=True)
+        check_number("denoise", denoise, 0, 1)
         return io.NodeOutput(official_sigmas(model, steps, denoise))
 
 

@@ -3,10 +3,14 @@
 from comfy_api.latest import io
 
 from ..cat_core.pictures.crop import Crop, crop_around_mask, mask_box, stitch
+from .checks import check_number, check_wires
 from .host import messages
 from .wires import CATEGORY, CropWire, to_core
 
 CELL = 8  # pixels that the VAE makes one latent of; it would cut off the rest
+LARGEST = 2048  # pixels of a square's side
+MOST_CONTEXT = 8.0
+WIDEST_EDGE = 256  # pixels
 
 
 class CATCropAroundMask(io.ComfyNode):
@@ -39,7 +43,7 @@ class CATCropAroundMask(io.ComfyNode):
                     "size",
                     default=512,
                     min=64,
-                    max=2048,
+                    max=LARGEST,
                     step=CELL,
                     tooltip="Side of the square that the model gets, in pixels. "
                     "512 for SD 1.5, 128 for the demo model.",
@@ -48,7 +52,7 @@ class CATCropAroundMask(io.ComfyNode):
                     "context",
                     default=1.5,
                     min=1.0,
-                    max=8.0,
+                    max=MOST_CONTEXT,
                     step=0.1,
                     tooltip="How much of the surroundings the model sees: the square is this many "
                     "times as long as the mask. The object fits in better with more, "
@@ -67,6 +71,9 @@ class CATCropAroundMask(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, mask, size, context) -> io.NodeOutput:
+        check_wires(mask=mask)
+        check_number("size", size, 64, LARGEST, whole=True)
+        check_number("context", context, 1, MOST_CONTEXT)
         crop = crop_of(image, mask, size, context)
         squares, holes = crop.sized(size)
         return io.NodeOutput(squares.movedim(1, -1), holes.squeeze(1), crop)
@@ -95,7 +102,7 @@ class CATStitch(io.ComfyNode):
                     "soft_edge",
                     default=8,
                     min=0,
-                    max=256,
+                    max=WIDEST_EDGE,
                     tooltip="Pixels of the photo around the mask in which the two fade into each "
                     "other. 0 cuts exactly along the mask.",
                 ),
@@ -107,6 +114,8 @@ class CATStitch(io.ComfyNode):
 
     @classmethod
     def execute(cls, crop, image, soft_edge) -> io.NodeOutput:
+        check_wires(crop=crop)
+        check_number("soft_edge", soft_edge, 0, WIDEST_EDGE, whole=True)
         return io.NodeOutput(stitched(crop, image, soft_edge))
 
 

@@ -6,9 +6,15 @@ from comfy_api.latest import io
 from PIL import Image
 
 from ..cat_core.pictures.tensors import channels_last
+from .checks import check_choice
 from .wires import CATEGORY
 
 FOLDER = Path(__file__).resolve().parents[1] / "web/scenes"  # the canvas shows them too
+
+
+def _scenes() -> list[str]:
+    """The names of the drawn pictures."""
+    return sorted(path.stem for path in FOLDER.glob("*.png"))
 
 
 class CATDemoScene(io.ComfyNode):
@@ -26,7 +32,7 @@ class CATDemoScene(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "scene",
-                    options=sorted(path.stem for path in FOLDER.glob("*.png")),
+                    options=_scenes(),
                     tooltip="A picture and its hole.",
                 )
             ],
@@ -38,6 +44,7 @@ class CATDemoScene(io.ComfyNode):
 
     @classmethod
     def execute(cls, scene) -> io.NodeOutput:
+        check_choice("scene", scene, _scenes())
         with Image.open(FOLDER / f"{scene}.png") as file:
             scene_rgba = channels_last([file.convert("RGBA")])  # (1, H, W, 4)
         image = scene_rgba[..., :3]

@@ -5,10 +5,14 @@ from typing import NamedTuple
 from comfy_api.latest import io
 
 from ..cat_core.weights import CAT_PARTS, PREFIXES
+from .checks import odd_name
 from .host import memory, messages, model_files
 from .host.build import build_cat_model, build_clip, build_clip_vision, build_unet, build_vae
 from .host.cat_model import CatModel
 from .wires import CATEGORY, CatModelWire
+
+FULL = "a full CAT-Diffusion checkpoint"
+PARTS = "a CAT weights file"
 
 
 class Models(NamedTuple):
@@ -48,6 +52,19 @@ def load_full_checkpoint(path) -> Models:
         clip_vision=built["clip_vision"],
         cat_model=built["cat_model"],
     )
+
+
+def _absence(name, of_input: str, what: str) -> str | None:
+    """A sentence about a name that is none, or whose file is not there; or None."""
+    return odd_name(of_input, name) or model_files.missing_file(name, what)
+
+
+def _present(name, of_input: str, what: str) -> str:
+    """The name of a file that is there; raises ValueError if it is not."""
+    sentence = _absence(name, of_input, what)
+    if sentence:
+        raise ValueError(sentence)
+    return name
 
 
 def _is_full(parts: set[str]) -> bool:
@@ -102,15 +119,17 @@ class CATLoadCheckpoint(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, checkpoint):
-        return model_files.missing_file(checkpoint, "a full CAT-Diffusion checkpoint") or True
+        # None where another node supplies it.
+        return checkpoint is None or _absence(checkpoint, "checkpoint", FULL) or True
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint):
-        return model_files.fingerprint(checkpoint)
+        return model_files.fingerprint(_present(checkpoint, "checkpoint", FULL))
 
     @classmethod
     def execute(cls, checkpoint) -> io.NodeOutput:
-        return io.NodeOutput(*load_full_checkpoint(model_files.full_path(checkpoint)))
+        name = _present(checkpoint, "checkpoint", FULL)
+        return io.NodeOutput(*load_full_checkpoint(model_files.full_path(name)))
 
 
 class CATLoadWeights(io.ComfyNode):
@@ -141,15 +160,16 @@ class CATLoadWeights(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, weights):
-        return model_files.missing_file(weights, "a CAT weights file") or True
+        # None where another node supplies it.
+        return weights is None or _absence(weights, "weights", PARTS) or True
 
     @classmethod
     def fingerprint_inputs(cls, weights):
-        return model_files.fingerprint(weights)
+        return model_files.fingerprint(_present(weights, "weights", PARTS))
 
     @classmethod
     def execute(cls, weights) -> io.NodeOutput:
         with messages.plain_errors():
-            cat_model = build_cat_model(model_files.read(weights))
+            cat_model = build_cat_model(model_files.read(_present(weights, "weights", PARTS)))
         messages.say(str(cat_model))
         return io.NodeOutput(cat_model)

@@ -7,6 +7,7 @@ from comfy_api.latest import io, ui
 
 from ..cat_core import features, preprocess
 from ..cat_core.pictures import preview
+from .checks import check_wires, object_name
 from .host import memory, messages
 from .host.cat_model import require_part, run_sem_inpainter
 from .host.clip import check_clip_vision, encode_image, encode_text, text_similarity
@@ -164,6 +165,9 @@ class CATVisualPromptPreview(io.ComfyNode):
 
     @classmethod
     def execute(cls, visual_prompt, clip=None, clip_vision=None) -> io.NodeOutput:
+        check_wires(visual_prompt=visual_prompt)
+        encoders = {"clip": clip, "clip_vision": clip_vision}
+        check_wires(**{name: value for name, value in encoders.items() if value is not None})
         asked = bool(visual_prompt.text and clip and clip_vision)
         if asked and text_similarity(clip, clip_vision, visual_prompt) is None:
             messages.say(
@@ -181,6 +185,7 @@ def encode_visual_prompt(clip_vision, image, mask=None) -> features.VisualPrompt
         image: IMAGE (B, H, W, 3) in [0, 1].
         mask: MASK (B, H, W); CLIP sees grey where it is 1.
     """
+    check_wires(clip_vision=clip_vision)
     check_clip_vision(clip_vision)
     photo, hole = to_core(image, mask)
     seen, patches, _ = see(clip_vision, photo, hole)
@@ -212,10 +217,9 @@ def predict(
         previous: of another hole in the same photo. CLIP sees neither hole, and in the earlier
             one the features are those that were predicted there.
     """
+    check_wires(cat_model=cat_model, clip_vision=clip_vision, clip=clip, mask=mask)
     require_part(cat_model, "sem_inpainter")
-    label = text.strip()
-    if not label:
-        raise ValueError("The text is empty. Type the name of the object that belongs in the hole.")
+    label = object_name(text)
     config = cat_model.architecture.sem_inpainter
     check_clip_vision(clip_vision, config.hidden_size, config.grid_size)
     photo, hole = to_core(image, mask)
@@ -249,27 +253,29 @@ def predict(
 
 def _say_where_odd(patch_mask: torch.Tensor) -> None:
     if not patch_mask.any():
-        messages.say(
-            "The mask is empty: the visual prompt is just the photo's own features. "
-            "Paint a mask to change it."
-        )
+        messages.say("The mask is empty. Paint it white where the object goes.")
     elif patch_mask.all():
         messages.say("The mask covers everything: the visual prompt rests on the text alone.")
 
 
 def union(mask: torch.Tensor, previous: features.VisualPrompt, width: int) -> torch.Tensor:
     """(B, 1, H, W): this hole and the one before it; raises if they do not belong together."""
+    check_wires(previous=previous)
     if previous.before.shape[2] != width:
         raise ValueError(
             f"previous is {previous.before.shape[2]} wide, this SemInpainter makes {width}. "
             "Take both visual prompts from the same CAT model."
         )
     if previous.mask is None:
-        return mask
+        raise ValueError(
+            "previous has no mask: it holds a whole picture, not an object in a hole. "
+            "Connect a visual prompt from CAT Semantic Inpaint."
+        )
+    pictures = len(previous.tokens)
     common_batch(
         len(mask),
-        len(previous.mask),
-        f"previous holds {len(previous.mask)} pictures, here are {len(mask)}. "
+        pictures,
+        f"previous holds {pictures} pictures, here are {len(mask)}. "
         "Connect as many, or one of either.",
     )
     return torch.maximum(mask, preprocess.resize_mask(previous.mask, *mask.shape[-2:]))

@@ -3,6 +3,8 @@
 import torch
 from comfy_api.latest import io
 
+from .checks import shown
+
 CATEGORY = "CAT-Diffusion"
 CatModelWire = io.Custom("CAT_MODEL")
 CropWire = io.Custom("CAT_CROP")
@@ -39,10 +41,20 @@ def common_batch(first: int, second: int, refusal: str) -> int:
 
 
 def _core_image(image: torch.Tensor) -> torch.Tensor:
+    if not isinstance(image, torch.Tensor):
+        raise ValueError(
+            f"The image is {shown(image)}; expected an IMAGE. "
+            "Connect one, for example from Load Image."
+        )
     if image.ndim != 4 or image.shape[3] not in (3, 4) or 0 in image.shape:
         raise ValueError(
             f"The image has shape {tuple(image.shape)}; expected (batch, height, width, 3). "
             "Connect an IMAGE, for example from Load Image."
+        )
+    if not image.is_floating_point():
+        raise ValueError(
+            f"The image holds numbers of type {image.dtype}; expected fractions from 0 to 1. "
+            "The node before it makes no IMAGE; use another one."
         )
     core_image = image[..., :3].movedim(-1, 1).float().cpu()
     if not core_image.isfinite().all():
@@ -53,10 +65,20 @@ def _core_image(image: torch.Tensor) -> torch.Tensor:
 
 
 def _core_mask(mask: torch.Tensor) -> torch.Tensor:
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(
+            f"The mask is {shown(mask)}; expected a MASK. Connect one, for example from Load Image."
+        )
     has_channels = mask.ndim == 4 and mask.shape[1] != 1
     if mask.ndim not in (2, 3, 4) or has_channels or 0 in mask.shape:
         raise ValueError(
-            f"The mask has shape {tuple(mask.shape)}; expected (batch, height, width)."
+            f"The mask has shape {tuple(mask.shape)}; expected (batch, height, width). "
+            "Connect a MASK, for example from Load Image."
+        )
+    if mask.is_complex():
+        raise ValueError(
+            f"The mask holds numbers of type {mask.dtype}; expected fractions from 0 to 1. "
+            "The node before it makes no MASK; use another one."
         )
     core_mask = mask.reshape(-1, 1, *mask.shape[-2:]).float().cpu()
     if not core_mask.isfinite().all():

@@ -196,10 +196,16 @@ def test_what_is_no_picture_is_explained(photo):
         put_back(crop, torch.full((1, 64, 64, 3), torch.nan))
 
 
-@pytest.mark.parametrize("size, proposed", [(500, 496), (4, 8), (-8, 8)])
+@pytest.mark.parametrize("size, proposed", [(500, 496), (77, 72)])
 def test_a_size_that_the_vae_would_cut_is_refused(photo, size, proposed):
     """A link brings any number."""
     with pytest.raises(ValueError, match=f"The size is {size}; .* Take {proposed}, or 512"):
+        cut(photo, hole(0, 0, 9, 9), size)
+
+
+@pytest.mark.parametrize("size", [4, -8, 4096, 64.5, float("nan"), None])
+def test_a_size_out_of_range_is_refused(photo, size):
+    with pytest.raises(ValueError, match=r"size is .*; expected a whole number from 64 to 2048"):
         cut(photo, hole(0, 0, 9, 9), size)
 
 

@@ -106,6 +106,61 @@ def test_previous_that_does_not_fit(predict, picture, second):
     assert len(predict(two, second).tokens) == 2
 
 
+@pytest.mark.parametrize("pictures", [1, 2, 17])
+def test_a_reference_picture_is_no_previous(models, predict, picture, second, pictures):
+    """It has no hole in which its features could stay."""
+    image, _ = picture
+    reference = visual_prompt.encode_visual_prompt(
+        models.clip_vision, image.expand(pictures, -1, -1, -1)
+    )
+    with pytest.raises(ValueError, match="previous has no mask: it holds a whole picture"):
+        predict(image.expand(2, -1, -1, -1), second, "cup", reference)
+
+
+def test_17_previous_pictures_against_2(predict, picture, second):
+    image, mask = picture
+    many = predict(image.expand(17, -1, -1, -1), mask)
+    with pytest.raises(ValueError, match="previous holds 17 pictures, here are 2"):
+        predict(image, torch.cat((mask, second)), "cup", many)
+
+
+# Texts ----------------------------------------------------------------------------------------
+
+
+def test_a_line_break_is_a_space(models, predict, picture):
+    output = CATSemanticInpaint.execute(
+        models.cat_model, models.clip_vision, models.clip, *picture, "two\r\n spoons\n"
+    )
+    prompt = output.args[0]
+    assert torch.equal(prompt.tokens, predict(*picture, "two spoons").tokens)
+    assert len(output.ui["images"]) == 1
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "The text is empty. Type the name"),
+        (" \n\u3000", "The text is empty: it has only spaces. Type the name"),
+        (None, "The text is missing; expected the object's name"),
+        (5, "The text is 5; expected the object's name"),
+        ("sp\ud83doon", r"The text 'sp\\ud83doon' holds half a character"),
+    ],
+    ids=ascii,
+)
+def test_a_text_that_names_nothing(predict, picture, text, words):
+    with pytest.raises(ValueError, match=words) as error:
+        predict(*picture, text)
+    assert str(error.value).encode()
+    assert type(error.value) is ValueError
+
+
+def test_an_empty_mask_is_said_in_a_box_of_two_lines(predict, picture, caplog):
+    caplog.set_level("INFO")
+    predict(picture[0], picture[1] * 0)
+    (sentence,) = [line for line in caplog.messages if "mask is empty" in line]
+    assert sentence == "CAT-Diffusion: The mask is empty. Paint it white where the object goes."
+
+
 # Previews -------------------------------------------------------------------------------------
 
 

@@ -237,7 +237,7 @@ def test_a_mask_of_another_size(prompt, run):
 def test_an_empty_mask_is_said_and_goes_on(prompt, run):
     prompt.inputs("LoadImage")["image"] = "opaque.png"
     result, _ = run(prompt)
-    sentence = "The mask is empty: the visual prompt is just the photo's own features."
+    sentence = "The mask is empty. Paint it white where the object goes."
     assert result.texts["7"].startswith(sentence)
     prompt.inputs("LoadImage")["image"] = "photo.png"
     result, _ = run(prompt)
