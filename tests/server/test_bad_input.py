@@ -178,6 +178,16 @@ def test_a_name_outside_the_folder_is_refused_before_anything_runs(server, promp
         server.run(prompt)
 
 
+def test_a_name_that_cannot_be_written_is_refused_and_the_next_prompt_runs(server, prompt):
+    """As a folder lists a file whose name is no UTF-8; the log could not write it."""
+    right = prompt.inputs("CATLoadCheckpoint")["checkpoint"]
+    prompt.inputs("CATLoadCheckpoint")["checkpoint"] = "caf\udce9.safetensors"
+    with pytest.raises(ServerError, match=r"'caf\\+udce9.safetensors': this name holds what is no"):
+        server.run(prompt)
+    prompt.inputs("CATLoadCheckpoint")["checkpoint"] = right
+    server.run(prompt)
+
+
 def test_a_name_outside_the_folder_is_refused_by_the_node_itself():
     """Even if the host's check were not there."""
     model_files.register_folder()
@@ -187,6 +197,28 @@ def test_a_name_outside_the_folder_is_refused_by_the_node_itself():
 
 
 # Pictures, masks, text ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "node, name, words",
+    [
+        ("CATLoadCheckpoint", "checkpoint", "checkpoint is missing; expected the name of a file"),
+        ("CATSemanticInpaint", "cat_model", "cat_model is missing; expected a CAT_MODEL"),
+        ("CATSemanticInpaint", "clip", "clip is missing; expected a CLIP"),
+        ("CATSemanticInpaint", "image", "image is missing; expected an IMAGE"),
+        ("CATInpaintConditioning", "mask", "mask is missing; expected a MASK"),
+        ("CATInpaintConditioning", "positive", "positive is missing; expected a CONDITIONING"),
+    ],
+)
+def test_null_in_place_of_a_link(error, prompt, node, name, words):
+    """The host's own check takes it for a value."""
+    prompt.inputs(node)[name] = None
+    check(error, prompt, node, words, "Connect one" if name != "checkpoint" else "Choose one")
+
+
+def test_half_a_character_in_a_text(error, prompt):
+    prompt.inputs("CATSemanticInpaint")["text"] = "fire \ud83d hydrant"
+    check(error, prompt, "CATSemanticInpaint", r"\ud83d", "half a character", "Type the name")
 
 
 @pytest.mark.parametrize("text", ["", "   ", "\n\t"])
