@@ -43,10 +43,11 @@ def command_line() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="source", required=True)
     common = common_options()
     areas = area_options()
-    add_openimages(commands, [common, areas])
+    values = value_options()
+    add_openimages(commands, [common, areas, values])
     add_coco(commands, [common, areas])
-    add_folder(commands, [common])
-    add_official(commands, [common, areas])
+    add_folder(commands, [common, values])
+    add_official(commands, [common, areas, values])
     return parser
 
 
@@ -66,6 +67,12 @@ def common_options() -> argparse.ArgumentParser:
         "--check",
         action="store_true",
         help="decode every picture and mask; without it only their existence is checked",
+    )
+    options.add_argument(
+        "--turn-masks",
+        action="store_true",
+        help="masks and boxes are drawn on the images as stored, before their EXIF data turns "
+        "them: turn them too; turned masks go beside the manifest",
     )
     options.add_argument("--overwrite", action="store_true", help="replace a manifest that exists")
     launch.add_host_options(options, installs=False)
@@ -88,6 +95,20 @@ def area_options() -> argparse.ArgumentParser:
         default=1.0,
         metavar="SHARE",
         help="skip objects whose box covers more of the image, 0 to 1 (default: no limit)",
+    )
+    return options
+
+
+def value_options() -> argparse.ArgumentParser:
+    """What the values of mask pictures mean."""
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument(
+        "--mask-values",
+        type=mask_values,
+        nargs="+",
+        metavar="VALUE",
+        help="what a pixel of the object has where masks are not of 0 and 255, such as 1 or 1-20; "
+        "a palette's values are its places; masks of 0 and 255 are drawn beside the manifest",
     )
     return options
 
@@ -157,6 +178,18 @@ def share(text: str) -> float:
     if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not a share of the image, expected 0 to 1")
     return number
+
+
+def mask_values(text: str) -> range:
+    """A value of a mask, or a range of them such as 1-20."""
+    first, dash, last = text.partition("-")
+    last = last if dash else first
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) <= 65535):
+        raise argparse.ArgumentTypeError(
+            f"{text} is no value of a mask, expected a number from 0 to 65535 or a range such as "
+            "1-20"
+        )
+    return range(int(first), int(last) + 1)
 
 
 if __name__ == "__main__":

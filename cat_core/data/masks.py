@@ -17,6 +17,8 @@ HOLE_SIZE = 512  # pixels, the official working size
 MASKED = 128  # grey level from which a pixel counts as masked
 BINARY = [0] * MASKED + [255] * (256 - MASKED)  # each grey level -> unmasked or masked
 SHAPE_TOLERANCE = 0.02  # of the proportion of its sides, by which a mask may differ from its image
+TURNED = "mask of the image before its EXIF turn"  # a sample's reason
+OTHER_VALUES = "expected 0 and 255"  # how a sample's reason ends
 COLOURED = 32  # levels by which the channels of a colour differ that is not grey
 
 
@@ -85,9 +87,8 @@ def read_mask(path: Path) -> Image.Image:
         raise SampleError("empty mask", f"{path} is black, expected white where the object is")
     if lightest < MASKED:
         raise SampleError(
-            f"mask reaches {lightest} of 255",
-            f"{path}: expected 0, and 255 where the object is. tools/prepare_data.py takes other "
-            "values with --mask-values.",
+            f"mask reaches {lightest} of 255, {OTHER_VALUES}",
+            f"{path} has other values. tools/prepare_data.py takes them with --mask-values.",
         )
     return mask
 
@@ -106,7 +107,7 @@ def check_shape(mask: Image.Image, size: tuple[int, int], turned: bool) -> None:
     found = f"the mask is {mask.width}x{mask.height}, the image {size[0]}x{size[1]}"
     if turned and same_shape(mask.size, size[::-1]):
         raise SampleError(
-            "mask of the image before its EXIF turn",
+            TURNED,
             f"{found}, turned by its EXIF data. tools/prepare_data.py turns such masks with "
             "--turn-masks.",
         )
@@ -186,9 +187,9 @@ def _check_palette(file: Image.Image, path: Path) -> None:
     if coloured and len(used) > 2:
         values = ", ".join(str(value) for _, value in sorted(used, key=itemgetter(1))[:8])
         raise SampleError(
-            f"mask of {len(used)} colours",
-            f"{path} holds the palette's values {values}; expected 0 and 255. "
-            "tools/prepare_data.py takes other values with --mask-values.",
+            f"mask of {len(used)} colours, {OTHER_VALUES}",
+            f"{path} holds the palette's values {values}. tools/prepare_data.py takes them with "
+            "--mask-values.",
         )
 
 

@@ -13,7 +13,18 @@ LEVELS_16 = 65535  # the highest level of 16 bits
 WITH_ALPHA = {"RGBA", "LA", "PA", "RGBa", "La"}
 ONE_COLOUR = {"P", "L", "RGB"}  # in which PNG and GIF can call one colour transparent
 STRAIGHT = {"RGBa": "RGBA", "La": "LA"}  # colours multiplied by alpha -> as they were
-TIFF_BITS = 258  # the tag BitsPerSample
+TIFF_WIDTH = 256  # a tag
+TIFF_HEIGHT = 257
+TIFF_BITS = 258
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @contextmanager
@@ -63,6 +74,20 @@ def orientation(picture: Image.Image) -> int:
     To be asked before its pixels are read, as is_turned.
     """
     return picture.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def upright_size(picture: Image.Image) -> tuple[int, int]:
+    """(W, H) of the picture turned upright, by its header alone; to be asked as is_turned."""
+    tags = getattr(picture, "tag_v2", None)
+    stored = (tags[TIFF_WIDTH], tags[TIFF_HEIGHT]) if tags else picture.size
+    return stored[::-1] if is_turned(picture) else stored
+
+
+def turned(picture: Image.Image, orientation: int) -> Image.Image:
+    """A picture that is stored like this -> the upright one."""
+    if orientation not in TURNS:
+        return picture
+    return picture.transpose(TURNS[orientation])
 
 
 def _in_8_bits(picture: Image.Image) -> Image.Image:

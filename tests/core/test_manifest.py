@@ -285,7 +285,7 @@ def test_load_says_why_not(tmp_path):
     mask(tmp_path / "black.png", box=None)
     assert reason(tmp_path, mask="black.png") == "empty mask"
     picture(tmp_path / "ones.png", colour=1, mode="L")  # 0 and 1 instead of 0 and 255
-    assert reason(tmp_path, mask="ones.png") == "mask reaches 1 of 255"
+    assert reason(tmp_path, mask="ones.png") == "mask reaches 1 of 255, expected 0 and 255"
     assert reason(tmp_path, box=(0.5, 0.5, 0.501, 0.501)) == "empty mask"  # less than a pixel
 
 

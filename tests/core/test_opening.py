@@ -250,12 +250,11 @@ def palette_mask(values=(1,)):
 
 
 def test_other_values_than_0_and_255_are_named(tmp_path):
-    assert "mask reaches 1 of 255: " in reason(tmp_path, object_mask(1))
-    assert "expected 0, and 255 where the object is" in reason(tmp_path, object_mask(1))
-    assert "mask reaches 38 of 255: " in reason(tmp_path, palette_mask())
+    assert "mask reaches 1 of 255, expected 0 and 255: " in reason(tmp_path, object_mask(1))
+    assert "mask reaches 38 of 255, expected 0 and 255: " in reason(tmp_path, palette_mask())
     several = reason(tmp_path, palette_mask((1, 3)))
-    assert several.startswith("mask of 3 colours: ")
-    assert "values 0, 1, 3; expected 0 and 255" in several
+    assert several.startswith("mask of 3 colours, expected 0 and 255: ")
+    assert "holds the palette's values 0, 1, 3." in several
     for message in (several, reason(tmp_path, object_mask(1))):
         assert "--mask-values" in message
     assert "is black, expected white" in reason(tmp_path, object_mask(0))

@@ -442,11 +442,11 @@ def test_coco(instances, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     records = manifest.read(out)
-    assert [record.id for record in records] == ["1_7", "1_8", "1_40"]
+    assert [record.id for record in records] == ["1_7", "1_8", "1_../../x", "1_20", "1_40"]
     assert records[0] == Record(
         "1_7",
         "images/1.jpg",
-        mask="m_masks/007/7.png",
+        mask="m_masks/017/1_7.png",
         box=records[0].box,
         label="cup",
         caption="a cup on a table",
@@ -454,10 +454,16 @@ def test_coco(instances, tmp_path):
     assert records[0].box == pytest.approx((0.25, 1 / 6, 0.75, 2 / 3))
     for record in records[:2]:  # polygon and run lengths draw the same
         assert hole_of(record, tmp_path).getbbox() == (10, 5, 30, 20)
-    cut_at_edge = hole_of(records[2], tmp_path)
+    assert re.fullmatch(r"m_masks/\w{3}/[0-9a-f]{64}\.png", records[2].mask)
+    assert records[3].mask is None  # no outline: its box alone
+    assert hole_of(records[3], tmp_path).getbbox() == (10, 5, 30, 20)
+    cut_at_edge = hole_of(records[4], tmp_path)
     assert cut_at_edge.getbbox() == (10, 5, 40, 20)
     assert skipped(out) == {
-        "malformed annotation": 16,
+        "malformed annotation": 11,
+        "malformed annotation: no id": 1,
+        "unknown image": 1,
+        "unknown class": 1,
         "crowd": 1,
         "empty label": 1,
         "missing image": 1,
@@ -465,7 +471,7 @@ def test_coco(instances, tmp_path):
         "duplicate id": 1,
         "smaller than 0.05 of the image": 1,
     }
-    assert len(list((tmp_path / "m_masks").rglob("*"))) == 6  # no mask without a record
+    assert len(list((tmp_path / "m_masks").rglob("*"))) == 8  # no mask without a record
     run = prepare("coco", *instances[:-1], tmp_path / "m.json")
     assert run.returncode == 1
     assert "m_masks exists already" in run.stderr
@@ -473,7 +479,194 @@ def test_coco(instances, tmp_path):
     run = prepare("coco", *instances, "--overwrite")
     assert run.returncode == 1
     assert "is not COCO's" in run.stderr
-    assert len(manifest.read(out)) == 3
+    assert len(manifest.read(out)) == 5
+
+
+def rectangle(x, y, width, height):
+    """An annotation's box and outline, in pixels."""
+    corners = [x, y, x + width, y, x + width, y + height, x, y + height]
+    return {"bbox": [x, y, width, height], "segmentation": [corners]}
+
+
+def write_coco(folder, images, annotations, category=1):
+    """COCO's file for images of a cup; returns the command's arguments."""
+    content = {
+        "images": images,
+        "categories": [{"id": category, "name": "cup"}],
+        "annotations": [{"category_id": category, **item} for item in annotations],
+    }
+    (folder / "instances.json").write_text(json.dumps(content))
+    arguments = ["--instances", folder / "instances.json", "--images", folder / "images"]
+    return [*arguments, "--out", folder / "m.jsonl"]
+
+
+def coco_records(folder, *arguments):
+    run = prepare("coco", *arguments, "--check")
+    assert run.returncode == 0, run.stdout + run.stderr
+    return {record.id: record for record in manifest.read(folder / "m.jsonl")}
+
+
+BOXES = [(10, 5, 20, 15), (2, 3, 8, 9), (20, 10, 5, 5)]
+
+
+def corners(box):
+    x, y, width, height = box
+    return x, y, x + width, y + height
+
+
+def test_coco_ids_that_restart_in_every_image(tmp_path):
+    pycocotools_mask()
+    images = []
+    annotations = []
+    for number, box in enumerate(BOXES):
+        name = f"{number}.png"
+        picture(tmp_path / "images" / name)
+        images.append({"id": number, "file_name": name, "width": 40, "height": 30})
+        annotations.append({"id": 1, "image_id": number, **rectangle(*box)})
+    records = coco_records(tmp_path, *write_coco(tmp_path, images, annotations))
+    assert set(records) == {"0_1", "1_1", "2_1"}
+    for number, box in enumerate(BOXES):
+        assert hole_of(records[f"{number}_1"], tmp_path).getbbox() == corners(box)
+
+
+def test_coco_ids_may_be_texts(tmp_path):
+    """Of letters that differ in their case alone, and of what no file may be called."""
+    pycocotools_mask()
+    ids = ["a", "A", "../b:\u00e9" + "x" * 300]
+    annotations = []
+    for id, box in zip(ids, BOXES, strict=True):
+        annotations.append({"id": id, "image_id": "photo", **rectangle(*box)})
+    picture(tmp_path / "images/photo.png")
+    images = [{"id": "photo", "file_name": "photo.png", "width": 40, "height": 30}]
+    arguments = write_coco(tmp_path, images, annotations, category="c")
+    records = coco_records(tmp_path, *arguments)
+    assert set(records) == {f"photo_{id}" for id in ids}
+    assert len({record.mask.lower() for record in records.values()}) == 3
+    for id, box in zip(ids, BOXES, strict=True):
+        assert hole_of(records[f"photo_{id}"], tmp_path).getbbox() == corners(box)
+
+
+def turned_picture(path, size=(40, 30)):
+    """A photograph that is stored on its side: upright it is 30x40."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # clockwise by 90 degrees
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, "red").save(path, exif=exif)
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.tif"])
+def test_coco_without_sizes_and_outlines(tmp_path, name):
+    pycocotools_mask()
+    turned_picture(tmp_path / "images" / name)
+    images = [{"id": 1, "file_name": name}, {"id": 2, "file_name": "lost.jpg"}]
+    outlined = rectangle(5, 10, 15, 20)
+    boxed = {"bbox": outlined["bbox"]}
+    annotations = [
+        {"id": 1, "image_id": 1, **outlined},
+        {"id": 2, "image_id": 1, **boxed},
+        {"id": 3, "image_id": 1, **boxed, "segmentation": [[]]},
+        {"id": 4, "image_id": 2, **boxed},
+    ]
+    arguments = write_coco(tmp_path, images, annotations)
+    records = coco_records(tmp_path, *arguments)
+    assert set(records) == {"1_1", "1_2", "1_3"}
+    for record in records.values():
+        assert hole_of(record, tmp_path).getbbox() == (5, 10, 20, 30)
+    assert [records[id].mask is None for id in ("1_1", "1_2", "1_3")] == [False, True, True]
+    assert skipped(tmp_path / "m.jsonl") == {"missing image": 1}
+
+    # The same as the file has it: upright, what is on the left there is above.
+    annotations[0].update(rectangle(10, 5, 20, 15))
+    for annotation in annotations[1:]:
+        annotation["bbox"] = [10, 5, 20, 15]
+    arguments = write_coco(tmp_path, images, annotations)
+    for record in coco_records(tmp_path, *arguments, "--turn-masks", "--overwrite").values():
+        assert hole_of(record, tmp_path).getbbox() == (10, 10, 25, 30)
+
+
+# Masks that are drawn anew ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_masks_and_boxes_are_turned_with_their_images(tmp_path, orientation):
+    """Pillow turns image and mask alike; the mask has no EXIF data of its own."""
+    data = tmp_path / "data"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.new("L", (40, 30))
+    stored.paste(255, (4, 3, 20, 12))
+    data.mkdir()
+    stored.convert("RGB").save(data / "x.png", exif=exif)
+    stored.save(data / "x_mask.png")
+    (data / "x.txt").write_text("cup")
+    box = [0.1, 0.1, 0.4, 0.3]  # x, y, width, height
+    line = {"image": "x.png", "mask_image": "x_mask.png", "label": "cup", "box": box}
+    (tmp_path / "list.txt").write_text(repr(line | {"image_id": "1", "box_id": "2"}))
+    out = tmp_path / "m.jsonl"
+    options = ["--out", out, "--turn-masks", "--overwrite", "--check"]
+    sources = {
+        "folder": ["--data", data],
+        "official": ["--list", tmp_path / "list.txt", "--images", data, "--masks", data],
+    }
+    for source, arguments in sources.items():
+        run = prepare(source, *arguments, *options)
+        assert run.returncode == 0, run.stdout + run.stderr
+        (record,) = manifest.read(out)
+        image, hole = masks.load(record, tmp_path)
+        assert image.convert("L").tobytes() == hole.tobytes()
+        assert record.mask.startswith("m_masks/" if orientation != 1 else "data/")
+    run = prepare("folder", "--data", data, *options[:2], "--overwrite", "--check")
+    assert (run.returncode == 1) == (orientation > 4)
+    assert ("--turn-masks turns masks" in run.stdout) == (orientation > 4)
+    width, height = image.size
+    left, top, right, bottom = hole.getbbox()
+    assert record.box == pytest.approx((left / width, top / height, right / width, bottom / height))
+
+
+def test_masks_of_other_values(tmp_path):
+    data = tmp_path / "data"
+    ones = Image.new("L", (40, 30))
+    ones.paste(1, (10, 5, 30, 20))
+    palette = ones.convert("P")
+    palette.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+    several = palette.copy()
+    several.paste(2, (0, 0, 5, 5))
+    deep = Image.fromarray(np.asarray(ones).astype(np.uint16) * 300)
+    coloured = Image.new("RGB", (40, 30), "red")
+    drawn = {"ones": ones, "palette": palette, "several": several, "deep": deep}
+    drawn |= {"one_bit": ones.point([0] + [255] * 255).convert("1"), "coloured": coloured}
+    drawn |= {"rgb": Image.merge("RGB", [ones] * 3), "black": Image.new("L", (40, 30))}
+    for name, mask_picture in drawn.items():
+        picture(data / f"{name}.png")
+        mask_picture.save(data / f"{name}_mask.png")
+        (data / f"{name}.txt").write_text("cup")
+    out = tmp_path / "m.jsonl"
+    run = prepare("folder", "--data", data, "--out", out, "--check")
+    assert [record.id for record in manifest.read(out)] == ["one_bit"]
+    assert skipped(out) == {
+        "mask reaches 1 of 255, expected 0 and 255": 3,
+        "mask reaches 38 of 255, expected 0 and 255": 1,
+        "mask of 3 colours, expected 0 and 255": 1,
+        "mask reaches 76 of 255, expected 0 and 255": 1,
+        "empty mask": 1,
+    }
+    assert "which values of a mask mean the object with --mask-values" in run.stdout
+
+    arguments = ["folder", "--data", data, "--out", out, "--overwrite", "--check"]
+    run = prepare(*arguments, "--mask-values", "1", "299-300")
+    assert run.returncode == 0, run.stderr
+    records = manifest.read(out)
+    usable = ["deep", "one_bit", "ones", "palette", "rgb", "several"]
+    assert [record.id for record in records] == usable
+    for record in records:
+        hole = hole_of(record, tmp_path)
+        assert hole.getbbox() == (10, 5, 30, 20)
+        assert hole.getextrema() == (0, 255)
+    assert skipped(out) == {"mask in colours": 1, "none of --mask-values": 1}
+    for words in (["1-"], ["-3"], ["x"], ["70000"], ["3-1"]):
+        run = prepare(*arguments, "--mask-values", *words)
+        assert run.returncode == 2
+        assert "expected" in run.stderr
 
 
 @pytest.fixture

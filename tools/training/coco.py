@@ -1,6 +1,8 @@
 """COCO's annotations as candidates for a manifest; their masks are drawn."""
 
+import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,24 +10,31 @@ import numpy as np
 from PIL import Image
 
 from cat_diffusion.cat_core.data.folder import Candidate, DataFolder, candidate
-from cat_diffusion.cat_core.data.masks import SampleError
+from cat_diffusion.cat_core.data.masks import SampleError, opened
 from cat_diffusion.cat_core.errors import how_to_install
+from cat_diffusion.cat_core.pictures import opening
 
 from .data_sources import SourceError, fractions
 
 
 def coco(
-    instances: Path, captions: Path | None, images: DataFolder, masks: DataFolder, split: str
+    instances: Path,
+    captions: Path | None,
+    images: DataFolder,
+    masks: DataFolder,
+    split: str,
+    as_stored: bool,
 ) -> Iterator[Candidate]:
     """COCO instances: one sample per annotation that is not a crowd.
 
-    Its id is imageid_annotationid.
+    Its id is imageid_annotationid. An annotation without an outline has its box alone.
 
     Args:
         instances: instances JSON. All of it is read at once: expect ten times its size in memory.
         captions: captions JSON; every object of an image gets the image's first caption.
         images: folder with the images' file_name.
         masks: folder that the drawn masks go to.
+        as_stored: whether annotations are of the images before their EXIF data turns them.
     """
     try:
         from pycocotools import mask as rle
@@ -42,30 +51,82 @@ def coco(
         descriptions = _by(_json(captions, "annotations")["annotations"], "image_id")
     for number, annotation in enumerate(content["annotations"]):
         try:
-            image_id = int(annotation["image_id"])
-            annotation_id = int(annotation["id"])
+            image_id = id_text(annotation["image_id"])
+            annotation_id = id_text(annotation["id"])
             id = f"{image_id}_{annotation_id}"
             if annotation.get("iscrowd"):
                 yield Candidate(id, reason="crowd")
                 continue
-            picture = pictures[image_id]
-            drawing = Drawing(rle, annotation["segmentation"], picture)
-            box = drawing.box(annotation["bbox"])
-            image = images.inside(str(picture["file_name"]))
-            label = str(categories[annotation["category_id"]]["name"])
-        except (KeyError, TypeError, ValueError, ArithmeticError):
-            yield Candidate(f"annotation {number}", reason="malformed annotation")
+            picture = pictures.get(image_id)
+            category = categories.get(id_text(annotation["category_id"]))
+            if picture is None or category is None:
+                yield Candidate(id, reason="unknown class" if picture else "unknown image")
+                continue
+            name = str(picture["file_name"])
+            width, height = _size(picture, images.path / name, as_stored)
+            x, y, box_width, box_height = annotation["bbox"]
+            box = fractions(x / width, y / height, box_width / width, box_height / height)
+            label = str(category["name"])
+        except SampleError as error:
+            yield Candidate(id, reason=error.reason)
             continue
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+            lacks = f": no {error.args[0]}" if isinstance(error, KeyError) else ""
+            yield Candidate(f"annotation {number}", reason=f"malformed annotation{lacks}")
+            continue
+        segmentation = annotation.get("segmentation")
+        mask = None
+        draw = None
+        if _has_outline(segmentation):
+            mask = masks.inside(mask_name(id))
+            draw = Drawing(rle, segmentation, width, height).draw
         yield candidate(
             id,
-            drawing.draw,
-            image=image,
-            mask=masks.inside(f"{annotation_id % 1000:03d}/{annotation_id}.png"),
+            draw,
+            image=images.inside(name),
+            mask=mask,
             box=box,
             label=label,
             caption=str(descriptions.get(image_id, {}).get("caption", "")),
             split=split,
         )
+
+
+def id_text(id: int | float | str) -> str:
+    """An id of an image, annotation or category, which COCO counts and other tools name."""
+    if isinstance(id, float) and id.is_integer():
+        id = int(id)
+    if isinstance(id, bool) or not isinstance(id, int | str) or id == "":
+        raise TypeError(f"{id!r} is no id")
+    return str(id)
+
+
+def mask_name(id: str) -> str:
+    """A file's name for a sample's mask, another one for each sample, valid on every system.
+
+    Folders named by three digits keep them small.
+    """
+    if not re.fullmatch("[0-9_]{1,100}", id):
+        id = hashlib.sha256(id.encode("utf-8", "surrogatepass")).hexdigest()
+    digits = id.replace("_", "")
+    return f"{digits[-3:]:0>3}/{id}.png"
+
+
+def _size(picture: dict, path: Path, as_stored: bool) -> tuple[int, int]:
+    """(W, H) of an image by its entry, or where that says nothing by its file.
+
+    Raises SampleError if there is no such file either.
+    """
+    if picture.get("width") is not None and picture.get("height") is not None:
+        return int(picture["width"]), int(picture["height"])
+    with opened(path, "image") as file:
+        size = opening.upright_size(file)
+        return size[::-1] if as_stored and opening.is_turned(file) else size
+
+
+def _has_outline(segmentation) -> bool:
+    """Whether there is more than a box: detection sets have no polygons, or empty ones."""
+    return any(segmentation) if isinstance(segmentation, list) else bool(segmentation)
 
 
 class Drawing:
@@ -74,19 +135,14 @@ class Drawing:
     Args:
         rle: pycocotools.mask.
         segmentation: polygons or run lengths, compressed or not.
-        picture: the image's entry, for its size.
+        width, height: of the image.
     """
 
-    def __init__(self, rle, segmentation, picture: dict):
+    def __init__(self, rle, segmentation, width: int, height: int):
         self.rle = rle
         self.segmentation = segmentation
-        self.width = int(picture["width"])
-        self.height = int(picture["height"])
-
-    def box(self, box: list[float]) -> tuple[float, float, float, float]:
-        """COCO's [x, y, width, height] in pixels -> corners as fractions."""
-        x, y, width, height = box
-        return fractions(x / self.width, y / self.height, width / self.width, height / self.height)
+        self.width = width
+        self.height = height
 
     def draw(self) -> Image.Image:
         """The mask as a picture of 0 and 255; raises SampleError where it cannot be drawn."""
@@ -174,6 +230,12 @@ def _json(path: Path, *keys: str) -> dict[str, list[dict]]:
     return lists
 
 
-def _by(items: list[dict], key: str) -> dict[int, dict]:
-    """Items by an integer of theirs, the first one where several have the same."""
-    return {item[key]: item for item in reversed(items) if isinstance(item.get(key), int)}
+def _by(items: list[dict], key: str) -> dict[str, dict]:
+    """Items by an id of theirs, the first one where several have the same."""
+    by_id = {}
+    for item in items:
+        try:
+            by_id.setdefault(id_text(item[key]), item)
+        except (KeyError, TypeError):  # which no annotation can mean
+            continue
+    return by_id

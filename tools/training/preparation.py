@@ -18,6 +18,7 @@ from cat_diffusion.cat_core.data.manifest import Record
 from cat_diffusion.cat_core.data.tally import Tally
 
 from . import data_sources
+from .mask_changes import MaskChanges
 
 
 class Limits(NamedTuple):
@@ -37,7 +38,7 @@ def command(arguments) -> int:
     )
     try:
         _check_targets(arguments)
-        count = prepare(_candidates(arguments), arguments.out, limits)
+        count = prepare(_with_changes(arguments), arguments.out, limits)
     except (manifest.ManifestError, data_sources.SourceError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -68,7 +69,17 @@ def prepare(candidates: Iterable[Candidate], out: Path, limits: Limits) -> int:
         manifest.write(out, itertools.chain([first], records))
     files.write_text(_report_path(out), f"{tally}\n")
     print(tally)
+    for advice in _advice(tally):
+        print(advice)
     return tally.kept
+
+
+def _advice(tally: Tally) -> Iterator[str]:
+    """Sentences on what the command can do about samples that it skipped."""
+    if any(reason.endswith(masks.OTHER_VALUES) for reason in tally.skipped):
+        yield "Say which values of a mask mean the object with --mask-values, such as 1 or 1-20."
+    if masks.TURNED in tally.skipped:
+        yield "--turn-masks turns masks that are drawn on images before their EXIF data turns them."
 
 
 def usable(
@@ -110,13 +121,29 @@ def usable(
 def _check_targets(arguments) -> None:
     """Raise ManifestError where the command would write over something unasked."""
     targets = [arguments.out, _report_path(arguments.out)]
-    if arguments.source == "coco":
+    if arguments.source == "coco" or _changes(arguments):
         targets.append(_masks_path(arguments.out))
     for path in targets:
         if path.exists() and not arguments.overwrite:
             raise manifest.ManifestError(
                 f"{path} exists already and was not touched. Give --overwrite to replace it."
             )
+
+
+def _changes(arguments) -> MaskChanges:
+    given = getattr(arguments, "mask_values", None)
+    values = frozenset().union(*given) if given else None
+    return MaskChanges(values, arguments.turn_masks)
+
+
+def _with_changes(arguments) -> Iterator[Candidate]:
+    """The samples, their masks changed as the arguments say; raises SourceError."""
+    changes = _changes(arguments)
+    candidates = _candidates(arguments)
+    if not changes:
+        return candidates
+    path = _masks_path(arguments.out)
+    return changes.apply(candidates, arguments.out.parent, DataFolder(path, path.name))
 
 
 def _candidates(arguments) -> Iterator[Candidate]:
@@ -147,6 +174,7 @@ def _candidates(arguments) -> Iterator[Candidate]:
             data_sources.locate(arguments.images, out),
             DataFolder(drawn, drawn.name),
             split,
+            arguments.turn_masks,
         )
     if arguments.source == "folder":
         return triples(data_sources.locate(arguments.data, out), split)
@@ -161,7 +189,7 @@ def _report_path(out: Path) -> Path:
 
 
 def _masks_path(out: Path) -> Path:
-    """Where COCO's masks go."""
+    """Where the masks go that are drawn."""
     return out.with_name(f"{out.stem}_masks")
 
 
