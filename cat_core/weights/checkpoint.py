@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import Architecture, Tensors
+from ..config import LARGEST_SIZE, Architecture, Tensors
 from ..errors import CatError, few
 from ..models.ref_adapter import RefAdapter
 from ..models.sem_inpainter import SemInpainter
@@ -128,6 +128,15 @@ def check_keys(expected: Mapping[str, torch.Size], tensors: Tensors, name: str, 
         raise WeightsError(
             f"The {TITLES[part]} in {name} does not fit: {'; '.join(faults)}. "
             f"Expected the {len(expected)} keys of the official layout."
+        )
+
+
+def check_shape(shape: Sequence[int], key: str, file_name: str, smallest: int = 0) -> None:
+    """Raise WeightsError for a size that no model of this kind has; `smallest` is the least."""
+    if not all(smallest <= size <= LARGEST_SIZE for size in shape):
+        raise WeightsError(
+            f"{key} in {file_name} has the shape {tuple(shape)}, expected sizes from {smallest} to "
+            f"{LARGEST_SIZE:,}. The file is damaged; get it again."
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import few
-from .checkpoint import WeightsError
+from .checkpoint import WeightsError, check_shape
 from .inert_pickle import ForeignName, InertObject, Uses
 from .keys import is_of_a_part
 from .torch_files import PickledTensor, TorchFile, TorchFileError, open_torch_file
@@ -174,10 +174,12 @@ def _kind_of(value: Any) -> str:
 
 
 def _check_total(tensors: Mapping[str, PickledTensor], file: TorchFile) -> None:
-    """Raise WeightsError if the tensors ask for more than twice the file.
+    """Raise WeightsError if a tensor is too large, or all ask for more than twice the file.
 
     Some are stored once and used twice; many are an attack on the memory.
     """
+    for key, tensor in tensors.items():
+        check_shape(tensor.shape, key, file.path.name)
     total = sum(tensor.size for tensor in tensors.values())
     if total > 2 * file.size:
         raise WeightsError(

@@ -6,6 +6,7 @@ code.
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from functools import cached_property, partial
@@ -14,9 +15,15 @@ from pathlib import Path
 import safetensors
 import torch
 
-from ..config import Architecture, ArchitectureError, RefAdapterConfig, SemInpainterConfig, Tensors
+from ..config import (
+    Architecture,
+    ArchitectureError,
+    RefAdapterConfig,
+    SemInpainterConfig,
+    Tensors,
+)
 from ..errors import few
-from .checkpoint import Checkpoint, WeightsError, cat_modules, check_keys
+from .checkpoint import Checkpoint, WeightsError, cat_modules, check_keys, check_shape
 from .keys import DTYPES, TITLES, left_over, sort_keys
 from .pickles import open_pickle
 from .writing import FORMAT, FORMAT_VERSION
@@ -201,6 +208,7 @@ def _header(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     with safetensors.safe_open(str(path), framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - the file is no mapping
             slice_ = file.get_slice(key)
+            check_shape(slice_.get_shape(), key, path.name)
             dtype = _HEADER_DTYPES.get(slice_.get_dtype())
             if dtype is None:
                 tensors[key] = file.get_tensor(key)
@@ -295,6 +303,10 @@ def _validated(
     parts: Mapping[str, Tensors], metadata: Mapping[str, str], file_name: str
 ) -> Architecture:
     """The architecture of a file whose tensors are complete and of the right shapes and types."""
+    for part, tensors in parts.items():
+        _check_types(tensors, file_name, part)
+        for key, tensor in tensors.items():
+            check_shape(tensor.shape, f"{key} of the {TITLES[part]}", file_name, smallest=1)
     try:
         if metadata.get("format") == FORMAT:
             architecture = _stated_architecture(parts, metadata, file_name)
@@ -304,8 +316,6 @@ def _validated(
         raise WeightsError(
             f"{file_name}: {error}. The file is incomplete or of another model."
         ) from error
-    for part, tensors in parts.items():
-        _check_types(tensors, file_name, part)
     for part, module in cat_modules(architecture, device="meta").items():
         shapes = {key: tensor.shape for key, tensor in module.state_dict().items()}
         check_keys(shapes, parts[part], file_name, part)
@@ -329,10 +339,10 @@ def _stated_architecture(
     Raises ArchitectureError where the tensors say otherwise.
     """
     version = metadata.get("format_version", "")
-    if not version.isdigit() or int(version) > FORMAT_VERSION:
+    if not re.fullmatch("[0-9]{1,9}", version) or int(version) > FORMAT_VERSION:
         raise WeightsError(
-            f"{file_name} has format version {version or 'none'}, this pack reads up to "
-            f"{FORMAT_VERSION}. Update the pack."
+            f"{file_name} has format version {ascii(version[:20]) if version else 'none'}, "
+            f"this pack reads up to {FORMAT_VERSION}. Update the pack."
         )
     stated = Architecture.from_json(metadata.get("architecture", ""))
     for part, config in _CONFIGS.items():

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from ...cat_core import weights
-from ...cat_core.config import HEAD_WIDTH
+from ...cat_core.config import ArchitectureError, check_heads, heads_of, sizes, unet_blocks
 from ...cat_core.features import VisualPrompt
 from ...cat_core.models.folded import FoldedRefAdapter
 from ...cat_core.weights import Checkpoint, WeightsError
@@ -95,6 +95,8 @@ def build_unet(file: Checkpoint, dynamic: bool = True):
 def _unet_config(file: Checkpoint, tensors: Tensors):
     """The host's description of the U-Net; raises WeightsError unless it is for inpainting."""
     with _complete(file, "unet"):
+        for _, width in unet_blocks(tensors):
+            check_heads(width, file.architecture.unet_num_heads)
         config = symbols.sd15_config(tensors, file.architecture.unet_num_heads)
 
         def unet():
@@ -131,12 +133,13 @@ def build_clip(file: Checkpoint):
 
 def _text_config(file: Checkpoint, tensors: Tensors) -> dict:
     """SD 1.5's own, in the sizes of the tensors; they do not tell the number of heads."""
-    width = tensors["text_model.final_layer_norm.weight"].shape[0]
-    heads = file.architecture.clip_text_num_heads or max(width // HEAD_WIDTH, 1)
+    (width,) = sizes(tensors, "text_model.final_layer_norm.weight", 1)
+    heads = file.architecture.clip_text_num_heads or heads_of(width)
+    check_heads(width, heads)
     return symbols.stock_text_config() | {
         "hidden_size": width,
         "num_hidden_layers": _count(tensors, "text_model.encoder.layers."),
-        "intermediate_size": tensors["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "intermediate_size": sizes(tensors, "text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
         "num_attention_heads": heads,
     }
 
@@ -156,12 +159,12 @@ def build_vae(file: Checkpoint):
 
 def _vae_config(tensors: Tensors) -> dict:
     """What AutoencoderKL takes, as in SD 1.5's v1-inference.yaml, in the sizes of the tensors."""
-    channels = tensors["encoder.conv_in.weight"].shape[0]
+    channels = sizes(tensors, "encoder.conv_in.weight", 4)[0]
     multipliers = []
     for level in range(_count(tensors, "encoder.down.")):
-        width = tensors[f"encoder.down.{level}.block.0.conv1.weight"].shape[0]
+        width = sizes(tensors, f"encoder.down.{level}.block.0.conv1.weight", 4)[0]
         multipliers.append(width // channels)
-    latent, embedded = tensors["post_quant_conv.weight"].shape[:2]
+    latent, embedded, _, _ = sizes(tensors, "post_quant_conv.weight", 4)
     ddconfig = {
         "double_z": True,
         "z_channels": latent,
@@ -193,22 +196,26 @@ def build_clip_vision(file: Checkpoint):
 def _vision_config(file: Checkpoint, tensors: Tensors) -> dict:
     """As Hugging Face's config.json of CLIP's image encoder, in the sizes of the tensors."""
     embedding = "vision_model.embeddings"
-    width, _, patch, _ = tensors[f"{embedding}.patch_embedding.weight"].shape
-    positions = len(tensors[f"{embedding}.position_embedding.weight"])  # one is the image's
+    width, _, patch, _ = sizes(tensors, f"{embedding}.patch_embedding.weight", 4)
+    positions, _ = sizes(tensors, f"{embedding}.position_embedding.weight", 2)  # one is the image's
+    grid = math.isqrt(positions - 1)
+    if grid < 1 or grid * grid != positions - 1:
+        raise ArchitectureError(f"{positions} positions are not one and a square of patches")
+    heads = file.architecture.clip_vision_num_heads or heads_of(width)
+    check_heads(width, heads)
     config = {
         "model_type": "clip_vision_model",
         "hidden_act": "quick_gelu",
         "hidden_size": width,
-        "image_size": math.isqrt(positions - 1) * patch,
+        "image_size": grid * patch,
         "patch_size": patch,
         "num_channels": 3,
-        "intermediate_size": tensors["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "intermediate_size": sizes(tensors, "vision_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
         "num_hidden_layers": _count(tensors, "vision_model.encoder.layers."),
-        "num_attention_heads": file.architecture.clip_vision_num_heads
-        or max(width // HEAD_WIDTH, 1),
+        "num_attention_heads": heads,
     }
     if "visual_projection.weight" in tensors:
-        config["projection_dim"] = tensors["visual_projection.weight"].shape[0]
+        config["projection_dim"] = sizes(tensors, "visual_projection.weight", 2)[0]
     return config
 
 
@@ -227,13 +234,26 @@ def _expect(file: Checkpoint, part: str, build: Callable, tensors: Tensors) -> N
 
 @contextmanager
 def _complete(file: Checkpoint, part: str):
-    """Name the key that is missing when an architecture cannot be read off the tensors."""
+    """Say what is wrong when an architecture cannot be read off the tensors."""
     try:
         yield
+    except WeightsError:
+        raise
+    except ArchitectureError as error:
+        raise WeightsError(
+            f"The {weights.TITLES[part]} in {file.name} does not fit: {error}. "
+            "The file is damaged or of another model."
+        ) from error
     except KeyError as error:
         raise WeightsError(
             f"The {weights.TITLES[part]} in {file.name} lacks {error.args[0]}. "
             "The file is incomplete or of another model."
+        ) from error
+    # The host's detection and classes raise anything for tensors that are not SD 1.5's.
+    except Exception as error:
+        raise WeightsError(
+            f"The {weights.TITLES[part]} in {file.name} is none of SD 1.5: ComfyUI cannot tell its "
+            f"architecture ({type(error).__name__}). Use a checkpoint of SD 1.5 inpainting."
         ) from error
 
 

@@ -288,11 +288,12 @@ def test_metadata_that_tells_nothing(refused_with, change, word):
 @pytest.mark.parametrize(
     "truth, lie, word",
     [
-        ('"visual_size": 32', '"visual_size": "32"', "disagree"),
-        ('"visual_size": 32', '"visual_size": -1', "disagree"),
+        ('"visual_size": 32', '"visual_size": "32"', "expected a whole number"),
+        ('"visual_size": 32', '"visual_size": -1', "expected a whole number"),
+        ('"visual_size": 32', '"visual_size": 33', "disagree about the RefAdapter (visual_size)"),
         ('"num_heads": 4', '"num_heads": 5', "do not divide"),
-        ('"num_heads": 4', '"num_heads": 0', "disagree"),
-        ('"unet_num_heads": 4', '"unet_num_heads": "x"', "expected a positive number"),
+        ('"num_heads": 4', '"num_heads": 0', "num_heads in the metadata is 0, expected"),
+        ('"unet_num_heads": 4', '"unet_num_heads": "x"', "expected a whole number from 1"),
         ('"input_blocks.1.1.transformer_blocks.0"', '""', "disagree"),
     ],
 )
@@ -314,7 +315,7 @@ def test_heads_of_no_number_are_a_lie(tiny, tmp_path):
     )
     tensors = weights.flat({"sem_inpainter": parts["sem_inpainter"]})
     save_file(tensors, tmp_path / "x.safetensors", header)
-    refused(tmp_path / "x.safetensors", "disagree about the SemInpainter (num_attention_heads)")
+    refused(tmp_path / "x.safetensors", "num_attention_heads in the metadata is 0, expected")
 
 
 class Evil:
