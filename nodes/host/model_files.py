@@ -67,12 +67,30 @@ def missing_file(name: str | None, what: str) -> str | None:
     Args:
         name: None where another node supplies it.
     """
-    if name is None or folder_paths.get_full_path(FOLDER, name) is not None:
+    if name is None:
         return None
+    path = folder_paths.get_full_path(FOLDER, name)
+    if path is not None:
+        return _foreign_ending(name, path)
     folders = " or ".join(folder_paths.get_folder_paths(FOLDER))
     return (
         f"There is no {name} in {folders}. Put {what} there and press R, or choose "
         "another file; cat_demo_model.safetensors, a small demo model, comes with the pack."
+    )
+
+
+def _foreign_ending(name: str, path: str) -> str | None:
+    """A sentence about a file that is not one of weights by its name or its link's, or None.
+
+    Stores that name files by their content, as Hugging Face's cache, link to names without ending.
+    """
+    target = os.path.realpath(path)
+    endings = [os.path.splitext(name)[1].lower(), os.path.splitext(target)[1].lower()]
+    if endings[0] in EXTENSIONS and endings[1] in (*EXTENSIONS, ""):
+        return None
+    leads = "" if endings[0] not in EXTENSIONS else " links to a file that"
+    return (
+        f"{name!r}{leads} ends neither in {' nor in '.join(EXTENSIONS)}. Choose a file of weights."
     )
 
 
@@ -84,8 +102,15 @@ def fingerprint(name: str) -> tuple:
 
 
 def full_path(name: str) -> str:
-    """Where a file of models/cat_diffusion lies; raises FileNotFoundError."""
-    return folder_paths.get_full_path_or_raise(FOLDER, name)
+    """Where a file of models/cat_diffusion lies.
+
+    Raises FileNotFoundError, and ValueError for one whose ending is not of weights.
+    """
+    path = folder_paths.get_full_path_or_raise(FOLDER, name)
+    foreign = _foreign_ending(name, path)
+    if foreign:
+        raise ValueError(foreign)
+    return path
 
 
 def read(name: str) -> Checkpoint:
