@@ -1,6 +1,7 @@
 """The set-up that survives interruptions, and the demo as a user runs it."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from PIL import Image
 from run import TOOLS
 
 from comfyui import existing, install, launch
+from official import conversion
 
 LOCKING = """
 import sys
@@ -203,3 +205,17 @@ def test_the_demo_with_random_weights_of_full_size(full_file, tmp_path):
     assert (photo == np.asarray(stored).astype(int)).all()
     assert (made[mask == 0] == photo[mask == 0]).all()
     assert np.abs(made - photo)[mask == 255].mean() > 5
+
+
+# The converter --------------------------------------------------------------------------------
+
+
+def test_the_converter_says_sizes_that_people_read(tiny_file, tmp_path):
+    out = tmp_path / "cat.safetensors"
+    run = run_tool("convert.py", tiny_file, "--cat-weights", out)
+    assert run.returncode == 0, run.stderr
+    number, unit = re.search(r"Writing .*cat\.safetensors \(([\d.]+) (\w+)\)", run.stdout).groups()
+    size = float(number) * {"kB": 1e3, "MB": 1e6}[unit]
+    assert size == pytest.approx(out.stat().st_size, rel=0.1)  # the header is in the file only
+    written = [conversion.in_units(size) for size in (7, 2400, 14_300_000, 3_460_000_000)]
+    assert written == ["7 bytes", "2.4 kB", "14.3 MB", "3.5 GB"]

@@ -80,8 +80,16 @@ def _write(path: Path, tensors, metadata: dict[str, str], arguments) -> None:
     size = 0
     for tensor in tensors.values():
         size += tensor.numel() * (dtype or tensor.dtype).itemsize
-    with _announced(f"Writing {path} ({size / 1e9:.2f} GB)"):
+    with _announced(f"Writing {path} ({in_units(size)})"):
         weights.save(path, tensors, metadata, dtype, arguments.overwrite)
+
+
+def in_units(size: int) -> str:
+    """A number of bytes for people: 14.3 MB."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} bytes"
 
 
 @contextmanager
