@@ -9,10 +9,16 @@ ComfyUI's folder. Needs requirements-train.txt. Prepare data with tools/prepare_
 """
 
 import argparse
+import math
+import os
+import signal
 import sys
 from pathlib import Path
 
-from comfyui import launch
+from comfyui import launch  # which makes the checkout known as cat_diffusion
+
+# isort: split
+from cat_diffusion.cat_core.training.stages import STAGES
 
 
 def main() -> int:
@@ -24,11 +30,46 @@ def main() -> int:
     add_outputs(parser)
     launch.add_host_options(parser)
     arguments = parser.parse_args()
+    check(parser, arguments)
+    at_first = signal.signal(signal.SIGINT, stop_at_once)
     launch.enter_comfyui(parser, arguments, "train")
     launch.start_host(arguments.cpu or not launch.has_gpu())
     from training import stage_run
 
-    return stage_run.command(parser, arguments)
+    signal.signal(signal.SIGINT, at_first)
+    return stage_run.command(arguments)
+
+
+def stop_at_once(*_) -> None:
+    """End where nothing has begun: an exception would come out of whatever is being imported."""
+    print("\nStopped before anything was read or written.", flush=True)
+    os._exit(130)
+
+
+def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End with an error for what can be told wrong before anything is installed or read."""
+    if arguments.stage not in STAGES:
+        parser.error(f"unknown stage {arguments.stage}; choose from {', '.join(STAGES)}")
+    for name in ("size", "steps", "batch_size", "micro_batch_size", "save_every"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected 1 up")
+    for name in ("warmup", "samples_every"):
+        if getattr(arguments, name) < 0:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected 0 up")
+    if not (arguments.rates > 0 and math.isfinite(arguments.rates)):
+        parser.error(f"--rates is {arguments.rates}, expected a number above 0")
+    if not 0 <= arguments.final_rate <= 1:
+        parser.error(f"--final-rate is {arguments.final_rate}, expected 0 to 1")
+    if arguments.batch_size % arguments.micro_batch_size:
+        parser.error(
+            f"batch_size {arguments.batch_size} is not a multiple of micro_batch_size "
+            f"{arguments.micro_batch_size}. Change one of them."
+        )
+    if arguments.masked and arguments.stage != "sem-inpainter":
+        parser.error(f"--masked is a loss of sem-inpainter, the stage is {arguments.stage}")
+    for path in arguments.base:
+        if not path.is_file():
+            parser.error(f"--base {path} is no file, expected one with weights")
 
 
 def add_inputs(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from ..data.manifest import ManifestError
 from ..data.masks import VARIANTS
 from .encoding import Sample
 from .objectives import Batch
+from .settings import TrainingError
 from .stores import SampleStore
 
 TIMESTEPS = 1000  # of Stable Diffusion's noise schedule
@@ -61,12 +62,24 @@ class Batches:
             samples.append(sample)
             generators.append(generator)
         batch = self.store.batch(indices, samples)
+        self._check_finite(indices, batch)
         if self.empty_context is not None:
             batch |= self._noise(batch["latent"].shape[1:], generators)
             dropped = batch["dropped"].view(-1, 1, 1)
             batch["context"] = torch.where(dropped, self.empty_context, batch["context"])
         # Encoders may have run in inference mode, whose tensors autograd does not take.
         return {key: value.clone() for key, value in batch.items()}
+
+    def _check_finite(self, indices: list[int], batch: Batch) -> None:
+        """Raise TrainingError, which names a sample, if one holds NaN or Inf."""
+        for name, values in batch.items():
+            good = values.isfinite().flatten(1).all(1)
+            if not good.all():
+                index = indices[good.tolist().index(False)]
+                raise TrainingError(
+                    f"{name} of record {self.store.records[index].id} holds NaN or Inf. "
+                    f"{self.store.remedy(index)} What was trained so far is not touched."
+                )
 
     def _usable(self, number: int, variant: str) -> tuple[int, Sample]:
         """The record of a sample's number, or the next one that can be used, and its sample."""

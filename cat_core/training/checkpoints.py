@@ -3,41 +3,80 @@
 Each is whole or not there: a folder written under a temporary name and renamed.
 """
 
+import pickle
 import shutil
-from dataclasses import asdict
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .. import weights
 from ..files import replacing_folder
+from . import identity
 from .settings import Settings, TrainingError, TrainingRun
 
 WEIGHTS = "weights.safetensors"
 STATE = "state.pt"
 FIXED = {"batch_size", "warmup", "final_rate", "weight_decay", "precision", "seed"}
+# How files tell that they were cut, emptied, removed or changed: by PyTorch's zip reader a
+# RuntimeError, by its pickles all the others.
+UNREADABLE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    EOFError,
+    KeyError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    pickle.UnpicklingError,
+    weights.WeightsError,
+    zipfile.BadZipFile,
+)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on."""
+
+    step: int = 0  # steps that it has done already
+    scaler: Mapping[str, Any] = field(default_factory=dict)  # fp16's state
+    damaged: Mapping[Path, str] = field(default_factory=dict)  # newer checkpoint -> what is wrong
+    sentences: Sequence[str] = ()  # that the user should read
 
 
 def newest(folder: Path | None) -> Path | None:
-    """The latest complete checkpoint; None where there is none yet, and without a folder."""
-    if folder is None:
-        return None
-    complete = []
-    for path in folder.glob("checkpoint-*"):
-        if path.name.rpartition("-")[2].isdigit():
-            complete.append(path)
-    return max(complete, default=None)
+    """The latest checkpoint; None where there is none yet, and without a folder."""
+    return max(_all(folder), default=None)
 
 
 def newest_name(folder: Path | None) -> str:
-    """The latest complete checkpoint as error messages speak of it."""
+    """The latest checkpoint as error messages speak of it."""
     checkpoint = newest(folder)
     return checkpoint.name if checkpoint else "none yet"
 
 
-def read_state(checkpoint: Path) -> dict:
-    """What a checkpoint holds besides weights."""
-    return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+def read_state(checkpoint: Path, mapped: bool = False) -> dict:
+    """What a checkpoint holds besides weights.
+
+    Args:
+        mapped: leave the tensors on the disk until they are used.
+    """
+    if not mapped:
+        # PyTorch writes checksums, and reads without a look at them.
+        with zipfile.ZipFile(checkpoint / STATE) as archive:
+            changed = archive.testzip()
+        if changed is not None:
+            raise ValueError(f"{changed} in {STATE} has other bytes than were written")
+    state = torch.load(
+        checkpoint / STATE, map_location="cpu", weights_only=True, mmap=mapped or None
+    )
+    if not isinstance(state, dict) or not state.keys() >= {"step", "stage", "settings"}:
+        raise ValueError(f"{STATE} is not the state of a run")
+    return state
 
 
 def write(run: TrainingRun, step: int, optimiser: torch.optim.Optimizer, scaler) -> None:
@@ -54,12 +93,14 @@ def write(run: TrainingRun, step: int, optimiser: torch.optim.Optimizer, scaler)
         "step": step,
         "stage": run.stage.name,
         "settings": asdict(run.settings),
+        "identity": _identity(run),
         "optimiser": optimiser.state_dict(),
         "scaler": scaler.state_dict() if scaler else {},
     }
     try:
         with replacing_folder(target) as partial:
             _write_weights(run, step, partial / WEIGHTS)
+            state["weights"] = identity.of_file(partial / WEIGHTS)
             torch.save(state, partial / STATE)
     # PyTorch says that a disk is full with a RuntimeError.
     except (OSError, RuntimeError, weights.WeightsError) as error:
@@ -68,7 +109,7 @@ def write(run: TrainingRun, step: int, optimiser: torch.optim.Optimizer, scaler)
             f"{newest_name(run.folder)}. Free disk space and start the same command again; "
             "it continues from there."
         ) from error
-    for old in sorted(run.folder.glob("checkpoint-*"))[: -run.settings.keep]:
+    for old in _all(run.folder)[: -run.settings.keep]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -84,40 +125,148 @@ def _write_weights(run: TrainingRun, step: int, path: Path) -> None:
     weights.save(path, weights.flat(parts), metadata)
 
 
-def resume(run: TrainingRun, optimiser: torch.optim.Optimizer) -> int:
-    """Load the newest checkpoint into modules and optimiser; returns the step to go on with.
+def refuse_another_run(run: TrainingRun) -> None:
+    """Raise TrainingError if a run's folder holds another run; nothing is loaded.
+
+    A checkpoint that cannot be read says nothing: `resume` tells what is wrong with it.
+    """
+    for checkpoint in reversed(_all(run.folder)):
+        try:
+            state = read_state(checkpoint, mapped=True)
+        except UNREADABLE:
+            continue
+        _check_same(run, state)
+        return
+
+
+def resume(run: TrainingRun, optimiser: torch.optim.Optimizer) -> Resumed:
+    """Load the newest whole checkpoint into modules and optimiser.
 
     Raises:
-        TrainingError: the folder holds a run with other settings.
+        TrainingError: the folder holds a run with other settings, or no checkpoint is whole.
     """
-    checkpoint = newest(run.folder)
-    if checkpoint is None:
-        return 0
-    state = read_state(checkpoint)
+    damaged: dict[Path, str] = {}
+    for checkpoint in reversed(_all(run.folder)):
+        try:
+            state = read_state(checkpoint)
+            parts = _verified_parts(checkpoint, state)
+        except UNREADABLE as error:
+            damaged[checkpoint] = f"{error}" or type(error).__name__
+            continue
+        _check_same(run, state)
+        _load(run, optimiser, parts, state)
+        return Resumed(state["step"], state["scaler"], damaged, _sentences(checkpoint, state))
+    if damaged:
+        raise TrainingError(
+            f"No checkpoint in {run.folder} is whole: {_in_words(damaged)}. Give another folder "
+            "to start anew, or delete this one."
+        )
+    return Resumed()
+
+
+def _load(run: TrainingRun, optimiser: torch.optim.Optimizer, parts: dict, state: dict) -> None:
+    """Put a checkpoint into modules and optimiser."""
+    try:
+        for part in run.stage.parts:
+            run.modules[part].load_state_dict(parts[part])
+        optimiser.load_state_dict(state["optimiser"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise TrainingError(
+            f"The checkpoint of step {state['step']} in {run.folder} does not fit the modules that "
+            f"are trained ({error}). Give the same --base files, or another folder to start anew."
+        ) from error
+
+
+def set_aside(run: TrainingRun, resumed: Resumed) -> None:
+    """Rename the damaged checkpoints that a run does not go on from, and say so."""
+    for path in resumed.damaged:
+        aside = path.with_name(path.name.replace("checkpoint", "damaged"))
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        except OSError as error:
+            raise TrainingError(
+                f"{path} is damaged and cannot be renamed ({error}). Delete it and start the same "
+                "command again."
+            ) from error
+    if resumed.damaged:
+        print(
+            f"{_in_words(resumed.damaged)}. The run goes on from step {resumed.step}, its newest "
+            "whole checkpoint; the damaged one is kept as damaged-*.",
+            flush=True,
+        )
+    for sentence in resumed.sentences:
+        print(sentence, flush=True)
+
+
+def _all(folder: Path | None) -> list[Path]:
+    """A folder's checkpoints, the earliest first."""
+    if folder is None:
+        return []
+    checkpoints = []
+    for path in folder.glob("checkpoint-*"):
+        if path.name.rpartition("-")[2].isdigit():
+            checkpoints.append(path)
+    return sorted(checkpoints)
+
+
+def _verified_parts(checkpoint: Path, state: dict) -> dict:
+    """A checkpoint's weights by part; raises one of UNREADABLE unless they are as written."""
+    path = checkpoint / WEIGHTS
+    written = state.get("weights")  # none in a state that an older version wrote
+    if written is not None and written != identity.of_file(path):
+        raise ValueError(f"{WEIGHTS} has other bytes than were written")
+    tensors, _ = weights.load_safetensors(str(path))
+    parts, _ = weights.sort_keys(tensors)
+    return parts
+
+
+def _in_words(damaged: Mapping[Path, str]) -> str:
+    return "; ".join(f"{path.name} is damaged ({reason})" for path, reason in damaged.items())
+
+
+def _sentences(checkpoint: Path, state: dict) -> list[str]:
+    """What is to be said of a checkpoint that a run goes on from."""
+    if "identity" in state:
+        return []
+    return [
+        f"{checkpoint.name} is of an older version, which did not write down rates, loss, weights "
+        "and records. Whether they are the same as then cannot be told."
+    ]
+
+
+def _identity(run: TrainingRun) -> dict:
+    """Everything besides stage and settings that a run's result follows from."""
+    rates = {f"rate of {part}": rate for part, rate in run.stage.rates}
+    return {**rates, **run.identity}
+
+
+def _check_same(run: TrainingRun, state: dict) -> None:
+    """Raise TrainingError, which names what differs, unless a state is of this run."""
     changes = _changes(run, state)
     if changes:
         raise TrainingError(
             f"{run.folder} holds another run ({'; '.join(changes)}). Give the same settings to "
             "continue it, or another folder to start anew."
         )
-    tensors, _ = weights.load_safetensors(str(checkpoint / WEIGHTS))
-    parts, _ = weights.sort_keys(tensors)
-    for part in run.stage.parts:
-        run.modules[part].load_state_dict(parts[part])
-    optimiser.load_state_dict(state["optimiser"])
-    return state["step"]
+    if state["step"] > run.settings.steps:
+        raise TrainingError(
+            f"{run.folder} holds a run of {state['step']} steps, more than the "
+            f"{run.settings.steps} that are asked for. Give at least {state['step']}, or another "
+            "folder to start anew."
+        )
 
 
 def _changes(run: TrainingRun, state: dict) -> list[str]:
     """What differs between a run and the one that left this state, as far as it matters."""
-    changes = []
     if state["stage"] != run.stage.name:
-        changes.append(f"stage was {state['stage']}, is {run.stage.name}")
+        return [f"stage was {state['stage']}, is {run.stage.name}"]
+    fixed = {}
     for key, value in asdict(run.settings).items():
-        before = state["settings"].get(key, value)
-        if _is_fixed(key, run.settings) and before != value:
-            changes.append(f"{key} was {before}, is {value}")
-    return changes
+        if _is_fixed(key, run.settings):
+            fixed[key] = value
+    changes = identity.differences(state["settings"], fixed)
+    return changes + identity.differences(state.get("identity", {}), _identity(run))
 
 
 def _is_fixed(key: str, settings: Settings) -> bool:

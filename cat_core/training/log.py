@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..files import replacing
-from .settings import Settings
+from .checkpoints import newest_name
+from .settings import Settings, TrainingError
 
 SHOWN = ("loss", "cosine_observed", "cosine")  # figures on the terminal, if there are such
 
@@ -24,20 +25,33 @@ class TrainingLog:
         self.first = first
         self.steps = settings.steps
         self.start = time.monotonic()
-        rows = _rows_until(path, first) if first and path.exists() else []
-        with replacing(path) as partial, open(partial, "w", newline="") as file:
-            csv.writer(file).writerows(rows)
+        try:
+            rows = _rows_until(path, first) if first and path.exists() else []
+            with replacing(path) as partial, open(partial, "w", newline="") as file:
+                csv.writer(file).writerows(rows)
+        except OSError as error:
+            raise self._cannot_write(error) from error
         self.has_header = bool(rows)
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
         """Write a step's figures, and print some of them."""
-        with open(self.path, "a", newline="") as file:
-            writer = csv.writer(file)
-            if not self.has_header:
-                writer.writerow(["step", *figures])
-                self.has_header = True
-            writer.writerow([step, *figures.values()])
+        try:
+            with open(self.path, "a", newline="") as file:
+                writer = csv.writer(file)
+                if not self.has_header:
+                    writer.writerow(["step", *figures])
+                    self.has_header = True
+                writer.writerow([step, *figures.values()])
+        except OSError as error:
+            raise self._cannot_write(error) from error
         print(f"\r{self._line(step, figures)} ", end="", flush=True)
+
+    def _cannot_write(self, error: OSError) -> TrainingError:
+        return TrainingError(
+            f"Cannot write {self.path} ({error}). Checkpoints are whole, the newest is "
+            f"{newest_name(self.path.parent)}. Free disk space, check permissions, and start the "
+            "same command again; it continues from there."
+        )
 
     def _line(self, step: int, figures: Mapping[str, float]) -> str:
         shown = "  ".join(f"{name} {figures[name]:.4g}" for name in SHOWN if name in figures)
@@ -49,8 +63,28 @@ class TrainingLog:
 
 
 def _rows_until(path: Path, step: int) -> list[list[str]]:
-    """A log's header and its rows up to a step; a line that was cut short is left out."""
-    with open(path, newline="") as file:
-        header, *rows = list(csv.reader(file)) or [[]]
-    kept = [row for row in rows if row and row[0].isdigit() and int(row[0]) <= step]
-    return [header, *kept] if header else []
+    """A log's header and its rows up to a step; lines that were cut or damaged are left out.
+
+    A log without its header is of no use: it is renamed, and a new one begins.
+    """
+    rows = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        text = line.decode(errors="replace").replace("\0", "\ufffd")
+        if text.endswith("\n"):
+            rows += csv.reader([text])
+    if rows and rows[0][:1] != ["step"]:
+        aside = path.with_name("damaged-log.csv")
+        path.replace(aside)
+        print(f"{path.name} has lost its first line. It is kept as {aside.name}; a new one begins.")
+        return []
+    kept = [row for row in rows[1:] if _is_figures(row, len(rows[0])) and int(row[0]) <= step]
+    return [*rows[:1], *kept]
+
+
+def _is_figures(row: list[str], columns: int) -> bool:
+    """Whether a row is as `add` writes it: a step, and a number for each other column."""
+    try:
+        numbers = [float(cell) for cell in row]
+    except ValueError:
+        return False
+    return len(numbers) == columns and row[0].isdecimal()

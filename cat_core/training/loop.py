@@ -9,13 +9,14 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from ..files import InUseError, locked, remove_leftovers
 from . import checkpoints
 from .log import TrainingLog
 from .objectives import Batch, combine
@@ -37,21 +38,32 @@ def train(
     Returns:
         the CAT weights file of the last checkpoint, None without a folder.
     Raises:
-        TrainingError: loss not finite, disk full, or settings that do not fit the folder.
+        TrainingError: loss not finite, disk full, or settings that do not fit the folder, in which
+            another process may also be at work.
     """
+    accelerator = _accelerator(run.settings, cpu)
+    check_batch_size(run.settings, accelerator.num_processes)
+    if run.folder is None or not accelerator.is_main_process:
+        return _train(run, source, accelerator, on_step)
+    with _own_folder(run.folder):
+        return _train(run, source, accelerator, on_step)
+
+
+def _train(run: TrainingRun, source: BatchSource, accelerator, on_step: OnStep | None):
+    """`train`, where nobody else trains in the folder."""
     settings = run.settings
-    accelerator = _accelerator(settings, cpu)
-    _check_batch_size(settings, accelerator.num_processes)
     _freeze_others(run)
     optimiser = _optimiser(run)
-    first = checkpoints.resume(run, optimiser)
+    resumed = checkpoints.resume(run, optimiser)
+    first = resumed.step
     model, prepared = accelerator.prepare(run.objective, optimiser)
     optimisation = _Optimisation(run, accelerator, model, prepared)
-    earlier = checkpoints.newest(run.folder)
-    if accelerator.scaler is not None and earlier is not None:
-        accelerator.scaler.load_state_dict(checkpoints.read_state(earlier)["scaler"])
+    if accelerator.scaler is not None and resumed.scaler:
+        accelerator.scaler.load_state_dict(resumed.scaler)
     log = None
+    accelerator.wait_for_everyone()  # until all have read what is renamed now
     if run.folder and accelerator.is_main_process:
+        checkpoints.set_aside(run, resumed)
         log = TrainingLog(run.folder / "log.csv", first, settings)
 
     with _Interrupt() as interrupt:
@@ -77,6 +89,26 @@ def train(
                 raise KeyboardInterrupt
     checkpoint = checkpoints.newest(run.folder)
     return checkpoint / checkpoints.WEIGHTS if checkpoint else None
+
+
+@contextmanager
+def _own_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder, and remove what killed ones left unfinished there."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder))
+            remove_leftovers(folder)
+        except InUseError as error:
+            raise TrainingError(
+                f"Another process trains in {folder} already. Wait until it has ended, or give "
+                "another folder."
+            ) from error
+        except OSError as error:
+            raise TrainingError(
+                f"Cannot write to {folder} ({error}). Checkpoints and log go there: check free "
+                "space and permissions, or give another folder."
+            ) from error
+        yield
 
 
 def require_accelerate() -> None:
@@ -177,7 +209,8 @@ def _accelerator(settings: Settings, cpu: bool):
     return Accelerator(cpu=cpu, mixed_precision=settings.precision, kwargs_handlers=[unused])
 
 
-def _check_batch_size(settings: Settings, processes: int) -> None:
+def check_batch_size(settings: Settings, processes: int = 1) -> None:
+    """Raise TrainingError unless a batch can be shared out evenly."""
     if settings.batch_size % (settings.micro_batch_size * processes):
         raise TrainingError(
             f"batch_size {settings.batch_size} is not a multiple of micro_batch_size "
@@ -188,7 +221,8 @@ def _check_batch_size(settings: Settings, processes: int) -> None:
 def _check_finite(run: TrainingRun, step: int, loss: float) -> None:
     if not math.isfinite(loss):
         raise TrainingError(
-            f"The loss of step {step + 1} is {loss}. Nothing was overwritten; the newest good "
+            f"The loss of step {step + 1} is {loss}, while what it was computed of is finite. "
+            f"Nothing was overwritten; the newest good "
             f"checkpoint is {checkpoints.newest_name(run.folder)}. Lower the rates, warm up "
             "longer, or use bf16 instead of fp16."
         )

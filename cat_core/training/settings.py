@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -46,6 +47,8 @@ class TrainingRun:
     objective: Objective  # see objectives.py; holds the modules
     settings: Settings
     folder: Path | None = None  # for checkpoints and log
+    # What the result follows from besides stage and settings, see identity.py; the same resumes it.
+    identity: Mapping[str, Any] = field(default_factory=dict)
     architecture: Architecture = field(default_factory=Architecture)  # for the weights' headers
     provenance: str = ""
     licence: str = ""

@@ -1,15 +1,15 @@
 """Where encoded samples come from: the pictures themselves, shards on the disk, or memory.
 
-A store has a length in records, `sample(index, variant)` and `batch(indices, samples)`, which
-makes of the former's samples what an objective reads. What a sample holds is the store's own
-affair.
+A store has `records`, their number as its length, `sample(index, variant)` and `batch(indices,
+samples)`, which makes of the former's samples what an objective reads. What a sample holds is the
+store's own affair. `remedy(index)` says what to do about a sample that holds NaN.
 """
 
-import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -20,13 +20,20 @@ from safetensors.torch import save_file
 from ..data.manifest import ManifestError, Record
 from ..data.masks import VARIANTS, SampleError
 from ..data.tally import Tally
-from ..files import replacing, write_text
+from ..files import InUseError, locked, remove_leftovers, replacing, write_text
+from . import identity
 from .encoding import Encoders, Sample, encode, encode_holes, encode_whole, prepare, stack
 from .objectives import Batch
+from .settings import TrainingError
 
 BOTH = "both"  # a shard's kind for what is the same in every variant
 LATENTS = {"latent", "masked_latent", "latent_mask", "context"}  # what distillation does not read
 AT_ONCE = 8  # samples that go through the frozen networks when a shard is filled
+VERSION = 2  # of a cache's facts; the first one had no number
+FILES = "files"  # what a shard's header calls the files that it was encoded of
+UNREADABLE = (safetensors.SafetensorError, OSError, ValueError, TypeError)
+
+Stamp = list | None  # a file's [bytes, time, digest], None where there is none
 
 
 class FreshSamples:
@@ -79,6 +86,13 @@ class FreshSamples:
         records = [self.records[index] for index in indices]
         return encode(records, samples, self.encoders, self.objective)
 
+    def remedy(self, index: int) -> str:
+        """What to do about a sample that is no number."""
+        return (
+            "The frozen networks (CLIP, its text encoder, VAE) made it of "
+            f"{self.records[index].image}: their weights are damaged, or their precision overflows."
+        )
+
 
 class KeptSamples:
     """Encoded once, kept in memory as it is: for small folders.
@@ -92,6 +106,14 @@ class KeptSamples:
 
     def __len__(self):
         return len(self.fresh)
+
+    @property
+    def records(self) -> Sequence[Record]:
+        return self.fresh.records
+
+    def remedy(self, index: int) -> str:
+        """What to do about a sample that is no number."""
+        return self.fresh.remedy(index)
 
     def sample(self, index: int, variant: str) -> Sample | None:
         """The encoded sample, or None if its files cannot be used."""
@@ -122,58 +144,152 @@ class ShardedSamples:
     Training then opens no picture and runs no encoder. Shards are whole or not there, so an
     interrupted `fill` continues.
 
+    Args:
+        encoders: what the frozen networks are, see identity.of_parts. A cache that other ones
+            filled is refused.
     Raises:
         ManifestError: the folder holds other data or settings.
+        TrainingError: nothing can be written there.
     """
 
     per_shard = 64
 
-    def __init__(self, folder: Path, fresh: FreshSamples):
+    def __init__(self, folder: Path, fresh: FreshSamples, encoders: identity.Facts):
         self.folder = folder
         self.fresh = fresh
         self.shards: dict[int, Shard] = {}  # those that are open
-        ids = "\n".join(record.id for record in fresh.records)
         wanted = {
+            "version": VERSION,
             "objective": fresh.objective,
-            "size": fresh.size,
-            "cell": fresh.cell,
-            "records": hashlib.sha256(ids.encode()).hexdigest(),
+            "preprocessing": identity.PREPROCESSING,
+            **identity.of_records(fresh.records),
+            **encoders,
         }
+        if fresh.objective == "diffusion":
+            wanted |= {"size": fresh.size, "cell": fresh.cell}
         path = folder / "cache.json"
-        facts = json.loads(path.read_text()) if path.exists() else wanted
+        facts = self._facts(path) if path.exists() else wanted
         # A diffusion stage's cache holds all that distillation needs.
-        is_diffusion = facts["objective"] == "diffusion"
+        is_diffusion = facts.get("objective") == "diffusion"
         self.borrowed = is_diffusion and fresh.objective != "diffusion"
         if self.borrowed:
             wanted["objective"] = "diffusion"
-        if facts != wanted:
+        changes = identity.differences(facts, wanted)
+        if changes:
             raise ManifestError(
-                f"{folder} caches other data or settings ({facts}). "
+                f"{folder} caches other data, networks or settings ({'; '.join(changes)}). "
                 "Give another cache folder or delete this one."
             )
-        write_text(path, json.dumps(facts))
+        if not path.exists():
+            with self._writing(path):
+                write_text(path, json.dumps(wanted))
+
+    def _facts(self, path: Path) -> dict:
+        """What a cache says of itself; raises ManifestError where that is not enough."""
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(facts, dict):
+                raise ValueError(f"expected an object, found {type(facts).__name__}")
+        except (OSError, ValueError, RecursionError) as error:
+            raise ManifestError(
+                f"{path} cannot be read ({error}), so nobody knows what the shards beside it hold. "
+                "Give another cache folder or delete this one."
+            ) from error
+        if "version" not in facts:
+            raise ManifestError(
+                f"{self.folder} was filled by an older version, which did not write down labels "
+                "and the weights of the frozen networks: whether they are the same cannot be told. "
+                "Give another cache folder or delete this one."
+            )
+        return facts
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        """Raise what goes wrong with the disk as TrainingError."""
+        try:
+            yield
+        except (OSError, safetensors.SafetensorError) as error:
+            raise TrainingError(
+                f"Cannot write {path} ({error}). The shards before it are whole. Free disk space "
+                "or check permissions, and start the same command again; it continues from there."
+            ) from error
 
     def __len__(self):
         return len(self.fresh)
 
     @property
+    def records(self) -> Sequence[Record]:
+        return self.fresh.records
+
+    def remedy(self, index: int) -> str:
+        """What to do about a sample that is no number."""
+        return (
+            f"It lies in {self._path(index // self.per_shard)}: delete that file and start the "
+            "same command again, which encodes its records anew."
+        )
+
+    @property
     def shard_count(self) -> int:
         return math.ceil(len(self.fresh) / self.per_shard)
 
-    def fill(self, on_shard: Callable[[], object] | None = None) -> None:
+    def fill(self, on_shard: Callable[[], object] | None = None, wait: bool = False) -> None:
         """Encode what is not there yet; `on_shard` is called after each shard.
 
+        A shard that is damaged is encoded again, with a line on the terminal.
+
+        Args:
+            wait: until another process has filled the cache, as those of one run do.
         Raises:
-            ManifestError: the cache is another stage's, and not complete.
+            ManifestError: the cache is another stage's, and not complete; pictures or masks have
+                changed since they were encoded.
+            TrainingError: another process fills the cache; the disk is full or read-only.
         """
-        for number in range(self.shard_count):
-            if not self._path(number).exists():
-                self._write(number)
-            if on_shard:
-                on_shard()
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.folder, wait))
+                remove_leftovers(self.folder)
+            except InUseError as error:
+                raise TrainingError(
+                    f"Another process fills the cache {self.folder}. Wait until it has done and "
+                    "start the same command again, or give another cache folder."
+                ) from error
+            except OSError as error:
+                raise TrainingError(
+                    f"Cannot write to the cache {self.folder} ({error}). Check free space and "
+                    "permissions, or give another cache folder."
+                ) from error
+            for number in range(self.shard_count):
+                if not self._has(number):
+                    self._write(number)
+                if on_shard:
+                    on_shard()
 
     def _path(self, number: int) -> Path:
         return self.folder / f"shard-{number:06d}.safetensors"
+
+    def _indices(self, number: int) -> range:
+        """The records of a shard."""
+        first = number * self.per_shard
+        return range(first, min(first + self.per_shard, len(self.fresh)))
+
+    def _has(self, number: int) -> bool:
+        """Whether a shard is there and whole; ManifestError where its files have changed."""
+        path = self._path(number)
+        if not path.exists():
+            return False
+        try:
+            shard = Shard(path, set())
+            files = shard.files()
+        except UNREADABLE as error:
+            print(f"\n{path} is damaged ({error}); its records are encoded again.", flush=True)
+            return False
+        for name, stamp in files.items():
+            if _has_changed(self.fresh.folder / name, stamp):
+                raise ManifestError(
+                    f"{self.fresh.folder / name} has changed since {path} was encoded of it. "
+                    "Delete that shard to encode it again, or give another cache folder."
+                )
+        return True
 
     def _write(self, number: int) -> None:
         if self.borrowed:
@@ -181,13 +297,25 @@ class ShardedSamples:
                 f"{self.folder} belongs to a diffusion stage and is not complete. "
                 "Start that stage first, or give another cache folder."
             )
-        first = number * self.per_shard
-        indices = range(first, min(first + self.per_shard, len(self.fresh)))
+        indices = self._indices(number)
+        # Before the pictures are opened: one that changes meanwhile is noticed next time.
+        files = {}
+        for index in indices:
+            for name in identity.files_of(self.fresh.records[index]):
+                files[name] = _stamp(self.fresh.folder / name)
         tensors: dict[str, torch.Tensor] = {}
         for variant in VARIANTS:
             tensors |= self._encoded(indices, variant)
-        with replacing(self._path(number)) as partial:
-            save_file(tensors, partial)
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                index, _, key = name.split(".", 2)
+                raise TrainingError(
+                    f"{key} of record {self.fresh.records[int(index)].id} holds NaN or Inf, or "
+                    f"numbers beyond 65504. {self.fresh.remedy(int(index))}"
+                )
+        path = self._path(number)
+        with self._writing(path), replacing(path) as unfinished:
+            save_file(tensors, unfinished, metadata={FILES: json.dumps(files)})
 
     def _encoded(self, indices: range, variant: str) -> dict[str, torch.Tensor]:
         """A shard's tensors of one variant; with the first one those that all variants share."""
@@ -216,10 +344,16 @@ class ShardedSamples:
     def sample(self, index: int, variant: str) -> Sample | None:
         """The encoded sample in half precision, or None if its files could not be used."""
         number = index // self.per_shard
-        if number not in self.shards:
-            without = LATENTS if self.borrowed else set()
-            self.shards[number] = Shard(self._path(number), without)
-        return self.shards[number].sample(index, variant)
+        try:
+            if number not in self.shards:
+                without = LATENTS if self.borrowed else set()
+                self.shards[number] = Shard(self._path(number), without)
+            return self.shards[number].sample(index, variant)
+        except UNREADABLE as error:
+            raise TrainingError(
+                f"{self._path(number)} cannot be read ({error}). Start the same command again: it "
+                "encodes the shard anew and continues from the newest checkpoint."
+            ) from error
 
     def batch(self, indices: Sequence[int], samples: Sequence[Sample]) -> Batch:
         """Encoded samples, stacked and in full precision again."""
@@ -243,6 +377,10 @@ class Shard:
             if key not in without:
                 self.names.setdefault((int(index), kind), {})[key] = name
 
+    def files(self) -> dict[str, Stamp]:
+        """The files that it was encoded of, and how they were then."""
+        return json.loads((self.file.metadata() or {}).get(FILES, "{}"))
+
     def sample(self, index: int, variant: str) -> Sample | None:
         """A sample's tensors, or None if the shard has none."""
         if (index, variant) not in self.names:
@@ -262,6 +400,30 @@ def _named(indices: Sequence[int], kind: str, batch: Batch) -> dict[str, torch.T
             small = value.half() if value.is_floating_point() else value.to(torch.uint8)
             tensors[f"{index}.{kind}.{key}"] = small.contiguous()
     return tensors
+
+
+def _stamp(path: Path) -> Stamp:
+    """A file's size, time and content; None where there is none."""
+    try:
+        status = path.stat()
+        return [status.st_size, status.st_mtime_ns, identity.of_file(path)]
+    except OSError:
+        return None
+
+
+def _has_changed(path: Path, before: Stamp) -> bool:
+    """Whether a file is another one; one that is gone counts as unchanged, it is not needed."""
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    if before is None:
+        return True
+    size, time, content = before
+    if status.st_size != size:
+        return True
+    # A copy of the data has other times.
+    return status.st_mtime_ns != time and identity.of_file(path) != content
 
 
 def _is_of_whole_picture(key: str) -> bool:

@@ -300,6 +300,31 @@ def test_another_run_in_the_folder_is_not_continued(uninterrupted, tiny_file, da
     assert "Traceback" not in run.stderr
     run = train("ref-adapter", tiny_file, data, uninterrupted, "--steps", 6, code=1)
     assert "stage was sem-inpainter, is ref-adapter" in run.stderr
+    more = ["--steps", 6, "--masked", "--rates", 2]
+    run = train("sem-inpainter", tiny_file, data, uninterrupted, *more, code=1)
+    assert "rate of sem_inpainter was 0.0001, is 0.0002" in run.stderr
+    assert "masked was False, is True" in run.stderr
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="tells by /proc what is being imported")
+def test_ctrl_c_during_imports_leaves_without_a_traceback(tiny_file, data, tmp_path):
+    process = subprocess.Popen(
+        command("sem-inpainter", tiny_file, data, tmp_path / "run"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+    def imports_torch():
+        with open(f"/proc/{process.pid}/maps") as maps:
+            return "libtorch" in maps.read()
+
+    wait_for(imports_torch)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert output.strip() == "Stopped before anything was read or written."
+    assert not (tmp_path / "run").exists()
 
 
 def small_files():
@@ -347,8 +372,12 @@ sys.exit(train.main())
 
 
 def test_settings_that_do_not_fit_are_explained(tiny_file, data, tmp_path):
-    run = train("sem-inpainter", tiny_file, data, tmp_path / "run", "--batch-size", 3, code=1)
+    run = train("sem-inpainter", tiny_file, data, tmp_path / "run", "--batch-size", 3, code=2)
     assert "batch_size 3 is not a multiple" in run.stderr
+    run = train("sem-inpainter", tiny_file, data, tmp_path / "run", "--steps", 0, code=2)
+    assert "--steps is 0, expected 1 up" in run.stderr
+    run = train("sem-inpainter", tmp_path / "no.ckpt", data, tmp_path / "run", code=2)
+    assert "no.ckpt is no file, expected one with weights" in run.stderr
     run = train("sem-inpaint", tiny_file, data, tmp_path / "run", code=2)
     assert "unknown stage sem-inpaint; choose from sem-inpainter" in run.stderr
     run = train("sem-inpainter", tiny_file, tmp_path / "none.jsonl", tmp_path / "run", code=1)

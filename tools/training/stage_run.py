@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +21,11 @@ from cat_diffusion.cat_core.config import (
 )
 from cat_diffusion.cat_core.data import manifest
 from cat_diffusion.cat_core.errors import CatError
-from cat_diffusion.cat_core.training import loop, start
+from cat_diffusion.cat_core.files import require_writable
+from cat_diffusion.cat_core.training import checkpoints, identity, loop, start
 from cat_diffusion.cat_core.training.assemble import assemble
 from cat_diffusion.cat_core.training.batches import Batches
-from cat_diffusion.cat_core.training.settings import Settings, TrainingRun
+from cat_diffusion.cat_core.training.settings import Settings, TrainingError, TrainingRun
 from cat_diffusion.cat_core.training.stages import STAGES, Stage
 from cat_diffusion.cat_core.training.stores import FreshSamples, SampleStore, ShardedSamples
 from cat_diffusion.cat_core.weights import Checkpoint
@@ -55,10 +57,8 @@ class StageRun:
     cpu: bool = False  # do not use a GPU
 
 
-def command(parser, arguments) -> int:
+def command(arguments) -> int:
     """Run the stage that the arguments name; returns the exit code."""
-    if arguments.stage not in STAGES:
-        parser.error(f"unknown stage {arguments.stage}; choose from {', '.join(STAGES)}")
     try:
         print(f"\nCAT weights: {run(_described(arguments))}")
     except KeyboardInterrupt:
@@ -106,6 +106,8 @@ def run(described: StageRun) -> Path | None:
         CatError: files that do not fit, or a run that cannot go on.
     """
     stage = described.stage
+    _require_all_it_takes(described)
+    records = manifest.read(described.data, described.split)
     file = load(described.base, stage.diffusion)
     modules, objective = build(
         stage,
@@ -114,6 +116,18 @@ def run(described: StageRun) -> Path | None:
         masked=described.masked,
         checkpointing=described.checkpointing,
     )
+    training = TrainingRun(
+        stage,
+        modules,
+        objective,
+        described.settings,
+        folder=described.folder,
+        identity=identity_of(described, file, records),
+        architecture=file.architecture,
+        provenance=f"trained on {described.data.name}",
+        licence=described.licence,
+    )
+    checkpoints.refuse_another_run(training)
     encoders, store = encoded_samples(
         file,
         stage.objective,
@@ -124,16 +138,6 @@ def run(described: StageRun) -> Path | None:
     )
     fresh = store.fresh if isinstance(store, ShardedSamples) else store
     batches = batches_for(stage, encoders, store, described.settings)
-    training = TrainingRun(
-        stage,
-        modules,
-        objective,
-        described.settings,
-        folder=described.folder,
-        architecture=file.architecture,
-        provenance=f"trained on {described.data.name}",
-        licence=described.licence,
-    )
     pictures = None
     if described.samples_every:
         pictures = SamplePictures(
@@ -160,6 +164,64 @@ def run(described: StageRun) -> Path | None:
     finally:
         if fresh.tally.skipped:
             print(f"\n{fresh.tally}")
+
+
+def identity_of(
+    described: StageRun, file: Checkpoint, records: Sequence[manifest.Record]
+) -> dict[str, str | int | float | bool]:
+    """What a run's result follows from besides stage and settings.
+
+    Whether samples come from a cache is left out: its half precision is rounding, and its shards
+    know the files that they were made of.
+    """
+    stage = described.stage
+    parts = [*frozen_parts(stage.objective), *stage.parts]
+    if stage.diffusion:
+        parts.append("unet")
+    if stage.prompt:
+        parts.append("ref_adapter")
+    if stage.prompt == "predicted":
+        parts.append("sem_inpainter")
+    facts = {
+        "masked": described.masked,
+        "preprocessing": identity.PREPROCESSING,
+        **identity.of_records(records),
+        **identity.of_parts(file, dict.fromkeys(parts)),
+    }
+    if stage.diffusion:
+        facts["size"] = described.size
+    if described.cache is None:
+        facts |= identity.of_sizes(records, described.data.parent)
+    return facts
+
+
+def frozen_parts(objective: str) -> list[str]:
+    """The parts that encode samples for an objective."""
+    parts = ["clip_text", "clip_vision"]
+    if objective == "diffusion":
+        parts.append("vae")
+    return parts
+
+
+def _require_all_it_takes(described: StageRun) -> None:
+    """Raise TrainingError for what would end the run after hours of encoding."""
+    loop.require_accelerate()
+    loop.check_batch_size(described.settings, _processes())
+    for folder in (described.folder, described.cache):
+        if folder is None:
+            continue
+        try:
+            require_writable(folder)
+        except OSError as error:
+            raise TrainingError(
+                f"Cannot write to {folder} ({error}). Check free space and permissions, or give "
+                "another folder."
+            ) from error
+
+
+def _processes() -> int:
+    """How many processes train together: accelerate and torchrun tell each of them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def load(paths: Sequence[Path], diffusion: bool) -> Checkpoint:
@@ -226,12 +288,12 @@ def encoded_samples(
     )
     if cache is None:
         return encoders, fresh
-    store = ShardedSamples(cache, fresh)
+    store = ShardedSamples(cache, fresh, identity.of_parts(file, frozen_parts(objective)))
     with (
         torch.inference_mode(),
         tqdm(total=store.shard_count, desc="Encoding", unit="shard") as bar,
     ):
-        store.fill(on_shard=bar.update)
+        store.fill(on_shard=bar.update, wait=_processes() > 1)
     return encoders, store
 
 

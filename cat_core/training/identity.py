@@ -1,0 +1,110 @@
+"""What a run's result and a cache's content follow from, as facts that can be compared.
+
+A fact is a number or a short text; contents are facts as digests. So what differs can be named.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from ..config import Tensors
+from ..data.manifest import Record
+from ..weights import Checkpoint
+
+Facts = Mapping[str, str | int | float | bool]
+
+# Counts up whenever another sample is made of the same files (preprocess.py, data, encoding.py).
+PREPROCESSING = 1
+SHOWN = 12  # digits of a digest
+CHUNK = 1 << 20  # bytes of a file that are read at once
+
+
+def differences(before: Facts, now: Facts) -> list[str]:
+    """What differs among the facts that both have, in words."""
+    changes = []
+    for name, value in now.items():
+        if name in before and before[name] != value:
+            changes.append(f"{name} was {before[name]}, is {value}")
+    return changes
+
+
+def of_records(records: Sequence[Record]) -> dict[str, str | int]:
+    """Everything that a manifest says of the records."""
+    entries = [asdict(record) for record in records]
+    return {
+        "number of records": len(entries),
+        "ids": _of_fields(entries, ("id",)),
+        "labels": _of_fields(entries, ("label",)),
+        "captions": _of_fields(entries, ("caption",)),
+        "names of pictures": _of_fields(entries, ("image",)),
+        "holes": _of_fields(entries, ("mask", "box")),
+    }
+
+
+def of_sizes(records: Sequence[Record], folder: Path) -> dict[str, str]:
+    """How large the files of the records are, by which changed ones show.
+
+    Times are left out: a copy of the data is the same data.
+    """
+    digest = hashlib.sha256()
+    for record in records:
+        for name in files_of(record):
+            digest.update(f"{size_of(folder / name)}\n".encode())
+    return {"sizes of picture and mask files": _short(digest)}
+
+
+def of_parts(file: Checkpoint, parts: Iterable[str]) -> dict[str, str]:
+    """The contents of parts: their tensors, and how these are put together."""
+    facts = {}
+    for part in parts:
+        digest = hashlib.sha256()
+        for attribute in (part, f"{part}_num_heads"):
+            digest.update(repr(getattr(file.architecture, attribute, None)).encode())
+        _add_tensors(digest, file.parts.get(part, {}))
+        facts[f"weights of {part}"] = _short(digest)
+    return facts
+
+
+def files_of(record: Record) -> list[str]:
+    """The files that a record's samples are made of, relative to the manifest's folder."""
+    return [record.image] if record.mask is None else [record.image, record.mask]
+
+
+def size_of(path: Path) -> int:
+    """A file's size in bytes, -1 where there is none."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
+def of_file(path: Path) -> str:
+    """The digest of a file's bytes; raises OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _of_fields(entries: Sequence[Mapping[str, object]], names: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(json.dumps([entry[name] for name in names]).encode())
+    return _short(digest)
+
+
+def _add_tensors(digest, tensors: Tensors) -> None:
+    for key in sorted(tensors):
+        tensor = tensors[key].detach().cpu().contiguous()
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _short(digest) -> str:
+    return digest.hexdigest()[:SHOWN]
