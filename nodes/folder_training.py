@@ -1,5 +1,6 @@
 """A small training run inside ComfyUI, from a folder of examples to a file of the trained part."""
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from ..cat_core.data.folder import DataFolder, triples
 from ..cat_core.data.manifest import Record, read
 from ..cat_core.data.masks import VARIANTS
 from ..cat_core.data.tally import Tally
+from ..cat_core.files import remove_leftovers
 from ..cat_core.pictures import plots
 from ..cat_core.pictures.tensors import channels_last
 from ..cat_core.training import loop, start
@@ -63,7 +65,7 @@ class FolderTraining:
     ):
         # What would fail after the run is refused before it.
         loop.require_accelerate()
-        model_files.new_path(filename_prefix)
+        loop.check_batch_size(settings)
         (self.part,) = stage.parts
         self.stage = replace(stage, rates=((self.part, rate),))
         self.settings = settings
@@ -71,7 +73,9 @@ class FolderTraining:
         self.filename_prefix = filename_prefix
         self.licence = licence
         self.cat_model = cat_model
+        self.saved = ""  # a sentence that says where the weights are
         self.tensors = part_tensors(cat_model, self.part, torch.float32)
+        self._try_to_save()
         self.path, _ = model_files.input_folder(folder)
         self.records, self.tally = examples(self.path)
         holes = len(VARIANTS) * len(self.records)
@@ -134,7 +138,7 @@ class FolderTraining:
         memory.clear_memory()
         path = self._trained(batches, build, architecture, progress)
         memory.clear_memory()
-        messages.say(f"Saved as {path.name}. {self.skipped()}")
+        messages.say(f"{self.saved} {self.skipped()}")
         image = channels_last([progress.plot()])
         cat_model = build_cat_model(model_files.read_path(path))
         return io.NodeOutput(cat_model, image, ui=ui.PreviewImage(image))
@@ -158,10 +162,10 @@ class FolderTraining:
             except memory.Cancelled:
                 done = len(progress.history)
                 if done:
-                    path = self._save(modules, architecture, done)
+                    self._save(modules, architecture, done)
                     messages.say(
-                        f"Cancelled after {done} of {self.settings.steps} steps. The weights so "
-                        f"far are in {path.name}; connect them to cat_model to go on."
+                        f"Cancelled after {done} of {self.settings.steps} steps. {self.saved} "
+                        "Connect these weights to cat_model to go on."
                     )
                 raise
             return self._save(modules, architecture, len(progress.history))
@@ -176,17 +180,63 @@ class FolderTraining:
             if tensors:
                 parts[part] = tensors
         parts[self.part] = modules[self.part].state_dict()
-        path = Path(model_files.new_path(self.filename_prefix))
-        origin = f", from {self.cat_model.name}" if self.cat_model else ""
-        weights.write_cat_weights(
-            path,
-            parts,
-            architecture,
-            licence=self.licence,
-            provenance=f"trained in ComfyUI on folder {self.folder}{origin}; "
-            f"stage {self.stage.name}, {steps} steps",
+        header = weights.cat_metadata(
+            parts, architecture, licence=self.licence, provenance=self._provenance(steps)
         )
+        tensors = weights.flat(parts)
+        try:
+            path = Path(model_files.new_path(self.filename_prefix))
+            weights.save(path, tensors, header)
+            self.saved = f"Saved as {path.name}."
+        except (ValueError, OSError, weights.WeightsError) as error:
+            # Nothing but a full disk can be in the way there.
+            path = Path(tempfile.mkdtemp(prefix="cat_weights_"), "trained.safetensors")
+            weights.save(path, tensors, header)
+            self.saved = (
+                f"The weights could not be saved in their place ({error}). They are in {path}: "
+                "move them to models/cat_diffusion, as that folder is emptied some day."
+            )
         return path
+
+    def _try_to_save(self) -> None:
+        """Make the result's file and remove it again.
+
+        A name or licence that cannot be written would be found at the end only. Raises ValueError.
+        """
+        try:
+            self.licence.encode()
+            self.filename_prefix.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"filename_prefix {self.filename_prefix!r} or licence {self.licence!r} holds half "
+                "a character, which no file can hold. Type it again."
+            ) from error
+        if "\0" in self.filename_prefix:
+            raise ValueError(
+                f"filename_prefix is {self.filename_prefix!r}, which holds a zero character; "
+                "expected the beginning of a file's name, such as my_cat."
+            )
+        path = Path(model_files.new_path(self.filename_prefix))
+        remove_leftovers(path.parent, path.name.rsplit("_", 2)[0])
+        header = {"license": self.licence, "provenance": self._provenance(self.settings.steps)}
+        try:
+            weights.save(path, {"probe": torch.zeros(1)}, header)
+            path.unlink()
+        except (OSError, weights.WeightsError) as error:
+            raise ValueError(
+                f"The weights cannot be saved as {path} ({error}). Give another, shorter "
+                "filename_prefix, or check the folder's permissions."
+            ) from error
+
+    def _provenance(self, steps: int) -> str:
+        """What the file's header says of its origin."""
+        origin = f", from {self.cat_model.name}" if self.cat_model else ""
+        text = (
+            f"trained in ComfyUI on folder {self.folder}{origin}; "
+            f"stage {self.stage.name}, {steps} steps"
+        )
+        # A folder's name may hold bytes that are no text.
+        return text.encode("utf-8", "replace").decode()
 
 
 class _Progress:

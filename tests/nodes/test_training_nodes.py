@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import sys
+import tempfile
 
 import comfy.model_management
 import comfy.utils
@@ -388,6 +389,42 @@ def test_names_that_lead_out_of_the_models_folder(sem, prefix):
     with pytest.raises(ValueError, match="filename_prefix") as error:
         sem(filename_prefix=prefix)
     assert type(error.value) is ValueError
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"filename_prefix": "n" * 240}, "cannot be saved as .*shorter filename_prefix"),
+        ({"filename_prefix": "a\0b"}, "holds a zero character"),
+        ({"filename_prefix": "a\ud800"}, "holds half a character"),
+        ({"licence": "CC\ud800"}, "holds half a character"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_the_first_step(sem, place, changes, words):
+    with pytest.raises(ValueError, match=words) as error:
+        sem(steps=1_000_000, **changes)
+    assert type(error.value) is ValueError
+    assert not list(place.glob("models/*"))
+
+
+def test_weights_whose_place_is_gone_at_the_end_lie_elsewhere(sem, place, monkeypatch, caplog):
+    elsewhere = place / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+
+    def hook(value, total, preview, node_id=None):
+        if (place / "models").is_dir():
+            (place / "models").rmdir()
+            (place / "models").write_text("a file where the folder was")
+
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
+    with caplog.at_level(logging.INFO):
+        cat_model, _ = sem(steps=1)
+    (path,) = elsewhere.glob("*/*.safetensors")
+    tensors = model_files.read_path(path).parts["sem_inpainter"]
+    assert equal(cat_model.sem_inpainter.model.state_dict(), tensors)
+    assert f"could not be saved in their place (Cannot write to {place / 'models'}" in caplog.text
+    assert f"They are in {path}" in caplog.text
 
 
 def test_the_host_runs_again_when_the_folder_changes(place):
