@@ -77,12 +77,11 @@ def read_mask(path: Path) -> Image.Image:
     Raises SampleError: missing mask, corrupt mask, empty mask, or values other than 0 and 255.
     """
     with opened(path, "mask") as file:
-        transparency = opening.alpha(file)
-        has_mask_in_alpha = transparency is not None and _varies(transparency)
-        mask = transparency if has_mask_in_alpha else opening.as_grey(file)
-        if not has_mask_in_alpha:
+        mask = opening.alpha(file)
+        if mask is None or not _varies(mask):
+            mask = opening.as_grey(file)
             _check_palette(file, path)
-    lightest = mask.getextrema()[1]
+    _, lightest = opening.extrema(mask)
     if lightest == 0:
         raise SampleError("empty mask", f"{path} is black, expected white where the object is")
     if lightest < MASKED:
@@ -104,8 +103,9 @@ def check_shape(mask: Image.Image, size: tuple[int, int], turned: bool) -> None:
     """
     if same_shape(mask.size, size):
         return
-    found = f"the mask is {mask.width}x{mask.height}, the image {size[0]}x{size[1]}"
-    if turned and same_shape(mask.size, size[::-1]):
+    width, height = size
+    found = f"the mask is {mask.width}x{mask.height}, the image {width}x{height}"
+    if turned and same_shape(mask.size, (height, width)):
         raise SampleError(
             TURNED,
             f"{found}, turned by its EXIF data. tools/prepare_data.py turns such masks with "
@@ -173,7 +173,7 @@ def _object_box(mask: Image.Image) -> tuple[int, int, int, int] | None:
 
 
 def _varies(channel: Image.Image) -> bool:
-    low, high = channel.getextrema()
+    low, high = opening.extrema(channel)
     return low < high
 
 
@@ -183,7 +183,10 @@ def _check_palette(file: Image.Image, path: Path) -> None:
         return
     used = file.getcolors() or []  # at most 256
     colours = file.convert("RGB").getcolors() or []
-    coloured = any(max(colour) - min(colour) > COLOURED for _, colour in colours)
+    coloured = False
+    for _, colour in colours:
+        assert isinstance(colour, tuple)  # red, green, blue
+        coloured = coloured or max(colour) - min(colour) > COLOURED
     if coloured and len(used) > 2:
         values = ", ".join(str(value) for _, value in sorted(used, key=itemgetter(1))[:8])
         raise SampleError(

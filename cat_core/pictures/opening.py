@@ -79,8 +79,8 @@ def orientation(picture: Image.Image) -> int:
 def upright_size(picture: Image.Image) -> tuple[int, int]:
     """(W, H) of the picture turned upright, by its header alone; to be asked as is_turned."""
     tags = getattr(picture, "tag_v2", None)
-    stored = (tags[TIFF_WIDTH], tags[TIFF_HEIGHT]) if tags else picture.size
-    return stored[::-1] if is_turned(picture) else stored
+    width, height = (tags[TIFF_WIDTH], tags[TIFF_HEIGHT]) if tags else picture.size
+    return (height, width) if is_turned(picture) else (width, height)
 
 
 def turned(picture: Image.Image, orientation: int) -> Image.Image:
@@ -88,6 +88,13 @@ def turned(picture: Image.Image, orientation: int) -> Image.Image:
     if orientation not in TURNS:
         return picture
     return picture.transpose(TURNS[orientation])
+
+
+def extrema(channel: Image.Image) -> tuple[float, float]:
+    """The lowest and the highest level of a picture that has one channel."""
+    low, high = channel.getextrema()
+    assert not isinstance(low, tuple) and not isinstance(high, tuple)  # of one channel
+    return low, high
 
 
 def _in_8_bits(picture: Image.Image) -> Image.Image:
@@ -114,7 +121,7 @@ def _highest_whole_number(picture: Image.Image, whole_numbers: Image.Image) -> i
     tags = getattr(picture, "tag_v2", {})
     bits = tags.get(TIFF_BITS, (16,))[0]
     white = 2**bits - 1 if bits < 16 else LEVELS_16
-    low, high = whole_numbers.getextrema()
+    low, high = extrema(whole_numbers)
     if low < 0 or high > white:
         raise ValueError(f"its levels reach from {low} to {high}, expected 0 to {white}")
     return white
@@ -122,7 +129,7 @@ def _highest_whole_number(picture: Image.Image, whole_numbers: Image.Image) -> i
 
 def _highest_float(floats: Image.Image) -> float:
     """White of a picture of floats: 1 where none is higher, else 255."""
-    low, high = floats.getextrema()
+    low, high = extrema(floats)
     if low >= 0 and high <= 1:
         return 1
     if low >= 0 and high <= 255:
