@@ -1,13 +1,12 @@
 """Write weight files: under a temporary name first, with a header that says what they are."""
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 
 from ..config import Architecture, Tensors
@@ -17,6 +16,20 @@ from .keys import TITLES, describe, flat
 
 FORMAT = "cat-diffusion"
 FORMAT_VERSION = 1
+
+# How the safetensors format calls the types.
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def header(
@@ -98,31 +111,46 @@ def save(
         )
     try:
         with replacing(path) as partial:
-            stored = _stored(tensors, dtype)
-            safetensors.torch.save_file(stored, partial, metadata=dict(metadata))
-            partial.chmod(0o666 & ~_umask())  # safetensors makes its files private
-    except (OSError, safetensors.SafetensorError) as error:
+            _write(partial, tensors, metadata, dtype)
+    except (OSError, UnicodeError) as error:
         raise WeightsError(
             f"Cannot write {path}: {error}. Check free space and permissions; "
             "no other file was touched."
         ) from error
 
 
-def _stored(tensors: Tensors, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """The tensors as they are written, on the CPU; raises WeightsError for an overflow."""
-    stored = {}
-    for key, tensor in tensors.items():
-        stored[key] = tensor.detach().to("cpu", dtype).contiguous()
-        if dtype == torch.float16 and not finite(stored[key]):
-            raise WeightsError(
-                f"{key} does not fit into fp16: it holds numbers beyond 65504 or none at all. "
-                "Use bf16."
-            )
+def _write(
+    path: Path, tensors: Tensors, metadata: Mapping[str, str], dtype: torch.dtype | None
+) -> None:
+    """Write safetensors one tensor after the other: the memory holds one converted at a time."""
+    # As the format's own writer has them: wide numbers first, so that each lies at its multiple.
+    keys = sorted(tensors, key=lambda key: (-(dtype or tensors[key].dtype).itemsize, key))
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for key in keys:
+        stored_dtype = dtype or tensors[key].dtype
+        start = end
+        end += tensors[key].numel() * stored_dtype.itemsize
+        entries[key] = {
+            "dtype": _NAMES[stored_dtype],
+            "shape": list(tensors[key].shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in keys:
+            stored = _stored(key, tensors[key], dtype)
+            if stored.numel():
+                file.write(stored.flatten().view(torch.uint8).numpy().data)
+
+
+def _stored(key: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """A tensor as it is written, on the CPU; raises WeightsError for an overflow."""
+    stored = tensor.detach().to("cpu", dtype).contiguous()
+    if dtype == torch.float16 and not finite(stored):
+        raise WeightsError(
+            f"{key} does not fit into fp16: it holds numbers beyond 65504 or none at all. Use bf16."
+        )
     return stored
-
-
-def _umask() -> int:
-    """The permissions that this process takes from new files; it can only be read by setting it."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
