@@ -124,6 +124,10 @@ def beside_demo() -> dict[str, dict]:
     return {
         "CATLoadWeights": {"weights": "cat_demo_model.safetensors"},
         "CATEncodeVisualPrompt": {"clip_vision": clip_vision, "image": ["whole", 0]},
+        "CATVisualPromptToClipVision": {
+            "visual_prompt": ["CATSemanticInpaint", 0],
+            "clip_vision": clip_vision,
+        },
         "CATCropAroundMask": {
             "image": ["whole", 0],
             "mask": ["whole", 1],

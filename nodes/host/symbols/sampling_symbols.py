@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from typing import cast
 
 import comfy.clip_vision
 import comfy.k_diffusion.sampling
@@ -54,7 +55,7 @@ def seeded_noise(latent: torch.Tensor, seed: int) -> torch.Tensor:
 
     comfy/sample.py:22 (prepare_noise). Without it tools and nodes start from other noise.
     """
-    return comfy.sample.prepare_noise(latent, seed)
+    return cast(torch.Tensor, comfy.sample.prepare_noise(latent, seed))
 
 
 def new_sampler(sampler: str | Callable):
@@ -78,13 +79,15 @@ def sample_custom(model, noise, cfg: float, sampler, sigmas, conditionings, late
         conditionings: (positive, negative).
         callback: callback(step, denoised, x, steps), or None.
     """
+    positive, negative = conditionings
     return comfy.sample.sample_custom(
         model,
         noise,
         cfg,
         sampler,
         sigmas,
-        *conditionings,
+        positive,
+        negative,
         latent,
         disable_pbar=True,
         seed=0,

@@ -50,7 +50,7 @@ def new_unet(config: dict, operations, device: torch.device | None = None):
     comfy/ldm/modules/diffusionmodules/openaimodel.py:378 (UNetModel). Without it there is no
     training, and keys of a file cannot be checked.
     """
-    in_fp32 = config | {"dtype": torch.float32}
+    in_fp32: dict[str, Any] = {**config, "dtype": torch.float32}
     return comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel(
         **in_fp32, device=device, operations=operations
     )
