@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import folder_paths
 import numpy as np
 import pytest
 from paths import ROOT
@@ -17,6 +18,7 @@ from PIL import Image
 from cat_diffusion.cat_core.data import manifest, masks
 from comfyui.local_server import LocalServer, make_base
 from comfyui.remote_server import Workflow, WorkflowError
+from nodes import LoadImageMask
 
 BASELINES = ROOT / "workflows/baselines"
 SIZE = 64
@@ -225,6 +227,21 @@ def test_a_baseline_changes_the_hole_and_nothing_else(server, data, tmp_path, na
     assert (made[hole == 0] == original[hole == 0]).all()
     assert np.abs(made - original)[hole == 255].mean() > 5
     assert 50 < (hole == 255).sum() < SIZE * SIZE / 3
+
+
+def test_the_host_reads_the_levels_of_a_sent_mask(
+    server, base, data, workflow, tmp_path, monkeypatch
+):
+    few = data.with_name("sent.jsonl")
+    few.write_text(data.read_text().splitlines()[0])
+    finish(start(workflow, few, tmp_path / "out", servers=[server.url]))
+    newest = max((base / "input").rglob("*_mask.png"), key=lambda path: path.stat().st_mtime)
+    monkeypatch.setattr(folder_paths, "input_directory", str(newest.parent))
+    node = LoadImageMask()
+    mask, *_ = getattr(node, node.FUNCTION)(image=newest.name, channel="red")
+    sent = np.asarray(Image.open(newest).convert("L"))
+    assert (sent.min(), sent.max()) == (0, 255)
+    assert np.abs(mask[0].numpy() * 255 - sent).max() < 1e-3
 
 
 def levels(picture):

@@ -132,7 +132,8 @@ class Generation:
         photo, hole = sample_pictures(record, folder, self.arguments.hole, size)
         prompt = self.workflow.prompt(
             photo=server.upload(f"{slot}_photo.png", png(photo)),
-            mask=server.upload(f"{slot}_mask.png", png(hole)),
+            # In colour: ComfyUI reads the white of a grey PNG one level too dark.
+            mask=server.upload(f"{slot}_mask.png", png(hole.convert("RGB"))),
             label=record.label or record.caption,
             seed=seed,
         )
