@@ -31,6 +31,37 @@ MOST_AT_ONCE = 8  # examples that SemInpainter takes at once
 PRECISIONS = {"fp32": "no", "bf16": "bf16"}
 
 
+def _steps_input() -> io.Int.Input:
+    return io.Int.Input(
+        "steps",
+        default=300,
+        min=1,
+        max=1_000_000,
+        tooltip="The paper trains for 40,000.",
+    )
+
+
+def _batch_size_input(default: int) -> io.Int.Input:
+    return io.Int.Input(
+        "batch_size",
+        default=default,
+        min=1,
+        max=1024,
+        tooltip="Examples in each step. The paper has 128.",
+    )
+
+
+def _learning_rate_input() -> io.Float.Input:
+    return io.Float.Input(
+        "learning_rate",
+        default=1e-4,
+        min=1e-7,
+        max=1.0,
+        step=1e-7,
+        tooltip="The paper's is 0.0001.",
+    )
+
+
 def _settings_inputs(prefix: str) -> list:
     """What both nodes ask for at the end."""
     return [
@@ -101,28 +132,9 @@ class CATTrainSemInpainter(io.ComfyNode):
                 ),
                 io.Clip.Input("clip", tooltip="SD 1.5's text encoder."),
                 _folder_input(),
-                io.Int.Input(
-                    "steps",
-                    default=300,
-                    min=1,
-                    max=1_000_000,
-                    tooltip="The paper trains for 40,000.",
-                ),
-                io.Int.Input(
-                    "batch_size",
-                    default=8,
-                    min=1,
-                    max=1024,
-                    tooltip="Examples in each step. The paper has 128.",
-                ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=1e-4,
-                    min=1e-7,
-                    max=1.0,
-                    step=1e-7,
-                    tooltip="The paper's is 0.0001.",
-                ),
+                _steps_input(),
+                _batch_size_input(8),
+                _learning_rate_input(),
                 io.Boolean.Input(
                     "masked_loss",
                     default=False,
@@ -230,20 +242,8 @@ class CATTrainRefAdapter(io.ComfyNode):
                     step=64,
                     tooltip="Side to which every picture is scaled, in pixels. The paper has 512.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=300,
-                    min=1,
-                    max=1_000_000,
-                    tooltip="The paper trains for 40,000.",
-                ),
-                io.Int.Input(
-                    "batch_size",
-                    default=4,
-                    min=1,
-                    max=1024,
-                    tooltip="Examples in each step. The paper has 128.",
-                ),
+                _steps_input(),
+                _batch_size_input(4),
                 io.Int.Input(
                     "micro_batch_size",
                     default=1,
@@ -258,14 +258,7 @@ class CATTrainRefAdapter(io.ComfyNode):
                     tooltip="Compute activations again instead of keeping them: less memory, "
                     "a third more time.",
                 ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=1e-4,
-                    min=1e-7,
-                    max=1.0,
-                    step=1e-7,
-                    tooltip="The paper's is 0.0001.",
-                ),
+                _learning_rate_input(),
                 *_settings_inputs("ref_adapter"),
                 CatModelWire.Input(
                     "cat_model",

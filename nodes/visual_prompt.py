@@ -1,6 +1,6 @@
 """From a picture with a hole, or a reference picture, to the visual prompt."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from comfy_api.latest import io, ui
@@ -224,31 +224,70 @@ def predict(
     check_clip_vision(clip_vision, config.hidden_size, config.grid_size)
     photo, hole = to_core(image, mask)
     if previous is None:
-        hidden = hole
-        seen, observed, image_feature = see(clip_vision, photo, hidden)
-        patch_mask = seen.patch_mask
+        observation = _first_object(clip_vision, photo, hole)
     else:
-        hidden = union(hole, previous, config.hidden_size)
-        batch = len(hidden)
-        photo = photo.expand(batch, -1, -1, -1)
-        seen, patches, image_feature = see(clip_vision, photo, hidden)
-        patch_mask = preprocess.clip_input(photo, hole.expand(batch, -1, -1, -1)).patch_mask
-        known = previous.after.expand_as(patches).to(patches)
-        observed = features.blend(known, patches, seen.patch_mask * previous.patch_mask)
-    _say_where_odd(patch_mask)
-    text_feature = encode_text(clip, label, config.text_size)
-    predicted = run_sem_inpainter(cat_model, observed, image_feature, text_feature, patch_mask)
-    after = features.blend(predicted.patches, observed, patch_mask)
+        observation = _next_object(clip_vision, photo, hole, previous, config.hidden_size)
+    _say_where_odd(observation.patch_mask)
+    predicted = run_sem_inpainter(
+        cat_model,
+        observation.patches,
+        observation.image_feature,
+        encode_text(clip, label, config.text_size),
+        observation.patch_mask,
+    )
+    after = features.blend(predicted.patches, observation.patches, observation.patch_mask)
     return features.VisualPrompt(
         tokens=features.pool(after),
-        before=observed,
+        before=observation.patches,
         after=after,
-        patch_mask=seen.patch_mask,
-        picture=seen.masked_image,
-        mask=hidden,
+        patch_mask=observation.seen.patch_mask,
+        picture=observation.seen.masked_image,
+        mask=observation.hidden,
         text=label,
         image_feature=predicted.image,
     )
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What SemInpainter gets of a photo besides the text.
+
+    Attributes:
+        seen: what CLIP was shown.
+        hidden: (B, 1, H, W), all that was hidden from it.
+        patches: (B, N, D), its features; in earlier holes those that were predicted there.
+        image_feature: (B, D).
+        patch_mask: (B, 1, G, G), of the hole that is to be filled now.
+    """
+
+    seen: preprocess.ClipInput
+    hidden: torch.Tensor
+    patches: torch.Tensor
+    image_feature: torch.Tensor
+    patch_mask: torch.Tensor
+
+
+def _first_object(clip_vision, photo: torch.Tensor, hole: torch.Tensor) -> Observation:
+    seen, patches, image_feature = see(clip_vision, photo, hole)
+    return Observation(seen, hole, patches, image_feature, seen.patch_mask)
+
+
+def _next_object(
+    clip_vision,
+    photo: torch.Tensor,
+    hole: torch.Tensor,
+    previous: features.VisualPrompt,
+    width: int,
+) -> Observation:
+    """The same beside the object of an earlier hole; `width` is SemInpainter's."""
+    hidden = union(hole, previous, width)
+    photos = photo.expand(len(hidden), -1, -1, -1)
+    holes = hole.expand(len(hidden), -1, -1, -1)
+    seen, observed, image_feature = see(clip_vision, photos, hidden)
+    known = previous.after.expand_as(observed).to(observed)
+    patches = features.blend(known, observed, seen.patch_mask * previous.patch_mask)
+    patch_mask = preprocess.clip_input(photos, holes).patch_mask
+    return Observation(seen, hidden, patches, image_feature, patch_mask)
 
 
 def _say_where_odd(patch_mask: torch.Tensor) -> None:
