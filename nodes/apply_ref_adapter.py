@@ -3,12 +3,15 @@
 import torch
 from comfy_api.latest import io
 
+from .checks import check_number, check_wires
 from .host import symbols
 from .host.build import build_folded
 from .host.cat_model import require_part
 from .host.sampled_rows import OneSampling, sampling_of, watch_samplings
 from .host.unet import block_name, check_unet
 from .wires import CATEGORY, CatModelWire, VisualPromptWire
+
+LARGEST_STRENGTH = 10.0
 
 
 class RefAdapterPatch(symbols.Patch):
@@ -86,8 +89,8 @@ class CATApplyRefAdapter(io.ComfyNode):
                 io.Float.Input(
                     "strength",
                     default=1.0,
-                    min=-10.0,
-                    max=10.0,
+                    min=-LARGEST_STRENGTH,
+                    max=LARGEST_STRENGTH,
                     step=0.05,
                     tooltip="How much of the adapter's output is added. "
                     "1 as trained, 0 leaves the model alone.",
@@ -131,6 +134,10 @@ def apply_ref_adapter(
         strength: factor of the adapter's output; 1 as trained.
         start_percent, end_percent: the part of the sampling in which it is added, in [0, 1].
     """
+    check_wires(model=model, cat_model=cat_model, visual_prompt=visual_prompt)
+    check_number("strength", strength, -LARGEST_STRENGTH, LARGEST_STRENGTH)
+    check_number("start_percent", start_percent, 0, 1)
+    check_number("end_percent", end_percent, 0, 1)
     require_part(cat_model, "ref_adapter")
     config = cat_model.architecture.ref_adapter
     check_unet(model, config)

@@ -6,6 +6,7 @@ import torch
 from comfy_api.latest import io
 
 from ..cat_core.features import VisualPrompt
+from .checks import check_wires
 from .host import memory, messages
 from .host.clip import check_clip_vision, class_token, normed, project_image, vision_output
 from .wires import CATEGORY, VisualPromptWire
@@ -49,6 +50,7 @@ class CATVisualPromptToClipVision(io.ComfyNode):
 
     @classmethod
     def execute(cls, visual_prompt, clip_vision) -> io.NodeOutput:
+        check_wires(visual_prompt=visual_prompt, clip_vision=clip_vision)
         cells, width = visual_prompt.after.shape[1:]
         check_clip_vision(clip_vision, width, math.isqrt(cells))
         tokens = class_tokens(visual_prompt, clip_vision)

@@ -15,6 +15,8 @@ import pytest
 import torch
 from paths import ROOT
 
+from cat_diffusion.nodes.apply_ref_adapter import CATApplyRefAdapter
+from cat_diffusion.nodes.clip_vision_output import CATVisualPromptToClipVision
 from cat_diffusion.nodes.compare import CATCompareFeatures
 from cat_diffusion.nodes.conditioning import CATInpaintConditioning, CATScheduler
 from cat_diffusion.nodes.crop_and_stitch import CATCropAroundMask, CATStitch
@@ -38,6 +40,8 @@ NODES = [
     CATSemanticInpaint,
     CATEncodeVisualPrompt,
     CATVisualPromptPreview,
+    CATVisualPromptToClipVision,
+    CATApplyRefAdapter,
     CATInpaintConditioning,
     CATScheduler,
     CATCropAroundMask,
@@ -150,6 +154,18 @@ def right(models, picture, prompt):
             "visual_prompt": prompt,
             "clip": models.clip,
             "clip_vision": models.clip_vision,
+        },
+        CATVisualPromptToClipVision: {
+            "visual_prompt": prompt,
+            "clip_vision": models.clip_vision,
+        },
+        CATApplyRefAdapter: {
+            "model": models.model,
+            "cat_model": models.cat_model,
+            "visual_prompt": prompt,
+            "strength": 1.0,
+            "start_percent": 0.0,
+            "end_percent": 1.0,
         },
         CATInpaintConditioning: {
             "positive": conditioning,
