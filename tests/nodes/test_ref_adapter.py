@@ -422,6 +422,15 @@ def test_the_folded_matrices_load_with_the_model_and_the_adapter_itself_does_not
     assert not adapter & matrices
 
 
+def loaded_models():
+    """The host's entries by class of model, without those whose model is gone already."""
+    entries = {}
+    for entry in management.current_loaded_models:
+        if entry.model is not None:
+            entries[type(entry.model.model).__name__] = entry
+    return entries
+
+
 def test_the_host_counts_them_to_the_byte_and_nothing_stays_after_unloading(apply, sample):
     """What the patch holds is in the one model that it names; after that nothing is left."""
     management.unload_all_models()  # other tests' models
@@ -431,13 +440,13 @@ def test_the_host_counts_them_to_the_byte_and_nothing_stays_after_unloading(appl
     size = 0
     for matrix in patch.folded.model.parameters():
         size += matrix.numel() * matrix.element_size()
-    loaded = {type(entry.model.model).__name__: entry for entry in management.current_loaded_models}
+    loaded = loaded_models()
     assert loaded["FoldedRefAdapter"].model is patch.folded
     assert loaded["FoldedRefAdapter"].model_loaded_memory() == patch.folded.model_size() == size
     assert "RefAdapter" not in loaded
     assert not any(isinstance(value, torch.Tensor) for value in vars(patch).values())
     management.unload_all_models()
-    assert not management.current_loaded_models
+    assert not loaded_models()
     assert patch.folded.loaded_size() == 0
     alive = weakref.ref(patch.folded.model)
     del model, patch, loaded
