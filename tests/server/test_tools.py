@@ -68,7 +68,10 @@ class FakePip:
 
 
 def test_an_interrupted_install_leaves_nothing_behind(tmp_path, monkeypatch):
-    left = tmp_path / "ComfyUI-0.30.0.partial/old"  # as a killed process would leave it
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    # As a killed process would leave it.
+    left = tmp_path / f"ComfyUI-0.30.0.{ended.pid}.partial/old"
     left.parent.mkdir()
     left.touch()
     pip = FakePip(b"half", KeyboardInterrupt())
