@@ -54,6 +54,7 @@ class Machine:
         self.folder = folder
         self.cache = folder / "cache"
         self.calls = folder / "pip_calls"
+        (folder / "b").write_text("weights that the commands ask for")
         (folder / "site/pip").mkdir(parents=True)
         (folder / "site/pip/__main__.py").write_text(PIP)
 
