@@ -89,6 +89,9 @@ class Recipe:
         generator = torch.Generator().manual_seed(0)
         self.modules = networks.networks(generator, networks.PHOTOGRAPHS)
         self.architecture = networks.architecture(self.modules["unet"], networks.PHOTOGRAPHS)
+        if arguments.start:
+            for part, tensors in weights.read(arguments.start).parts.items():
+                self.modules[part].load_state_dict(tensors)
         self.texts, self.empty = self._texts(arguments.world)
         scenery = world.load(arguments.world).to(self.device)
         trained_on = np.flatnonzero(~scenery.held_out)
@@ -256,6 +259,9 @@ def main() -> int:
     parser.add_argument("--shorter", type=int, default=1, metavar="N", help="an Nth of everything")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="STAGE:STEPS:BATCH", help="a stage's numbers"
+    )
+    parser.add_argument(
+        "--start", type=Path, metavar="FILE", help="a model to go on from, instead of fresh weights"
     )
     parser.add_argument("--compile", action="store_true", help="compile the U-Net, for a GPU")
     parser.add_argument("--threads", type=int, help="CPU threads")
