@@ -24,6 +24,7 @@ def turn_on() -> None:
     import comfy.cli_args
 
     comfy.cli_args.args.cpu = True
+    comfy.cli_args.args.use_pytorch_cross_attention = True  # as launch.start_host does on a CPU
     import comfy.memory_management
     import comfy.model_patcher
 

@@ -5,6 +5,7 @@ import comfy.controlnet
 import comfy.model_management
 import comfy.ops
 import comfy.samplers
+import dynamic_vram
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -330,21 +331,22 @@ def test_areas_under_dual_cfg(apply, oracle, run, prompts):
 def control_net():
     """A small ControlNet of the host's class with random weights."""
     torch.manual_seed(4)
-    network = comfy.cldm.cldm.ControlNet(
-        image_size=32,
-        in_channels=4,
-        model_channels=32,
-        hint_channels=3,
-        num_res_blocks=[1, 1],
-        channel_mult=[1, 2],
-        transformer_depth=[1, 1],
-        transformer_depth_middle=1,
-        num_heads=4,
-        use_spatial_transformer=True,
-        context_dim=24,
-        legacy=False,
-        operations=comfy.ops.manual_cast,
-    )
+    with dynamic_vram.ordinary_layers():
+        network = comfy.cldm.cldm.ControlNet(
+            image_size=32,
+            in_channels=4,
+            model_channels=32,
+            hint_channels=3,
+            num_res_blocks=[1, 1],
+            channel_mult=[1, 2],
+            transformer_depth=[1, 1],
+            transformer_depth_middle=1,
+            num_heads=4,
+            use_spatial_transformer=True,
+            context_dim=24,
+            legacy=False,
+            operations=comfy.ops.manual_cast,
+        )
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     return comfy.controlnet.ControlNet(

@@ -17,6 +17,7 @@ import comfy.model_patcher
 import comfy.model_sampling
 import comfy.samplers
 import comfy.utils
+import dynamic_vram
 import pytest
 import torch
 from comfy_execution import utils as execution
@@ -345,7 +346,8 @@ def test_input_channels(models):
 def test_new_unet(models):
     stored = models.file.parts["unet"]
     config = symbols.sd15_config(models.file.checked("unet"), 4).unet_config
-    unet = symbols.new_unet(config, symbols.PLAIN_LAYERS, torch.device("meta"))
+    with dynamic_vram.ordinary_layers():
+        unet = symbols.new_unet(config, symbols.PLAIN_LAYERS, torch.device("meta"))
     assert {key: tensor.shape for key, tensor in unet.state_dict().items()} == {
         key: tensor.shape for key, tensor in stored.items()
     }
@@ -899,13 +901,13 @@ def test_sample_euler(sampled):
 
 def test_load_stock_checkpoint(tmp_path):
     """tests/nodes/test_bench.py loads with it."""
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises((FileNotFoundError, RuntimeError), match=r"none\.safetensors"):
         symbols.load_stock_checkpoint(str(tmp_path / "none.safetensors"))
 
 
 def test_load_stock_clip_vision(tmp_path):
     """tests/nodes/test_bench.py loads with it."""
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises((FileNotFoundError, RuntimeError), match=r"none\.safetensors"):
         symbols.load_stock_clip_vision(str(tmp_path / "none.safetensors"))
 
 

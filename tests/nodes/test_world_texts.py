@@ -1,6 +1,7 @@
 """What the demo model reads, in the host's own tokens and features."""
 
 import numpy as np
+import dynamic_vram
 import pytest
 import torch
 
@@ -16,7 +17,8 @@ NAMES = [("apple", "苹果"), ("french fries", "薯条"), ("t-shirt", "T恤")]
 
 @pytest.fixture(scope="module")
 def modules():
-    return networks.networks(torch.Generator().manual_seed(0), networks.PHOTOGRAPHS)
+    with dynamic_vram.ordinary_layers():
+        return networks.networks(torch.Generator().manual_seed(0), networks.PHOTOGRAPHS)
 
 
 @pytest.fixture(scope="module")
