@@ -1,7 +1,7 @@
 """What the demo model reads, in the host's own tokens and features."""
 
-import numpy as np
 import dynamic_vram
+import numpy as np
 import pytest
 import torch
 
