@@ -4,8 +4,9 @@
         --base sd15_inpainting.safetensors clip_vit_l14.safetensors --cache cache/sem-inpainter
 
 The same command continues a run that was stopped, killed or out of disk. For several GPUs start it
-with `accelerate launch tools/train.py ...` in ComfyUI's Python with CAT_DIFFUSION_COMFYUI set to
-ComfyUI's folder. Needs requirements-train.txt. Prepare data with tools/prepare_data.py.
+in ComfyUI's Python with `accelerate launch tools/train.py ...` or with `torchrun --nproc-per-node N
+tools/train.py ... --output-dir FOLDER`: torchrun takes --run for an option of its own. Needs
+requirements-train.txt. Prepare data with tools/prepare_data.py.
 """
 
 import argparse
@@ -94,6 +95,7 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="train", help="which records of the manifest")
     parser.add_argument(
         "--run",
+        "--output-dir",
         type=Path,
         required=True,
         help="folder for checkpoints and log; continued if it exists",

@@ -6,11 +6,13 @@ batches and noise that it would have seen.
 
 import importlib
 import math
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from .log import TrainingLog
 from .objectives import Batch, combine
 from .settings import Settings, TrainingError, TrainingRun
 
+PATIENCE = timedelta(days=7)  # of processes that wait for each other, while one encodes samples
 BatchSource = Callable[[int, range], Batch]  # (step, positions in the global batch) -> batch
 OnStep = Callable[[int, Mapping[str, float]], None]
 
@@ -120,6 +123,20 @@ def require_accelerate() -> None:
             f"Training needs {error.name}, which this Python does not have. Install it with: "
             f'"{sys.executable}" -m pip install "accelerate>=1.0"'
         ) from error
+
+
+def process_state(cpu: bool):
+    """accelerate's PartialState: which of the run's processes this is, and its own device.
+
+    That device becomes the one that PyTorch, and so the host, takes if none is named: this has to
+    be asked before the first network is built.
+    """
+    require_accelerate()
+    from accelerate import PartialState
+
+    # Only processes that meet have a time after which they give up.
+    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return PartialState(cpu=cpu, timeout=PATIENCE) if together else PartialState(cpu=cpu)
 
 
 def rate_share(step: int, settings: Settings) -> float:

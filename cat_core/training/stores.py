@@ -7,11 +7,14 @@ store's own affair. `remedy(index)` says what to do about a sample that holds Na
 
 import json
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import safetensors
 import torch
@@ -29,11 +32,35 @@ from .settings import TrainingError
 BOTH = "both"  # a shard's kind for what is the same in every variant
 LATENTS = {"latent", "masked_latent", "latent_mask", "context"}  # what distillation does not read
 AT_ONCE = 8  # samples that go through the frozen networks when a shard is filled
-VERSION = 2  # of a cache's facts; the first one had no number
+MOST_OPEN = 64  # shards; each is a mapping of a file, of which a process may have 65,530 on Linux
+ROWS = "records"  # a shard's tensor that says which records a kind's rows are
+VERSION = 3  # of a cache's facts and shards; the first one had no number
 FILES = "files"  # what a shard's header calls the files that it was encoded of
-UNREADABLE = (safetensors.SafetensorError, OSError, ValueError, TypeError)
+UNREADABLE = (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError)
 
 Stamp = list | None  # a file's [bytes, time, digest], None where there is none
+
+
+class Processes(Protocol):
+    """The processes that fill a cache together, as accelerate's PartialState tells of them."""
+
+    num_processes: int
+    process_index: int
+
+    def wait_for_everyone(self) -> None:
+        """Return when all have called this."""
+        ...
+
+
+@dataclass
+class Alone:
+    """One process, which waits for nobody."""
+
+    num_processes: int = 1
+    process_index: int = 0
+
+    def wait_for_everyone(self) -> None:
+        """Return at once."""
 
 
 class FreshSamples:
@@ -142,7 +169,7 @@ class ShardedSamples:
     """Encoded once, kept on disk in half precision.
 
     Training then opens no picture and runs no encoder. Shards are whole or not there, so an
-    interrupted `fill` continues.
+    interrupted `fill` continues. No more than MOST_OPEN shards are open at a time.
 
     Args:
         encoders: what the frozen networks are, see identity.of_parts. A cache that other ones
@@ -157,7 +184,7 @@ class ShardedSamples:
     def __init__(self, folder: Path, fresh: FreshSamples, encoders: identity.Facts):
         self.folder = folder
         self.fresh = fresh
-        self.shards: dict[int, Shard] = {}  # those that are open
+        self.shards: OrderedDict[int, Shard] = OrderedDict()  # open ones, the latest used last
         wanted = {
             "version": VERSION,
             "objective": fresh.objective,
@@ -180,9 +207,7 @@ class ShardedSamples:
                 f"{folder} caches other data, networks or settings ({'; '.join(changes)}). "
                 "Give another cache folder or delete this one."
             )
-        if not path.exists():
-            with self._writing(path):
-                write_text(path, json.dumps(wanted))
+        self.wanted = wanted
 
     def _facts(self, path: Path) -> dict:
         """What a cache says of itself; raises ManifestError where that is not enough."""
@@ -232,37 +257,56 @@ class ShardedSamples:
     def shard_count(self) -> int:
         return math.ceil(len(self.fresh) / self.per_shard)
 
-    def fill(self, on_shard: Callable[[], object] | None = None, wait: bool = False) -> None:
+    def fill(
+        self, on_shard: Callable[[], object] | None = None, processes: Processes | None = None
+    ) -> None:
         """Encode what is not there yet; `on_shard` is called after each shard.
 
         A shard that is damaged is encoded again, with a line on the terminal.
 
         Args:
-            wait: until another process has filled the cache, as those of one run do.
+            processes: those of the run. Each encodes its share of the shards, and returns when all
+                have; the first one keeps others out of the folder. None means this one alone.
         Raises:
             ManifestError: the cache is another stage's, and not complete; pictures or masks have
                 changed since they were encoded.
             TrainingError: another process fills the cache; the disk is full or read-only.
         """
+        processes = processes or Alone()
         with ExitStack() as stack:
-            try:
-                stack.enter_context(locked(self.folder, wait))
-                remove_leftovers(self.folder)
-            except InUseError as error:
-                raise TrainingError(
-                    f"Another process fills the cache {self.folder}. Wait until it has done and "
-                    "start the same command again, or give another cache folder."
-                ) from error
-            except OSError as error:
-                raise TrainingError(
-                    f"Cannot write to the cache {self.folder} ({error}). Check free space and "
-                    "permissions, or give another cache folder."
-                ) from error
-            for number in range(self.shard_count):
+            if processes.process_index == 0:
+                self._lock(stack)
+            processes.wait_for_everyone()  # until the folder is this run's
+            for number in self.share(processes):
                 if not self._has(number):
                     self._write(number)
                 if on_shard:
                     on_shard()
+            processes.wait_for_everyone()
+
+    def share(self, processes: Processes) -> range:
+        """The shards that are encoded by this process."""
+        return range(processes.process_index, self.shard_count, processes.num_processes)
+
+    def _lock(self, stack: ExitStack) -> None:
+        """Keep others out of the folder until the stack is closed, and write down what it holds."""
+        try:
+            stack.enter_context(locked(self.folder))
+            remove_leftovers(self.folder)
+        except InUseError as error:
+            raise TrainingError(
+                f"Another process fills the cache {self.folder}. Wait until it has done and "
+                "start the same command again, or give another cache folder."
+            ) from error
+        except OSError as error:
+            raise TrainingError(
+                f"Cannot write to the cache {self.folder} ({error}). Check free space and "
+                "permissions, or give another cache folder."
+            ) from error
+        path = self.folder / "cache.json"
+        if not path.exists():
+            with self._writing(path):
+                write_text(path, json.dumps(self.wanted))
 
     def _path(self, number: int) -> Path:
         return self.folder / f"shard-{number:06d}.safetensors"
@@ -306,13 +350,6 @@ class ShardedSamples:
         tensors: dict[str, torch.Tensor] = {}
         for variant in VARIANTS:
             tensors |= self._encoded(indices, variant)
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                index, _, key = name.split(".", 2)
-                raise TrainingError(
-                    f"{key} of record {self.fresh.records[int(index)].id} holds NaN or Inf, or "
-                    f"numbers beyond 65504. {self.fresh.remedy(int(index))}"
-                )
         path = self._path(number)
         with self._writing(path), replacing(path) as unfinished:
             save_file(tensors, unfinished, metadata={FILES: json.dumps(files)})
@@ -330,30 +367,57 @@ class ShardedSamples:
 
         encoders = self.fresh.encoders
         objective = self.fresh.objective
-        tensors: dict[str, torch.Tensor] = {}
+        holes: list[Batch] = []
+        wholes: list[Batch] = []
         for start in range(0, len(usable), AT_ONCE):
             rows = slice(start, start + AT_ONCE)
-            holes = encode_holes(samples[rows], encoders, objective)
-            tensors |= _named(usable[rows], variant, holes)
+            holes.append(encode_holes(samples[rows], encoders, objective))
             if variant == VARIANTS[0]:
                 records = [self.fresh.records[index] for index in usable[rows]]
-                whole = encode_whole(records, samples[rows], encoders, objective)
-                tensors |= _named(usable[rows], BOTH, whole)
+                wholes.append(encode_whole(records, samples[rows], encoders, objective))
+        tensors = self._rows(usable, variant, holes)
+        if variant == VARIANTS[0]:
+            tensors |= self._rows(usable, BOTH, wholes)
+        return tensors
+
+    def _rows(
+        self, indices: Sequence[int], kind: str, batches: Sequence[Batch]
+    ) -> dict[str, torch.Tensor]:
+        """Records' encoded parts as a shard holds them: one tensor a key, in half precision."""
+        tensors = {f"{kind}.{ROWS}": torch.tensor(indices, dtype=torch.int64)}
+        for key in batches[0] if batches else ():
+            values = torch.cat([batch[key] for batch in batches])
+            small = values.half() if values.is_floating_point() else values.to(torch.uint8)
+            good = small.isfinite().flatten(1).all(1)
+            if not good.all():
+                index = indices[good.tolist().index(False)]
+                raise TrainingError(
+                    f"{key} of record {self.fresh.records[index].id} holds NaN or Inf, or "
+                    f"numbers beyond 65504. {self.fresh.remedy(index)}"
+                )
+            tensors[f"{kind}.{key}"] = small.contiguous()
         return tensors
 
     def sample(self, index: int, variant: str) -> Sample | None:
         """The encoded sample in half precision, or None if its files could not be used."""
         number = index // self.per_shard
         try:
-            if number not in self.shards:
-                without = LATENTS if self.borrowed else set()
-                self.shards[number] = Shard(self._path(number), without)
-            return self.shards[number].sample(index, variant)
+            return self._opened(number).sample(index, variant)
         except UNREADABLE as error:
             raise TrainingError(
                 f"{self._path(number)} cannot be read ({error}). Start the same command again: it "
                 "encodes the shard anew and continues from the newest checkpoint."
             ) from error
+
+    def _opened(self, number: int) -> "Shard":
+        """An open shard; the one that was not used for the longest time makes room for it."""
+        if number not in self.shards:
+            without = LATENTS if self.borrowed else set()
+            self.shards[number] = Shard(self._path(number), without)
+            if len(self.shards) > MOST_OPEN:
+                self.shards.popitem(last=False)
+        self.shards.move_to_end(number)
+        return self.shards[number]
 
     def batch(self, indices: Sequence[int], samples: Sequence[Sample]) -> Batch:
         """Encoded samples, stacked and in full precision again."""
@@ -364,18 +428,22 @@ class ShardedSamples:
 
 
 class Shard:
-    """A file of encoded samples, opened: its tensors are called INDEX.KIND.KEY.
+    """A file of encoded samples, opened: its tensors are called KIND.KEY, with a row a record.
 
-    The kind is a variant, or "both".
+    The kind is a variant, or "both". KIND.records says which records the rows are.
     """
 
     def __init__(self, path: Path, without: set[str]):
         self.file = safetensors.safe_open(path, framework="pt")
-        self.names: dict[tuple[int, str], dict[str, str]] = {}  # (index, kind) -> key -> name
+        self.keys: dict[str, list[str]] = {}  # kind -> keys
+        self.rows: dict[str, dict[int, int]] = {}  # kind -> record -> row
         for name in self.file.keys():  # noqa: SIM118 - an open file is no mapping
-            index, kind, key = name.split(".", 2)
-            if key not in without:
-                self.names.setdefault((int(index), kind), {})[key] = name
+            kind, key = name.split(".")
+            if key == ROWS:
+                records = self.file.get_tensor(name).tolist()
+                self.rows[kind] = {record: row for row, record in enumerate(records)}
+            elif key not in without:
+                self.keys.setdefault(kind, []).append(key)
 
     def files(self) -> dict[str, Stamp]:
         """The files that it was encoded of, and how they were then."""
@@ -383,23 +451,17 @@ class Shard:
 
     def sample(self, index: int, variant: str) -> Sample | None:
         """A sample's tensors, or None if the shard has none."""
-        if (index, variant) not in self.names:
+        if index not in self.rows.get(variant, {}):
             return None
-        names = self.names[index, variant] | self.names.get((index, BOTH), {})
-        return {key: self.file.get_tensor(name) for key, name in names.items()}
+        sample = {}
+        for kind in (variant, BOTH):
+            for key in self.keys[kind]:
+                row = self.rows[kind][index]
+                sample[key] = self.file.get_slice(f"{kind}.{key}")[row]
+        return sample
 
 
 SampleStore = FreshSamples | KeptSamples | ShardedSamples
-
-
-def _named(indices: Sequence[int], kind: str, batch: Batch) -> dict[str, torch.Tensor]:
-    """A batch as a shard's tensors: in half precision, one a sample."""
-    tensors = {}
-    for key, values in batch.items():
-        for index, value in zip(indices, values, strict=True):
-            small = value.half() if value.is_floating_point() else value.to(torch.uint8)
-            tensors[f"{index}.{kind}.{key}"] = small.contiguous()
-    return tensors
 
 
 def _stamp(path: Path) -> Stamp:

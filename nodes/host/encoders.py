@@ -1,5 +1,6 @@
 """The frozen networks of training, run by the host: CLIP, its text encoder and the VAE."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +9,9 @@ import torch
 from . import symbols
 from .clip import encode_image, encode_text, plain_tokens
 
-MOST_TEXTS = 10_000  # that are remembered: labels repeat, captions do not
+# Of text features that are remembered: labels repeat, captions do not. A context of 77 tokens has
+# 237 kB, so a thousand labels stay.
+MOST_BYTES = 256 * 2**20
 
 
 class HostEncoders:
@@ -19,7 +22,8 @@ class HostEncoders:
         self.clip = clip
         self.vae = vae
         self.model = model
-        self.texts: dict[tuple[str, str], torch.Tensor] = {}
+        self.texts: OrderedDict[tuple[str, str], torch.Tensor] = OrderedDict()  # latest used last
+        self.bytes_of_texts = 0
 
     def image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, 3, 224, 224) uint8 -> patch features (B, N, D) and image feature (B, D)."""
@@ -50,8 +54,15 @@ class HostEncoders:
         features = []
         for text in texts:
             if (kind, text) not in self.texts:
-                if len(self.texts) > MOST_TEXTS:
-                    self.texts.clear()
-                self.texts[kind, text] = encode(text).float().cpu()
+                self._remember((kind, text), encode(text).float().cpu())
+            self.texts.move_to_end((kind, text))
             features.append(self.texts[kind, text])
         return torch.cat(features)
+
+    def _remember(self, key: tuple[str, str], feature: torch.Tensor) -> None:
+        """Keep a text's feature; those that were not used for the longest time make room for it."""
+        self.texts[key] = feature
+        self.bytes_of_texts += feature.nbytes
+        while self.bytes_of_texts > MOST_BYTES and len(self.texts) > 1:
+            _, forgotten = self.texts.popitem(last=False)
+            self.bytes_of_texts -= forgotten.nbytes

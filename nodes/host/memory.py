@@ -4,6 +4,8 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from . import symbols
 
 Cancelled = symbols.Cancelled
@@ -27,9 +29,14 @@ def raise_if_cancelled() -> None:
     symbols.raise_if_cancelled()
 
 
+def compute_device() -> torch.device:
+    """Where the host computes."""
+    return symbols.compute_device()
+
+
 def on_cpu() -> bool:
     """Whether the host computes on the CPU."""
-    return symbols.compute_device().type == "cpu"
+    return compute_device().type == "cpu"
 
 
 def clear_memory() -> None:

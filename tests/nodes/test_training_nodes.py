@@ -23,6 +23,7 @@ from cat_diffusion.cat_core.training.settings import Settings, TrainingRun
 from cat_diffusion.cat_core.training.stages import STAGES
 from cat_diffusion.cat_core.training.stores import FreshSamples, KeptSamples
 from cat_diffusion.nodes.folder_training import examples, own_accelerate
+from cat_diffusion.nodes.host import encoders as encoders_module
 from cat_diffusion.nodes.host import model_files
 from cat_diffusion.nodes.host.denoiser import Denoiser, trainable_unet, unet_of
 from cat_diffusion.nodes.host.encoders import HostEncoders
@@ -463,6 +464,17 @@ def test_kept_samples_are_the_fresh_ones(models, place):
     assert batch.keys() == expected.keys()
     for key, value in batch.items():
         assert torch.allclose(value.float(), expected[key].float(), atol=1e-4), key
+
+
+def test_text_features_are_remembered_up_to_a_size(models, monkeypatch):
+    remembering = HostEncoders(models.clip_vision, models.clip)
+    cup = remembering.context(["cup"])
+    monkeypatch.setattr(encoders_module, "MOST_BYTES", 2 * cup.nbytes)
+    for text in ("fork", "cup", "spoon"):  # the cup was asked for after the fork
+        remembering.context([text])
+    assert list(remembering.texts) == [("context", "cup"), ("context", "spoon")]
+    assert remembering.bytes_of_texts == 2 * cup.nbytes
+    assert torch.equal(remembering.context(["cup", "fork"])[:1], cup)
 
 
 @pytest.mark.parametrize("values", [[1.0], [2.0, float("nan"), 1.0], [3.0] * 50])

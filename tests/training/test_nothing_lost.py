@@ -17,12 +17,12 @@ from torch import nn
 from cat_diffusion.cat_core.data.manifest import ManifestError, Record
 from cat_diffusion.cat_core.files import locked
 from cat_diffusion.cat_core.models.sem_inpainter import SemInpainter
-from cat_diffusion.cat_core.training import checkpoints, identity, loop
+from cat_diffusion.cat_core.training import checkpoints, identity, loop, stores
 from cat_diffusion.cat_core.training.batches import Batches
 from cat_diffusion.cat_core.training.log import TrainingLog
 from cat_diffusion.cat_core.training.settings import Settings, TrainingError, TrainingRun
 from cat_diffusion.cat_core.training.stages import STAGES
-from cat_diffusion.cat_core.training.stores import FreshSamples, ShardedSamples
+from cat_diffusion.cat_core.training.stores import Alone, FreshSamples, ShardedSamples
 from cat_diffusion.cat_core.weights import Checkpoint
 
 pytest.importorskip("accelerate")
@@ -262,13 +262,14 @@ def make_cache(tmp_path):
         mask.save(tmp_path / f"{index}_mask.png")
         records.append(Record(f"r{index}", f"{index}.png", mask=f"{index}_mask.png", label="cup"))
 
-    def make_cache(changed=None, encoders=ENCODERS, networks=None):
+    def make_cache(changed=None, encoders=ENCODERS, networks=None, folder="cache", fill=True):
         chosen = [changed, records[1]] if changed else records
         fresh = FreshSamples(
             chosen, tmp_path, networks or PlainEncoders(), objective="distillation"
         )
-        store = ShardedSamples(tmp_path / "cache", fresh, encoders)
-        store.fill()
+        store = ShardedSamples(tmp_path / folder, fresh, encoders)
+        if fill:
+            store.fill()
         return store
 
     make_cache.records = records
@@ -326,12 +327,43 @@ def test_a_damaged_shard_is_encoded_again(make_cache, capsys, damage):
         store.sample(0, "box")
 
 
+def test_processes_fill_a_cache_together_each_its_share(make_cache):
+    store = make_cache(fill=False)
+    store.per_shard = 1
+    second = []
+    store.fill(lambda: second.append(names(store.folder)), Alone(2, process_index=1))
+    assert second == [["shard-000001.safetensors"]]
+    store.fill(processes=Alone(2, process_index=0))
+    shards = ["shard-000000.safetensors", "shard-000001.safetensors"]
+    assert names(store.folder) == ["cache.json", "lock", *shards]
+    whole = make_cache(folder="whole")
+    for index in range(2):
+        for variant in ("segment", "box"):
+            sample = store.sample(index, variant)
+            expected = whole.sample(index, variant)
+            assert sample.keys() == expected.keys()
+            for key, value in sample.items():
+                assert torch.equal(value, expected[key])
+
+
+def test_few_shards_are_open_at_a_time(make_cache, monkeypatch):
+    monkeypatch.setattr(stores, "MOST_OPEN", 1)
+    store = make_cache(fill=False)
+    store.per_shard = 1
+    store.fill()
+    first = store.sample(0, "box")
+    kept = first["teacher_image"].clone()
+    store.sample(1, "box")
+    assert list(store.shards) == [1]
+    assert torch.equal(first["teacher_image"], kept)
+
+
 def test_a_sample_that_is_no_number_is_named(make_cache):
     make_cache()
     with safe_open(make_cache.shard, "pt") as file:
         metadata = file.metadata()
     tensors = load_file(make_cache.shard)
-    tensors["1.both.teacher_image"][0] = float("nan")
+    tensors["both.teacher_image"][1] = float("nan")
     save_file(tensors, make_cache.shard, metadata)
     store = make_cache()
     words = r"teacher_image of record r1 holds NaN or Inf. It lies in .*shard-000000.*delete"
@@ -362,5 +394,5 @@ def test_shards_may_be_read_by_others(make_cache, tmp_path):
 
 def test_a_cache_in_a_place_that_takes_no_files_is_one_sentence(make_cache):
     make_cache.shard.parent.write_text("a file")
-    with pytest.raises(TrainingError, match=r"Cannot write .*start the same command again"):
+    with pytest.raises(TrainingError, match=r"Cannot write to the cache .*give another"):
         make_cache()

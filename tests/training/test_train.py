@@ -150,20 +150,22 @@ def test_ctrl_c_saves_and_leaves(uninterrupted, tiny_file, data, tmp_path):
 
 def test_two_processes_give_the_losses_of_one(uninterrupted, tiny_file, data, tmp_path):
     run = tmp_path / "two"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     _, *arguments = command(
         "sem-inpainter", tiny_file, data, run, "--steps", "6", "--micro-batch-size", "1"
     )
+    # torchrun reads what is before its script alone, but finds --run in there ambiguous.
+    arguments[arguments.index("--run")] = "--output-dir"
     done = subprocess.run(
-        [*launch, *arguments],
+        [*launch, *arguments, "--cache", tmp_path / "cache"],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert losses(run) == pytest.approx(losses(uninterrupted), rel=1e-5)
+    for number in (1, 2):
+        assert f"Process {number} of 2: encodes on cpu, trains on cpu" in done.stdout
+    assert losses(run) == pytest.approx(losses(uninterrupted), rel=1e-2)  # the cache rounds
 
 
 def test_the_cache_is_filled_once_and_gives_the_same_losses(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +26,13 @@ from cat_diffusion.cat_core.training.assemble import assemble
 from cat_diffusion.cat_core.training.batches import Batches
 from cat_diffusion.cat_core.training.settings import Settings, TrainingError, TrainingRun
 from cat_diffusion.cat_core.training.stages import STAGES, Stage
-from cat_diffusion.cat_core.training.stores import FreshSamples, SampleStore, ShardedSamples
+from cat_diffusion.cat_core.training.stores import (
+    Alone,
+    FreshSamples,
+    Processes,
+    SampleStore,
+    ShardedSamples,
+)
 from cat_diffusion.cat_core.weights import Checkpoint
 from cat_diffusion.nodes.host import memory
 from cat_diffusion.nodes.host.build import build_clip, build_clip_vision, build_unet, build_vae
@@ -106,7 +111,10 @@ def run(described: StageRun) -> Path | None:
         CatError: files that do not fit, or a run that cannot go on.
     """
     stage = described.stage
-    _require_all_it_takes(described)
+    loop.require_accelerate()
+    processes = loop.process_state(described.cpu)
+    _require_all_it_takes(described, processes.num_processes)
+    _require_own_device(processes)
     records = manifest.read(described.data, described.split)
     file = load(described.base, stage.diffusion)
     modules, objective = build(
@@ -135,6 +143,7 @@ def run(described: StageRun) -> Path | None:
         split=described.split,
         size=described.size,
         cache=described.cache,
+        processes=processes,
     )
     fresh = store.fresh if isinstance(store, ShardedSamples) else store
     batches = batches_for(stage, encoders, store, described.settings)
@@ -203,10 +212,9 @@ def frozen_parts(objective: str) -> list[str]:
     return parts
 
 
-def _require_all_it_takes(described: StageRun) -> None:
+def _require_all_it_takes(described: StageRun, processes: int) -> None:
     """Raise TrainingError for what would end the run after hours of encoding."""
-    loop.require_accelerate()
-    loop.check_batch_size(described.settings, _processes())
+    loop.check_batch_size(described.settings, processes)
     for folder in (described.folder, described.cache):
         if folder is None:
             continue
@@ -219,9 +227,29 @@ def _require_all_it_takes(described: StageRun) -> None:
             ) from error
 
 
-def _processes() -> int:
-    """How many processes train together: accelerate and torchrun tell each of them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def _require_own_device(processes) -> None:
+    """Say where each of several processes works; TrainingError unless both engines agree on it.
+
+    Args:
+        processes: accelerate's PartialState.
+    """
+    if processes.num_processes == 1:
+        return
+    name = f"Process {processes.process_index + 1} of {processes.num_processes}"
+    encodes_on = memory.compute_device()
+    if not _is_same(encodes_on, processes.device):
+        raise TrainingError(
+            f"{name} was given {processes.device} for training, ComfyUI encodes on {encodes_on}. "
+            "Start no more processes than there are GPUs, or all with --cpu."
+        )
+    # In one write: processes share the terminal.
+    sys.stdout.write(f"{name}: encodes on {encodes_on}, trains on {processes.device}\n")
+    sys.stdout.flush()
+
+
+def _is_same(one: torch.device, other: torch.device) -> bool:
+    """Whether two names mean one device; without a number it is the first."""
+    return one.type == other.type and (one.index or 0) == (other.index or 0)
 
 
 def load(paths: Sequence[Path], diffusion: bool) -> Checkpoint:
@@ -265,8 +293,13 @@ def encoded_samples(
     split: str = "train",
     size: int = 512,
     cache: Path | None = None,
+    processes: Processes | None = None,
 ) -> tuple[HostEncoders, SampleStore]:
-    """The frozen networks, and the samples that they encode; a cache is filled first."""
+    """The frozen networks, and the samples that they encode; a cache is filled first.
+
+    Args:
+        processes: those of the run, which fill the cache together; None means this one alone.
+    """
     vae = None
     unet = None
     cell = 8
@@ -289,11 +322,9 @@ def encoded_samples(
     if cache is None:
         return encoders, fresh
     store = ShardedSamples(cache, fresh, identity.of_parts(file, frozen_parts(objective)))
-    with (
-        torch.inference_mode(),
-        tqdm(total=store.shard_count, desc="Encoding", unit="shard") as bar,
-    ):
-        store.fill(on_shard=bar.update, wait=_processes() > 1)
+    share = len(store.share(processes or Alone()))
+    with torch.inference_mode(), tqdm(total=share, desc="Encoding", unit="shard") as bar:
+        store.fill(on_shard=bar.update, processes=processes)
     return encoders, store
 
 
