@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-PAGES += sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES += sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md")])
+CHINESE = [page for page in PAGES if page.name.endswith(".zh.md")]
 ISSUES = ("../../issues", "../../../issues")  # of the repository, as GitHub resolves it
 
 
@@ -51,7 +52,7 @@ def commands(page: Path) -> list[str]:
     return [line.partition(" # ")[0] for line in lines if re.search(r"tools[/\\]\w+\.py", line)]
 
 
-WRITTEN = [command for page in PAGES for command in commands(page)]
+WRITTEN = sorted({command.rstrip() for page in PAGES for command in commands(page)})
 
 
 def test_pages_name_commands():
@@ -79,13 +80,61 @@ def test_a_written_command_has_its_options(command):
         assert re.search(rf"{option}\b", run.stdout), f"{program} has no {option}"
 
 
-def test_who_publishes_is_left_open_in_one_line_of_the_readme():
-    readme = (ROOT / "README.md").read_text("utf-8")
-    assert re.findall(r".*OWNER.*", readme) == [
-        "- **git**: `git clone https://github.com/OWNER/cat-diffusion` in `ComfyUI/custom_nodes`, "
-        "and restart."
-    ]
-    assert "github.com/OWNER" not in (ROOT / "docs/using.md").read_text("utf-8")
+def test_who_publishes_is_left_open_in_one_place_of_each_readme():
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        if page.name.startswith("README"):
+            assert re.findall(r"`[^`]*OWNER[^`]*`", text) == [
+                "`git clone https://github.com/OWNER/cat-diffusion`"
+            ]
+        if page.name != "publishing.md":
+            assert text.count("OWNER") == page.name.startswith("README"), page
+
+
+# In Chinese ---------------------------------------------------------------------------------------
+
+
+def blocks(page: Path) -> list[str]:
+    """What one copies from it, without the comments."""
+    text = page.read_text("utf-8")
+    lines = "".join(re.findall(r"^```\n(.*?)^```", text, re.M | re.S)).splitlines()
+    return [line.partition(" # ")[0].rstrip() for line in lines]
+
+
+def quoted(page: Path) -> list[str]:
+    """Its commands, messages and names of files within sentences, in order of the alphabet."""
+    text = re.sub(r"^```\n.*?^```", "", page.read_text("utf-8"), flags=re.M | re.S)
+    return sorted(" ".join(words.split()) for words in re.findall(r"`([^`]+)`", text))
+
+
+def depths(page: Path) -> list[int]:
+    """How deep each heading is."""
+    return [len(marks) for marks in re.findall(r"^(#+) ", page.read_text("utf-8"), re.M)]
+
+
+def rows(page: Path) -> list[int]:
+    """The cells of each row of its tables."""
+    return [line.count("|") for line in page.read_text("utf-8").splitlines() if line[:1] == "|"]
+
+
+def test_pages_exist_in_chinese():
+    assert ROOT / "README.zh.md" in CHINESE
+
+
+@pytest.mark.parametrize("page", CHINESE, ids=name_of)
+def test_a_chinese_page_is_in_step_with_the_english_one(page):
+    english = page.with_name(page.name.replace(".zh.md", ".md"))
+    assert depths(page) == depths(english)
+    assert rows(page) == rows(english)
+    assert blocks(page) == blocks(english)
+    assert quoted(page) == quoted(english)
+
+    def targets(of: Path) -> list[str]:
+        # Each leads to the other, and to pages in its own language where there are any.
+        files = [address.partition("#")[0].replace(".zh.md", ".md") for address in links(of)]
+        return sorted(files)
+
+    assert targets(page) == targets(english)
 
 
 @pytest.mark.parametrize("parameters, row", [(324_872_192, "325 M"), (50_377_280, "50 M")])
