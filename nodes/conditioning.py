@@ -7,10 +7,12 @@ from ..cat_core import preprocess
 from .checks import check_choice, check_conditioning, check_number, check_switch, check_wires
 from .host import messages, symbols
 from .host.stock_conditioning import stock_inpaint_conditioning, with_values
-from .host.unet import trained_sigmas, vae_cell
+from .host.unet import encode_sampled, trained_sigmas, vae_cell
 from .wires import CATEGORY, to_core
 
 FILLS = ["black", "grey"]  # colours of the hole
+POSTERIORS = ["mode", "sample"]  # what is taken of the VAE's posterior
+MOST_SEED = 2**64 - 1
 MOST_STEPS = 1000
 
 
@@ -61,6 +63,26 @@ class CATInpaintConditioning(io.ComfyNode):
                     tooltip="Sample only inside the mask and keep the photo's latents outside "
                     "at every step. Off as in the paper; turn it on for a denoise below 1.",
                 ),
+                io.Combo.Input(
+                    "posterior",
+                    options=POSTERIORS,
+                    default="mode",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Latent of the masked photo. Mode: the VAE's best guess, as ComfyUI "
+                    "takes it. Sample: drawn at random from the VAE's posterior, as the official "
+                    "code does.",
+                ),
+                io.Int.Input(
+                    "posterior_seed",
+                    default=0,
+                    min=0,
+                    max=MOST_SEED,
+                    control_after_generate=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Seed of that sample; nothing else looks at it.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive"),
@@ -72,16 +94,37 @@ class CATInpaintConditioning(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, positive, negative, vae, image, mask, fill, noise_mask) -> io.NodeOutput:
+    def execute(
+        cls,
+        positive,
+        negative,
+        vae,
+        image,
+        mask,
+        fill,
+        noise_mask,
+        posterior="mode",
+        posterior_seed=0,
+    ) -> io.NodeOutput:
         check_choice("fill", fill, FILLS)
         check_switch("noise_mask", noise_mask)
+        check_choice("posterior", posterior, POSTERIORS)
+        check_number("posterior_seed", posterior_seed, 0, MOST_SEED, whole=True)
+        seed = posterior_seed if posterior == "sample" else None
         return io.NodeOutput(
-            *inpaint_conditioning(positive, negative, vae, image, mask, fill, noise_mask)
+            *inpaint_conditioning(positive, negative, vae, image, mask, fill, noise_mask, seed)
         )
 
 
 def inpaint_conditioning(
-    positive, negative, vae, image, mask, fill: str = "black", noise_mask: bool = False
+    positive,
+    negative,
+    vae,
+    image,
+    mask,
+    fill: str = "black",
+    noise_mask: bool = False,
+    posterior_seed: int | None = None,
 ):
     """Both CONDITIONINGs with the masked photo and the mask, and the photo's LATENT.
 
@@ -90,6 +133,8 @@ def inpaint_conditioning(
         mask: MASK (B, H, W), 1 = repaint.
         fill: "black" as CAT-Diffusion was trained, "grey" as stock SD 1.5 inpainting.
         noise_mask: also hand the sampler the mask, so that it keeps the latent outside.
+        posterior_seed: sample the VAE's posterior of the masked photo with this seed, as the
+            official code does; None takes its mode.
     """
     check_conditioning(positive=positive, negative=negative)
     check_wires(vae=vae, mask=mask)
@@ -109,6 +154,11 @@ def inpaint_conditioning(
             "before its destination."
         )
     if fill == "grey":
+        if posterior_seed is not None:
+            raise ValueError(
+                "posterior is sample and fill is grey, which ComfyUI's own node encodes by the "
+                "mode. Set fill to black, or posterior to mode."
+            )
         return stock_inpaint_conditioning(
             positive, negative, vae, image.movedim(1, -1), mask.squeeze(1), noise_mask
         )
@@ -116,7 +166,11 @@ def inpaint_conditioning(
     photo = _crop(image, cell)
     hole = _crop(mask_full, cell)
     masked_photo = (preprocess.vae_input(photo, hole) + 1) / 2  # [-1, 1] -> [0, 1], as IMAGE
-    masked_latent = vae.encode(masked_photo.float().movedim(1, -1))  # (B, 4, h, w)
+    masked_image = masked_photo.float().movedim(1, -1)
+    if posterior_seed is None:
+        masked_latent = vae.encode(masked_image)  # (B, 4, h, w)
+    else:
+        masked_latent = encode_sampled(vae, masked_image, posterior_seed)
     latent = {"samples": vae.encode(photo.movedim(1, -1))}
     if noise_mask:
         latent["noise_mask"] = hole

@@ -48,7 +48,9 @@ def command_line() -> argparse.ArgumentParser:
         "--split", help="which of the manifest's records (default: run.json's, else all)"
     )
     parser.add_argument(
-        "--hole", choices=("segment", "box"), help="how holes were cut (default: run.json's)"
+        "--hole",
+        choices=("segment", "box", "official-box"),
+        help="how holes were cut (default: run.json's)",
     )
     parser.add_argument(
         "--size", type=int, help="side of the pictures in pixels (default: run.json's)"

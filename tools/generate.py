@@ -1,12 +1,18 @@
-"""Run a manifest's samples through ComfyUI servers that are running, by a workflow in API format.
+"""Run a manifest's samples through a method: a workflow on ComfyUI servers, or one in this process.
 
     python tools/generate.py workflows/baselines/cat.json \\
         --manifest data/test.jsonl --split test --hole box \\
         --out results/cat --server http://127.0.0.1:8188 http://127.0.0.1:8189
 
+    python tools/generate.py --method diffusers:stable-diffusion-v1-5/stable-diffusion-inpainting \\
+        --manifest data/test.jsonl --hole box --out results/sd --batch-size 8
+    python tools/generate.py --method python:my_method.py:inpaint \\
+        --manifest data/test.jsonl --hole box --out results/mine
+
 The same command continues a run that was stopped or killed. Every sample gives ID.png and ID.json,
 which says how it was made; run.json tells what the whole run has in common, and failed.jsonl names
-every sample that could not be used and why. Needs Pillow and tqdm; ComfyUI's Python has both.
+every sample that could not be used and why. Needs Pillow and tqdm, and torch for a method in this
+process; ComfyUI's Python has them. diffusers is in requirements-diffusers.txt.
 Prepare data with tools/prepare_data.py.
 """
 
@@ -15,14 +21,53 @@ from pathlib import Path
 
 from comfyui import launch
 
+COMFYUI = "comfyui"
+LOCAL = ("prompt", "background", "batch_size", "dtype", "steps", "guidance", "cpu")
+
 
 def main() -> int:
     parser = command_line()
     arguments = parser.parse_args()
-    launch.enter_python(parser, arguments, {"PIL": "Pillow", "tqdm": "tqdm"})
-    from evaluation import generation
+    modules = {"PIL": "Pillow", "tqdm": "tqdm"}
+    if arguments.method == COMFYUI:
+        check_servers(parser, arguments)
+        launch.enter_python(parser, arguments, modules)
+        from evaluation import generation
+    else:
+        check_local(parser, arguments)
+        launch.enter_python(parser, arguments, {**modules, "torch": "torch"}, stays=True)
+        from evaluation import local_generation as generation
 
     return generation.command(arguments)
+
+
+def check_servers(parser: argparse.ArgumentParser, arguments) -> None:
+    """Exit where something is missing or of no use with workflows on servers."""
+    if not (arguments.workflow and arguments.server):
+        parser.error("give a workflow in API format and --server URL, or another --method")
+    for name in LOCAL:
+        if getattr(arguments, name) != parser.get_default(name):
+            option = f"--{name.replace('_', '-')}"
+            parser.error(
+                f"{option} is for methods in this process; a workflow says such things itself, "
+                "see --set"
+            )
+
+
+def check_local(parser: argparse.ArgumentParser, arguments) -> None:
+    """Exit where something is of no use with a method in this process."""
+    if arguments.workflow or arguments.server or arguments.changes:
+        parser.error(
+            f"--method {arguments.method} needs no workflow, --server or --set; leave them out"
+        )
+    if arguments.posterior != "mode":
+        parser.error(f"--posterior is for workflows; {arguments.method} encodes as it does")
+    if "{label}" not in arguments.prompt:
+        parser.error(f"--prompt {arguments.prompt!r} has no {{label}} for the object's name")
+    if arguments.method.startswith("python:"):
+        for name in ("dtype", "steps", "guidance"):
+            if getattr(arguments, name) is not None:
+                parser.error(f"--{name} is for diffusers pipelines; set it in your function")
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -33,7 +78,16 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "workflow",
         type=Path,
+        nargs="?",
         help="workflow in API format, with nodes titled Photo, Mask and Label",
+    )
+    parser.add_argument(
+        "--method",
+        type=_method,
+        default=COMFYUI,
+        help="comfyui: the workflow on --server; diffusers:FOLDER or diffusers:OWNER/NAME: an "
+        "inpainting pipeline of the diffusers library; python:FILE:FUNCTION: a function "
+        "(image, mask, text, generator) that returns the finished picture",
     )
     parser.add_argument(
         "--manifest",
@@ -44,9 +98,17 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--split", default="test", help="which records of the manifest")
     parser.add_argument(
         "--hole",
-        choices=("segment", "box"),
+        choices=("segment", "box", "official-box"),
         default="segment",
-        help="the object's dilated mask or its box, as in training",
+        help="the object's dilated mask or its box, as in training; or the annotation's box as "
+        "the official inference draws it",
+    )
+    parser.add_argument(
+        "--posterior",
+        choices=("mode", "sample"),
+        default="mode",
+        help="the VAE's latent of the masked photo: its mode, as ComfyUI takes, or a sample, as "
+        "the official code takes; for workflows with CAT Inpaint Conditioning",
     )
     parser.add_argument("--size", type=_side, default=512, help="side of the pictures, in pixels")
     parser.add_argument(
@@ -63,7 +125,7 @@ def command_line() -> argparse.ArgumentParser:
         help="folder for results; continued if it exists",
     )
     parser.add_argument(
-        "--server", type=_url, nargs="+", required=True, metavar="URL", help="ComfyUI servers"
+        "--server", type=_url, nargs="+", default=[], metavar="URL", help="ComfyUI servers"
     )
     parser.add_argument(
         "--set",
@@ -74,6 +136,7 @@ def command_line() -> argparse.ArgumentParser:
         help="change a value of the workflow, such as Checkpoint.ckpt_name=sd15.safetensors; "
         "may be given again",
     )
+    add_local_options(parser)
     parser.add_argument(
         "--patience",
         type=float,
@@ -83,6 +146,50 @@ def command_line() -> argparse.ArgumentParser:
     )
     launch.add_host_options(parser, installs=False)
     return parser
+
+
+def add_local_options(parser: argparse.ArgumentParser) -> None:
+    """How methods in this process work."""
+    parser.add_argument(
+        "--prompt",
+        default="{label}",
+        metavar="TEMPLATE",
+        help="text that the method gets, such as 'a photo of a {label}'",
+    )
+    parser.add_argument(
+        "--background",
+        choices=("photo", "made"),
+        default="photo",
+        help="outside the hole: the photo put back, as all workflows in baselines do, or what "
+        "the method made",
+    )
+    parser.add_argument("--batch-size", type=_count, default=1, help="pictures at once")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="of a diffusers pipeline (without: float16 on a GPU, else float32)",
+    )
+    parser.add_argument("--steps", type=_count, help="of a pipeline's sampler (without: its own)")
+    parser.add_argument("--guidance", type=float, help="of a pipeline (without: its own)")
+    parser.add_argument("--cpu", action="store_true", help="do not use a GPU for a pipeline")
+
+
+def _method(text: str) -> str:
+    kind, _, rest = text.partition(":")
+    file, _, function = rest.rpartition(":")
+    is_complete = {COMFYUI: not rest, "diffusers": bool(rest), "python": file and function}
+    if not is_complete.get(kind):
+        raise argparse.ArgumentTypeError(
+            f"{text} is no method; expected comfyui, diffusers:FOLDER_OR_NAME or "
+            "python:FILE:FUNCTION"
+        )
+    return text
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of them; expected 1 or more")
+    return int(text)
 
 
 def _side(text: str) -> int:

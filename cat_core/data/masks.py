@@ -12,7 +12,9 @@ from ..errors import CatError
 from ..pictures import opening
 from .manifest import Box, Record
 
-VARIANTS = ("segment", "box")  # how the hole is made of the object's mask
+VARIANTS = ("segment", "box")  # how training makes the hole of the object's mask
+OFFICIAL_BOX = "official-box"  # how the official inference draws it of the annotation's box
+HOLES = (*VARIANTS, OFFICIAL_BOX)  # how a test makes it
 HOLE_SIZE = 512  # pixels, the official working size
 MASKED = 128  # grey level from which a pixel counts as masked
 BINARY = [0] * MASKED + [255] * (256 - MASKED)  # each grey level -> unmasked or masked
@@ -164,6 +166,39 @@ def training_mask(mask: Image.Image | None, variant: str) -> Image.Image:
     if variant == "segment":
         return mask_512.filter(ImageFilter.MaxFilter(5))
     hole.paste(255, box)
+    return hole
+
+
+def cut_hole(record: Record, mask: Image.Image | None, kind: str) -> Image.Image:
+    """The hole that a test cuts, at 512x512, 8 bits, white = repaint.
+
+    Args:
+        mask: of the object, any size, as `load` returns it.
+        kind: segment or box as in training, or official-box, see `official_box`.
+    Raises:
+        SampleError: empty mask; official-box of a record without a box.
+    """
+    if kind != OFFICIAL_BOX:
+        return training_mask(mask, kind)
+    if record.box is None:
+        raise SampleError(
+            "no box",
+            "official-box is drawn from the annotation's box, and the record has none; add it to "
+            "the manifest, or take box, which is found from the mask",
+        )
+    return official_box(record.box)
+
+
+def official_box(box: Box) -> Image.Image:
+    """A box at 512x512 as the official inference draws it: L, 255 = repaint.
+
+    cv2.rectangle fills corners truncated to pixels, and the right and lower edge belong to the box
+    (dataset.py, OpenimagesBoxDataset).
+    """
+    hole = Image.new("L", (HOLE_SIZE, HOLE_SIZE))
+    left, top, right, bottom = (int(corner * HOLE_SIZE) for corner in box)
+    last = HOLE_SIZE - 1
+    hole.paste(255, (left, top, min(right, last) + 1, min(bottom, last) + 1))
     return hole
 
 

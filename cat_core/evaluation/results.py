@@ -157,7 +157,7 @@ class SampleSet:
     """Records of a manifest and the holes cut into them.
 
     Args:
-        hole: segment or box, see masks.training_mask.
+        hole: segment, box or official-box, see masks.cut_hole.
         size: side of the pictures in pixels.
     """
 
@@ -180,7 +180,7 @@ class SampleSet:
         """Open a record's files; raises EvaluationError."""
         try:
             picture, mask = masks.load(record, self.manifest.parent)
-            hole = masks.training_mask(mask, self.hole)
+            hole = masks.cut_hole(record, mask, self.hole)
         except masks.SampleError as error:
             raise EvaluationError(
                 f"{record.id} of {self.manifest} cannot be used: {error}. Repair the data, or "

@@ -51,6 +51,12 @@ def check_context(model, context: torch.Tensor) -> None:
         )
 
 
+def encode_sampled(vae, image: torch.Tensor, seed: int) -> torch.Tensor:
+    """IMAGE -> latents (B, 4, h, w) sampled from the VAE's posterior; raises ValueError."""
+    with symbols.sampled_posterior(vae, seed):
+        return vae.encode(image)
+
+
 def unet_weights(model) -> dict[str, torch.Tensor]:
     """The tensors of a MODEL's U-Net, by the official keys."""
     return symbols.unet_module(model).state_dict()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tracemalloc
 
+import numpy as np
 import pytest
 from paths import ROOT
 from pictures import cut, mask, picture
@@ -299,6 +300,34 @@ def test_an_object_that_vanishes_at_the_training_size_is_a_bad_sample(variant):
     dot.putpixel((2000, 1500), 255)
     with pytest.raises(SampleError, match=r"empty mask: it reaches .* too small"):
         masks.training_mask(dot, variant)
+
+
+@pytest.mark.parametrize(
+    "box, left, top, right, bottom",  # the last two are the first pixels outside
+    [
+        ((0.234375, 0.285417, 0.765625, 0.55), 120, 146, 393, 282),
+        ((0.5, 0.25, 1.0, 1.0), 256, 128, 512, 512),
+        ((0.1, 0.2, 0.1001, 0.9), 51, 102, 52, 461),
+    ],
+)
+def test_the_official_box_is_drawn_at_512_with_both_edges(box, left, top, right, bottom):
+    """Numbers of cv2.rectangle 5.0.0, which drew the same 2,000 random boxes bit for bit."""
+    raster = np.zeros((512, 512), np.uint8)
+    raster[top:bottom, left:right] = 255
+    object_mask = masks.box_mask(box, (640, 427)).point(lambda level: level and 255)
+    record = Record("1", "x.png", box=box, label="bus")
+    hole = masks.cut_hole(record, object_mask, "official-box")
+    assert hole.mode == "L"
+    assert np.array_equal(np.asarray(hole), raster)
+
+
+def test_the_official_box_needs_the_annotations_box():
+    record = Record("1", "x.png", mask="m.png", label="bus")
+    full = Image.new("L", (64, 64), 255)
+    with pytest.raises(SampleError, match=r"no box: .*record has none.* or take box"):
+        masks.cut_hole(record, full, "official-box")
+    for kind in masks.VARIANTS:
+        assert masks.cut_hole(record, full, kind) == masks.training_mask(full, kind)
 
 
 def test_a_tally_counts_and_keeps_few_examples():

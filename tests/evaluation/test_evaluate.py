@@ -273,7 +273,7 @@ def test_errors_end_without_a_traceback(fails, result_folder, tmp_path):
         assert words in fails(folder, *arguments)
     odd = {"manifest": "m.jsonl", "hole": "round", "size": "64"}
     (boxes / "run.json").write_text(json.dumps(odd))
-    assert "hole is 'round' and size '64', expected segment or box" in fails(boxes)
+    assert "hole is 'round' and size '64', expected segment, box, official-box and" in fails(boxes)
     (folder / "run.json").unlink()
     assert f"There is no manifest in {folder / 'run.json'}. Give --manifest." in fails(folder)
 

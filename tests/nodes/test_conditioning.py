@@ -23,8 +23,10 @@ TEXT = [[torch.zeros(1, 77, 24), {}]]
 
 @pytest.fixture(scope="session")
 def condition(models):
-    def condition(image, mask, fill="black", noise_mask=False):
-        return inpaint_conditioning(TEXT, TEXT, models.vae, image, mask, fill, noise_mask)
+    def condition(image, mask, fill="black", noise_mask=False, posterior_seed=None):
+        return inpaint_conditioning(
+            TEXT, TEXT, models.vae, image, mask, fill, noise_mask, posterior_seed
+        )
 
     return condition
 
@@ -54,6 +56,49 @@ def test_black_fades_the_hole(models, picture, condition):
     expected = models.vae.encode(image * (1 - mask[..., None]))
     assert torch.allclose(black, expected, atol=1e-4)
     assert not torch.allclose(black, grey)
+
+
+def posterior_of(vae, image):
+    """Mean and deviation of what the VAE's own encoder tells of an IMAGE in [0, 1]."""
+    network = vae.first_stage_model
+    pixels = (2 * image - 1).movedim(-1, 1).to(vae.vae_dtype)
+    mean, log_variance = network.quant_conv(network.encoder(pixels)).chunk(2, dim=1)
+    return mean, torch.exp(0.5 * log_variance.clamp(-30, 20))
+
+
+def test_a_sample_is_mean_and_deviation_times_the_seeds_noise(models, picture, condition):
+    image, mask = picture[0].repeat(2, 1, 1, 1), picture[1].round()
+    mode = values(condition(image, mask)[0])["concat_latent_image"]
+    drawn = values(condition(image, mask, posterior_seed=3)[0])["concat_latent_image"]
+    mean, deviation = posterior_of(models.vae, image * (1 - mask[..., None]))
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for _ in mean])
+    assert torch.allclose(mode, mean, atol=1e-4)
+    assert torch.allclose(drawn, mean + deviation * noise, atol=1e-4)
+    assert (drawn - mode).abs().mean() > 1e-3
+    for seed, alike in ((3, True), (4, False)):
+        again = values(condition(image, mask, posterior_seed=seed)[1])["concat_latent_image"]
+        assert torch.equal(again, drawn) == alike
+    # The mode is back, and one picture has the noise of the first of a batch.
+    assert torch.equal(values(condition(image, mask)[0])["concat_latent_image"], mode)
+    first = values(condition(image[:1], mask, posterior_seed=3)[0])["concat_latent_image"]
+    assert torch.allclose(first, drawn[:1], atol=1e-4)
+
+
+def test_what_has_no_posterior_to_sample_is_said(models, picture):
+    class Preview:
+        latent_channels = 4
+
+        def __init__(self):
+            self.first_stage_model = torch.nn.Identity()
+
+    with (
+        pytest.raises(ValueError, match=r"this VAE .Identity. has none to sample; expected SD"),
+        symbols.sampled_posterior(Preview(), 1),
+    ):
+        pass
+    with pytest.raises(ValueError, match=r"fill is grey.*Set fill to black, or posterior to mode"):
+        inpaint_conditioning(TEXT, TEXT, models.vae, *picture, fill="grey", posterior_seed=1)
 
 
 def test_the_latent_mask_is_the_official_one(condition):

@@ -707,6 +707,16 @@ def test_latent_channels(models):
     assert symbols.latent_channels(models.vae) == latent.shape[1] == 4
 
 
+def test_sampled_posterior(models):
+    pixels = torch.rand(1, 64, 64, 3)
+    mode = models.vae.encode(pixels)
+    with symbols.sampled_posterior(models.vae, 1):
+        sampled = models.vae.encode(pixels)
+    assert sampled.shape == mode.shape
+    assert not torch.equal(sampled, mode)
+    assert torch.equal(models.vae.encode(pixels), mode)
+
+
 def test_last_hidden_state(models):
     """A wide picture is squeezed to a square: its right end matters."""
     wide = torch.rand(1, 224, 448, 3)

@@ -174,6 +174,8 @@ def right(models, picture, prompt):
             **seen,
             "fill": "black",
             "noise_mask": True,
+            "posterior": "sample",
+            "posterior_seed": 7,
         },
         CATScheduler: {"model": models.model, "steps": 4, "denoise": 1.0},
         CATCropAroundMask: {**seen, "size": 64, "context": 1.5},

@@ -22,7 +22,17 @@ CONTRACT = {
         ["MODEL"],
     ),
     "CATInpaintConditioning": (
-        ["positive", "negative", "vae", "image", "mask", "fill", "noise_mask"],
+        [
+            "positive",
+            "negative",
+            "vae",
+            "image",
+            "mask",
+            "fill",
+            "noise_mask",
+            "posterior",
+            "posterior_seed",
+        ],
         ["CONDITIONING", "CONDITIONING", "LATENT"],
     ),
     "CATCropAroundMask": (["image", "mask", "size", "context"], ["IMAGE", "MASK", "CAT_CROP"]),

@@ -229,6 +229,40 @@ def test_a_baseline_changes_the_hole_and_nothing_else(server, data, tmp_path, na
     assert 50 < (hole == 255).sum() < SIZE * SIZE / 3
 
 
+def test_the_official_box_and_a_sample_of_the_posterior(server, data, workflow, tmp_path):
+    few = data.with_name("official.jsonl")
+    record = json.loads(data.read_text().splitlines()[0]) | {"box": [0.25, 0.25, 0.5, 0.75]}
+    boxless = {**record, "id": "boxless"}
+    boxless.pop("box")
+    write_manifest(few, [record, boxless])
+    made = {}
+    for posterior in ("mode", "sample"):
+        out = tmp_path / posterior
+        options = ["--hole", "official-box", "--posterior", posterior]
+        finish(start(workflow, few, out, *options, servers=[server.url]))
+        assert failures(out) == {"boxless": "no box"}
+        made[posterior] = np.asarray(Image.open(out / "scene 0.png")).astype(int)
+        run = json.loads((out / "run.json").read_text())
+        assert (run["hole"], run["posterior"]) == ("official-box", posterior)
+    changed = made["sample"] != made["mode"]
+    columns, rows = changed.any((0, 2)).nonzero()[0], changed.any((1, 2)).nonzero()[0]
+    # Pixels 128 to 256 and 128 to 384 of 512; bicubic reaches one pixel of 64 further.
+    assert (columns[0], columns[-1], rows[0], rows[-1]) == pytest.approx((15, 33, 15, 49), abs=1)
+
+
+def test_a_posterior_needs_the_node_that_samples_it():
+    workflow = Workflow(BASELINES / "cat.json")
+    before = workflow.sha256
+    workflow.sample_posterior()
+    assert workflow.sha256 != before
+    nodes = workflow.prompt(photo="p", mask="m", label="spoon", seed=7).values()
+    (node,) = [node for node in nodes if node["class_type"] == "CATInpaintConditioning"]
+    assert node["inputs"]["posterior"] == "sample"
+    assert node["inputs"]["posterior_seed"] == 7
+    with pytest.raises(WorkflowError, match=r"has no node of CATInpaint.*leave --posterior out"):
+        Workflow(BASELINES / "sd_inpainting.json").sample_posterior()
+
+
 def test_the_host_reads_the_levels_of_a_sent_mask(
     server, base, data, workflow, tmp_path, monkeypatch
 ):

@@ -72,17 +72,20 @@ def enter_comfyui(parser, arguments, *extras: str, optional: tuple[str, ...] = (
     sys.exit(run_again(host))
 
 
-def enter_python(parser, arguments, modules: dict[str, str]) -> None:
+def enter_python(parser, arguments, modules: dict[str, str], stays: bool = False) -> None:
     """Return in a Python that has some modules, for commands that do not import ComfyUI.
 
     That is this one, unless --comfyui, --python or the folder that this pack lies in says another.
 
     Args:
         modules: as they are imported -> as they are installed.
+        stays: whether this Python does even where the pack lies in a ComfyUI.
     """
     if COMFYUI in os.environ:
         return
-    named = arguments.comfyui or arguments.python or existing.around_the_pack()
+    named = arguments.comfyui or arguments.python
+    if not stays:
+        named = named or existing.around_the_pack()
     missing = existing.missing_modules(sys.executable, modules)
     if not named and not missing:
         return

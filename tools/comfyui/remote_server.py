@@ -20,6 +20,7 @@ from cat_diffusion.cat_core.errors import CatError
 OUTPUTS = ("SaveImage", "PreviewImage")
 TEXTS = ("value", "text", "string")  # what a node calls its text
 SEEDS = ("seed", "noise_seed")
+CONDITIONING = "CATInpaintConditioning"
 TIMEOUT = 60  # seconds without an answer; a server that loads a model is slow to answer
 FIRST_PAUSE = 0.1  # seconds between two looks at a prompt, at first
 MOST_PAUSE = 2.0  # and at most
@@ -59,8 +60,7 @@ class Workflow:
         self.nodes = _read(path)
         for change in changes:
             self._change(change)
-        canonical = json.dumps(self.nodes, sort_keys=True)
-        self.sha256 = hashlib.sha256(canonical.encode()).hexdigest()  # with the changes
+        self.sha256 = self._digest()
         photos = self._titled("Photo", "LoadImage")
         masks = self._titled("Mask", "LoadImageMask")
         self._places = {
@@ -72,6 +72,29 @@ class Workflow:
         self.output = self._output()
         for number in masks:
             self.nodes[number]["inputs"]["channel"] = "red"  # the hole is sent as a grey picture
+
+    def sample_posterior(self) -> None:
+        """Let all nodes of CAT Inpaint Conditioning sample the VAE's posterior, by the seed.
+
+        Raises WorkflowError where there is none.
+        """
+        numbers = []
+        for number, node in self.nodes.items():
+            if node["class_type"] == CONDITIONING:
+                node["inputs"]["posterior"] = "sample"
+                numbers.append(number)
+        if not numbers:
+            raise WorkflowError(
+                f"{self.name} has no node of {CONDITIONING}, and no other samples the VAE's "
+                "posterior; leave --posterior out."
+            )
+        self._places["seed"] += [(number, "posterior_seed") for number in numbers]
+        self.sha256 = self._digest()
+
+    def _digest(self) -> str:
+        """SHA-256 of the nodes, changes included."""
+        canonical = json.dumps(self.nodes, sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
 
     def prompt(self, **values) -> dict:
         """The workflow for one sample.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from cat_diffusion.cat_core import files, preprocess
-from cat_diffusion.cat_core.data.masks import VARIANTS
+from cat_diffusion.cat_core.data.masks import HOLES
 from cat_diffusion.cat_core.errors import CatError
 from cat_diffusion.cat_core.evaluation import estimates, metrics, report
 from cat_diffusion.cat_core.evaluation.estimates import Line
@@ -140,9 +140,9 @@ def sample_set(arguments, folders: Sequence[Results]) -> SampleSet:
     split = _chosen("split", arguments.split, folders)
     hole = _needed("hole", arguments.hole, folders)
     size = _needed("size", arguments.size, folders)
-    if hole not in VARIANTS or not isinstance(size, int) or size < 1:
+    if hole not in HOLES or not isinstance(size, int) or size < 1:
         raise EvaluationError(
-            f"hole is {hole!r} and size {size!r}, expected {' or '.join(VARIANTS)} and a number "
+            f"hole is {hole!r} and size {size!r}, expected {', '.join(HOLES)} and a number "
             f"of pixels. Correct {folders[0].folder / RUN} or the options."
         )
     return SampleSet(Path(manifest), split, hole, size)

@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from cat_diffusion.cat_core.data import manifest, tally
 from cat_diffusion.cat_core.data.manifest import Record
@@ -23,6 +24,11 @@ MOST_WAIT = 60  # seconds between two looks at a server that is gone
 
 def command(arguments) -> int:
     """Generate what the arguments name; returns the exit code."""
+    return answer(generate, arguments)
+
+
+def answer(generate: Callable, arguments) -> int:
+    """Call it and say what goes wrong; returns the exit code."""
     sys.stdout.reconfigure(errors="backslashreplace")  # ids may hold what a terminal cannot show
     try:
         return generate(arguments)
@@ -34,21 +40,35 @@ def command(arguments) -> int:
 def generate(arguments) -> int:
     """Make what is not there yet, and say what became of all samples; returns the exit code."""
     workflow = Workflow(arguments.workflow, arguments.changes)
+    if arguments.posterior == "sample":
+        workflow.sample_posterior()
+    total = count(arguments)
+    method = {"workflow": workflow.name, "workflow_sha256": workflow.sha256}
+    more = {"changes": arguments.changes, "posterior": arguments.posterior}
+    results = ResultsWriter(arguments.out, arguments, method, more)
+    servers = [RemoteServer(url) for url in dict.fromkeys(arguments.server)]
+    generation = Generation(arguments, workflow, results, servers)
+    return tell(generation.run(total), results)
+
+
+def count(arguments) -> int:
+    """How many records there are to make; raises GenerateError where there is none."""
     total = sum(1 for _ in manifest.stream(arguments.manifest, arguments.split))
     if not total:
         raise GenerateError(
             f"{arguments.manifest} has no record of split {arguments.split}; choose another with "
             "--split."
         )
-    results = ResultsWriter(arguments.out, workflow, arguments)
-    servers = [RemoteServer(url) for url in dict.fromkeys(arguments.server)]
-    generation = Generation(arguments, workflow, results, servers)
-    report = generation.run(total)
+    return total
+
+
+def tell(report: tally.Tally, results: ResultsWriter) -> int:
+    """Say what became of the samples; returns the exit code."""
     print(report)
     if report.skipped:
-        print(f"Results: {arguments.out}, samples without one: {results.failed}")
+        print(f"Results: {results.folder}, samples without one: {results.failed}")
     else:
-        print(f"Results: {arguments.out}")
+        print(f"Results: {results.folder}")
     return 0 if report.kept else 1
 
 
@@ -141,7 +161,7 @@ class Generation:
         if ended is None:
             return None
         image, seconds = outcome(ended, self.workflow.output)
-        return MadePicture(finished_picture(server, image, size), server.url, seconds)
+        return MadePicture(finished_picture(server, image, size), {"server": server.url}, seconds)
 
     def _give_up(self, record: Record, error: SampleError) -> None:
         """Count and name a sample that has no result."""

@@ -12,7 +12,6 @@ from cat_diffusion.cat_core import files
 from cat_diffusion.cat_core.data.manifest import Record
 from cat_diffusion.cat_core.data.masks import SampleError
 from cat_diffusion.cat_core.errors import CatError
-from comfyui.remote_server import Workflow
 
 
 class GenerateError(CatError):
@@ -24,32 +23,35 @@ class MadePicture:
     """A finished picture, and where it was made."""
 
     picture: Image.Image
-    server: str
+    place: dict  # the server, or the device
     seconds: float
 
 
 class ResultsWriter:
     """The folder of a run: for every sample ID.png and then ID.json, whole or not at all.
 
-    Raises GenerateError where the folder holds another run's results or cannot be written.
+    Args:
+        method: what all results must have in common, of the method.
+        more: what run.json tells besides.
+    Raises:
+        GenerateError: the folder holds another run's results or cannot be written.
     """
 
-    def __init__(self, folder: Path, workflow: Workflow, arguments):
+    def __init__(self, folder: Path, arguments, method: dict, more: dict):
         self.folder = folder
         self.size = arguments.size
         self.failed = folder / "failed.jsonl"
         self.common = {
             "hole": arguments.hole,
             "size": arguments.size,
-            "workflow": workflow.name,
-            "workflow_sha256": workflow.sha256,
+            **method,
         }
         run = {
             "manifest": str(arguments.manifest.absolute()),
             "split": arguments.split,
             "seed": arguments.seed,
             **self.common,
-            "changes": arguments.changes,
+            **more,
         }
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +106,7 @@ class ResultsWriter:
 
     def write(self, record: Record, seed: int, made: MadePicture) -> None:
         """Keep a finished picture."""
-        about = {**self.facts(record, seed), "server": made.server, "seconds": made.seconds}
+        about = {**self.facts(record, seed), **made.place, "seconds": made.seconds}
         with self._writing():
             with files.replacing(self.folder / f"{record.id}.png") as partial:
                 made.picture.save(partial, "PNG")

@@ -47,7 +47,7 @@ def sample_pictures(
     if not record.hole:
         raise SampleError("no hole", "the record has neither mask nor box")
     photo, mask = masks.load(record, folder)
-    hole_512 = masks.training_mask(mask, hole)
+    hole_512 = masks.cut_hole(record, mask, hole)
     return (
         photo.resize((size, size), Image.Resampling.BICUBIC),
         hole_512.resize((size, size), Image.Resampling.BICUBIC),

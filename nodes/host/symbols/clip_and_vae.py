@@ -3,6 +3,8 @@
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,46 @@ def vae_cell(vae) -> int:
     cells.
     """
     return vae.spacial_compression_encode()
+
+
+class SampledPosterior(torch.nn.Module):
+    """What a VAE's encoder gives -> a sample of the posterior, in place of its mode.
+
+    Every picture of a batch has noise of its own, drawn on the CPU, so that it depends neither on
+    the device nor on how many pictures the host encodes at once.
+    """
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Mean and log variance (B, 2C, h, w) -> (B, C, h, w)."""
+        mean, log_variance = z.chunk(2, dim=1)
+        noise = [torch.randn(mean.shape[1:], generator=self.generator) for _ in mean]
+        deviation = torch.exp(0.5 * log_variance.clamp(-30, 20))
+        return mean + deviation * torch.stack(noise).to(mean), None
+
+
+@contextmanager
+def sampled_posterior(vae, seed: int) -> Iterator[None]:
+    """Inside, the VAE's `encode` samples the posterior; raises ValueError where it has none.
+
+    comfy/ldm/models/autoencoder.py:121 (regularization) and comfy/sd.py:522 (first_stage_model).
+    Without them CAT Inpaint Conditioning cannot sample.
+    """
+    network = vae.first_stage_model
+    regularizer = getattr(network, "regularization", None)
+    if not isinstance(regularizer, comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer):
+        raise ValueError(
+            f"posterior is sample, and this VAE ({type(network).__name__}) has none to sample; "
+            "expected SD 1.5's VAE. Connect that one, or set posterior to mode."
+        )
+    network.regularization = SampledPosterior(seed)
+    try:
+        yield
+    finally:
+        network.regularization = regularizer
 
 
 def vision_config(clip_vision) -> dict:
