@@ -2,13 +2,20 @@
 
 import dataclasses
 
+import comfy.cldm.cldm
+import comfy.controlnet
+import comfy.model_management
+import comfy.ops
+import dynamic_vram
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_extras import nodes_custom_sampler as stock
 
 from cat_diffusion.cat_core.weights import Checkpoint
 from cat_diffusion.nodes.apply_ref_adapter import apply_ref_adapter
 from cat_diffusion.nodes.conditioning import inpaint_conditioning
-from cat_diffusion.nodes.host import model_files
+from cat_diffusion.nodes.host import model_files, symbols
 from cat_diffusion.nodes.host.build import (
     build_cat_model,
     build_clip,
@@ -17,6 +24,7 @@ from cat_diffusion.nodes.host.build import (
     build_vae,
 )
 from cat_diffusion.nodes.host.cat_model import CatModel
+from cat_diffusion.nodes.host.unet import block_name
 from cat_diffusion.nodes.visual_prompt import predict
 from nodes import common_ksampler
 
@@ -149,3 +157,106 @@ def stack(prompt):
         )
 
     return stack
+
+
+@pytest.fixture(scope="session")
+def prompts(models, conditioned):
+    """CONDITIONINGs by name, each of its own text and with the photo that is to be inpainted."""
+
+    def encode(text):
+        encoded = models.clip.encode_from_tokens_scheduled(models.clip.tokenize(text))
+        photo = {
+            name: conditioned[0][0][1][name] for name in ("concat_latent_image", "concat_mask")
+        }
+        return symbols.with_values(encoded, photo)
+
+    with torch.inference_mode():
+        texts = {"positive": "spoon", "other": "a tree", "negative": "blurred", "empty": ""}
+        return {name: encode(text) for name, text in texts.items()}
+
+
+@pytest.fixture(scope="session")
+def run(conditioned):
+    """SamplerCustomAdvanced with a guider; returns the latent."""
+
+    def run(guider, steps=1, latent=None, seed=1, sampler="euler", scheduler="normal"):
+        (noise,) = stock.RandomNoise.execute(seed).args
+        (method,) = stock.KSamplerSelect.execute(sampler).args
+        (sigmas,) = stock.BasicScheduler.execute(guider.model_patcher, scheduler, steps, 1.0).args
+        latent = latent or conditioned[2]
+        out = stock.SamplerCustomAdvanced.execute(noise, guider, method, sigmas, latent)
+        return out.args[0]["samples"]
+
+    return run
+
+
+class OraclePatch(symbols.Patch):
+    """The adapter unfolded, for rows told apart by what they read: their encoded text.
+
+    Args:
+        texts: (77, T) each; a row that reads the i-th looks at prompt i modulo P, any other at
+            zeros.
+    """
+
+    def __init__(self, adapter, tokens, texts):
+        self.adapter = adapter
+        self.tokens = tokens
+        self.texts = texts
+
+    def __call__(self, x, extra_options):
+        seen = torch.stack([self._seen(text) for text in extra_options["texts_of_rows"]])
+        return x + self.adapter.block(block_name(extra_options))(x, seen)
+
+    def _seen(self, text):
+        for i, looks in enumerate(self.texts):
+            if torch.equal(looks, text):
+                return self.tokens[i % len(self.tokens)]
+        return torch.zeros_like(self.tokens[0])
+
+
+def show_texts(executor, x, timesteps, context, y, control, transformer_options, **kwargs):
+    """Tell patches what each row reads."""
+    options = {**transformer_options, "texts_of_rows": context}
+    return executor(x, timesteps, context, y, control, options, **kwargs)
+
+
+@pytest.fixture
+def oracle(models, prompt):
+    """A model with OraclePatch."""
+
+    def oracle(*conditionings, visual_prompt=prompt, model=models.model):
+        texts = [text for conditioning in conditionings for text in conditioning[0][0]]
+        patched = model.clone()
+        patch = OraclePatch(models.cat_model.ref_adapter.model, visual_prompt.tokens, texts)
+        symbols.add_middle_patch(patched, patch)
+        patched.add_wrapper(WrappersMP.DIFFUSION_MODEL, show_texts)
+        return patched
+
+    return oracle
+
+
+@pytest.fixture
+def control_net():
+    """A small ControlNet of the host's class with random weights."""
+    torch.manual_seed(4)
+    with dynamic_vram.ordinary_layers():
+        network = comfy.cldm.cldm.ControlNet(
+            image_size=32,
+            in_channels=4,
+            model_channels=32,
+            hint_channels=3,
+            num_res_blocks=[1, 1],
+            channel_mult=[1, 2],
+            transformer_depth=[1, 1],
+            transformer_depth_middle=1,
+            num_heads=4,
+            use_spatial_transformer=True,
+            context_dim=24,
+            legacy=False,
+            operations=comfy.ops.manual_cast,
+        )
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return comfy.controlnet.ControlNet(
+        network, load_device=comfy.model_management.get_torch_device()
+    )
