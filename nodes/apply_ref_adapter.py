@@ -23,6 +23,7 @@ class RefAdapterPatch(symbols.Patch):
     Args:
         folded: ModelPatcher around FoldedRefAdapter.
         outside: what holds where the U-Net is called without a guider.
+        picture_size: side of the pictures that the model was trained on, where that is known.
     """
 
     def __init__(
@@ -32,12 +33,14 @@ class RefAdapterPatch(symbols.Patch):
         start_percent: float,
         end_percent: float,
         outside: OneSampling,
+        picture_size: int | None = None,
     ):
         self.folded = folded
         self.strength = strength
         self.start_percent = start_percent
         self.end_percent = end_percent
         self.outside = outside
+        self.picture_size = picture_size
 
     @torch.compiler.disable  # a compiled U-Net calls it as it is: settings must not be traced
     def __call__(self, x: torch.Tensor, extra_options: dict) -> torch.Tensor:
@@ -50,6 +53,7 @@ class RefAdapterPatch(symbols.Patch):
         sampling = sampling_of(extra_options) or self.outside
         if not sampling.is_between(self.start_percent, self.end_percent, extra_options):
             return x
+        sampling.say_where_too_large(self.picture_size)
         block = self.folded.model.block(block_name(extra_options))
         return block(x, sampling.runs(extra_options, len(x), block.prompts), self.strength)
 
@@ -160,6 +164,7 @@ def apply_ref_adapter(
         start_percent,
         end_percent,
         outside=OneSampling(symbols.noise_schedule(model)),
+        picture_size=cat_model.knowledge.picture_size,
     )
     symbols.add_middle_patch(patched, patch)
     return patched

@@ -7,8 +7,9 @@ from comfy_api.latest import io
 
 from ..cat_core.features import VisualPrompt
 from .checks import check_wires
-from .host import memory, messages
+from .host import memory
 from .host.clip import check_clip_vision, class_token, normed, project_image, vision_output
+from .host.messages import say, sentence
 from .wires import CATEGORY, VisualPromptWire
 
 
@@ -60,9 +61,12 @@ class CATVisualPromptToClipVision(io.ComfyNode):
         image_embeds = project_image(clip_vision, image_feature)
         if image_embeds is None:
             image_embeds = image_feature
-            messages.say(
-                "This CLIP vision has no projection: "
-                f"its image feature is handed on as it is, {width} wide."
+            say(
+                sentence(
+                    "This CLIP vision has no projection: "
+                    "its image feature is handed on as it is, {width} wide.",
+                    width=width,
+                )
             )
         hidden = torch.cat((tokens, visual_prompt.after), dim=1)  # (B, N + 1, D)
         return io.NodeOutput(vision_output(hidden, image_embeds))

@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 from ..cat_core.features import masked_cosine
 from ..cat_core.pictures import plots
 from ..cat_core.pictures.tensors import channels_last
-from .host import messages
+from .host.messages import say, sentence
 from .visual_prompt import CLIP_VISION_TOOLTIP, predict, see
 from .wires import CATEGORY, CatModelWire, to_core
 
@@ -69,10 +69,14 @@ class CATCompareFeatures(io.ComfyNode):
     def execute(cls, cat_model, clip_vision, clip, image, mask, text) -> io.NodeOutput:
         comparison = compare(cat_model, clip_vision, clip, image, mask, text)
         picture = channels_last([plots.histogram(comparison.patches)])
-        messages.say(
-            "Cosine similarity to the truth in the hole: "
-            f"observed {comparison.observed:.3f}, predicted {comparison.predicted:.3f} "
-            f"({len(comparison.patches['observed']):,} patches)."
+        say(
+            sentence(
+                "Cosine similarity to the truth in the hole: observed {observed:.3f}, "
+                "predicted {predicted:.3f} ({patches:,} patches).",
+                observed=comparison.observed,
+                predicted=comparison.predicted,
+                patches=len(comparison.patches["observed"]),
+            )
         )
         return io.NodeOutput(
             comparison.observed, comparison.predicted, picture, ui=ui.PreviewImage(picture)

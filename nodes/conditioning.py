@@ -5,9 +5,11 @@ from comfy_api.latest import io
 
 from ..cat_core import preprocess
 from .checks import check_choice, check_conditioning, check_number, check_switch, check_wires
-from .host import messages, symbols
+from .host import symbols
+from .host.messages import say, sentence
 from .host.stock_conditioning import stock_inpaint_conditioning, with_values
 from .host.unet import encode_sampled, trained_sigmas, vae_cell
+from .notes import about_empty
 from .wires import CATEGORY, to_core
 
 FILLS = ["black", "grey"]  # colours of the hole
@@ -147,12 +149,17 @@ def inpaint_conditioning(
             f"The image is {width}x{height} pixels; the VAE needs at least {cell}x{cell}. "
             "Scale it up."
         )
+    notes = about_empty(mask)
     if len(photos) < len(mask):
-        messages.say(
-            f"There are {len(mask)} masks for one image: {len(mask)} pictures are made of it. "
-            "Image Composite Masked saves as many as it gets of the photo; put Repeat Image Batch "
-            "before its destination."
+        notes.append(
+            sentence(
+                "There are {masks} masks for one image: {masks} pictures are made of it. Image "
+                "Composite Masked saves as many as it gets of the photo; put Repeat Image Batch "
+                "before its destination.",
+                masks=len(mask),
+            )
         )
+    say(*notes)
     if fill == "grey":
         if posterior_seed is not None:
             raise ValueError(

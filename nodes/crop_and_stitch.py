@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..cat_core.pictures.crop import Crop, crop_around_mask, mask_box, stitch
 from .checks import check_number, check_wires
-from .host import messages
+from .host.messages import say, sentence
 from .wires import CATEGORY, CropWire, to_core
 
 CELL = 8  # pixels that the VAE makes one latent of; it would cut off the rest
@@ -138,8 +138,18 @@ def crop_of(image, mask, size: int, context: float) -> Crop:
     empty = sum(mask_box(hole) is None for hole in crop.mask.squeeze(1))
     if empty:
         pictures = len(crop.mask)
-        whose = "The mask" if pictures == 1 else f"The mask of {empty} of {pictures} pictures"
-        messages.say(f"{whose} is empty: the square is the middle of the photo. Paint a mask.")
+        if pictures == 1:
+            note = sentence(
+                "The mask is empty: the square is the middle of the photo. Paint a mask."
+            )
+        else:
+            note = sentence(
+                "The mask of {empty} of {all} pictures is empty: "
+                "the square is the middle of the photo. Paint a mask.",
+                empty=empty,
+                all=pictures,
+            )
+        say(note)
     return crop
 
 
@@ -160,8 +170,12 @@ def stitched(crop: Crop, image, soft_edge: int):
         )
     height, width = drawn.shape[2:]
     if height != width:
-        messages.say(
-            f"The image is {width}x{height} pixels and is squeezed into a square. "
-            "Is it the one that was made from this crop?"
+        say(
+            sentence(
+                "The image is {width}x{height} pixels and is squeezed into a square. "
+                "Is it the one that was made from this crop?",
+                width=width,
+                height=height,
+            )
         )
     return stitch(crop, drawn, soft_edge).movedim(1, -1)

@@ -138,7 +138,9 @@ class FolderTraining:
         memory.clear_memory()
         path = self._trained(batches, build, architecture, progress)
         memory.clear_memory()
-        messages.say(f"{self.saved} {self.skipped()}")
+        messages.say(
+            messages.sentence("{saved} {skipped}", saved=self.saved, skipped=self.skipped())
+        )
         image = channels_last([progress.plot()])
         cat_model = build_cat_model(model_files.read_path(path))
         return io.NodeOutput(cat_model, image, ui=ui.PreviewImage(image))
@@ -164,8 +166,13 @@ class FolderTraining:
                 if done:
                     self._save(modules, architecture, done)
                     messages.say(
-                        f"Cancelled after {done} of {self.settings.steps} steps. {self.saved} "
-                        "Connect these weights to cat_model to go on."
+                        messages.sentence(
+                            "Cancelled after {done} of {steps} steps. {saved} "
+                            "Connect these weights to cat_model to go on.",
+                            done=done,
+                            steps=self.settings.steps,
+                            saved=self.saved,
+                        )
                     )
                 raise
             return self._save(modules, architecture, len(progress.history))

@@ -171,5 +171,5 @@ class CATLoadWeights(io.ComfyNode):
     def execute(cls, weights) -> io.NodeOutput:
         with messages.plain_errors():
             cat_model = build_cat_model(model_files.read(_present(weights, "weights", PARTS)))
-        messages.say(str(cat_model))
+        messages.say(messages.sentence("{cat_model}", cat_model=cat_model))
         return io.NodeOutput(cat_model)

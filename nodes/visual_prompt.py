@@ -8,9 +8,11 @@ from comfy_api.latest import io, ui
 from ..cat_core import features, preprocess
 from ..cat_core.pictures import preview
 from .checks import check_wires, object_name
-from .host import memory, messages
+from .host import memory
 from .host.cat_model import require_part, run_sem_inpainter
 from .host.clip import check_clip_vision, encode_image, encode_text, text_similarity
+from .host.messages import say, sentence
+from .notes import about_cells, about_name
 from .wires import CATEGORY, CatModelWire, VisualPromptWire, common_batch, to_core
 
 CLIP_VISION_TOOLTIP = (
@@ -170,9 +172,11 @@ class CATVisualPromptPreview(io.ComfyNode):
         check_wires(**{name: value for name, value in encoders.items() if value is not None})
         asked = bool(visual_prompt.text and clip and clip_vision)
         if asked and text_similarity(clip, clip_vision, visual_prompt) is None:
-            messages.say(
-                "The similarity to the text is left out: "
-                "this CLIP, or CLIP vision, has no projection."
+            say(
+                sentence(
+                    "The similarity to the text is left out: "
+                    "this CLIP, or CLIP vision, has no projection."
+                )
             )
         picture = draw(visual_prompt, clip, clip_vision)
         return io.NodeOutput(picture, ui=ui.PreviewImage(picture))
@@ -227,7 +231,7 @@ def predict(
         observation = _first_object(clip_vision, photo, hole)
     else:
         observation = _next_object(clip_vision, photo, hole, previous, config.hidden_size)
-    _say_where_odd(observation.patch_mask)
+    say(*about_name(cat_model.knowledge, label), *about_cells(observation.patch_mask))
     predicted = run_sem_inpainter(
         cat_model,
         observation.patches,
@@ -288,13 +292,6 @@ def _next_object(
     patches = features.blend(known, observed, seen.patch_mask * previous.patch_mask)
     patch_mask = preprocess.clip_input(photos, holes).patch_mask
     return Observation(seen, hidden, patches, image_feature, patch_mask)
-
-
-def _say_where_odd(patch_mask: torch.Tensor) -> None:
-    if not patch_mask.any():
-        messages.say("The mask is empty. Paint it white where the object goes.")
-    elif patch_mask.all():
-        messages.say("The mask covers everything: the visual prompt rests on the text alone.")
 
 
 def union(mask: torch.Tensor, previous: features.VisualPrompt, width: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from ..config import LARGEST_SIZE, Architecture, Tensors
 from ..errors import CatError, few
+from ..knowledge import Knowledge
 from ..models.ref_adapter import RefAdapter
 from ..models.sem_inpainter import SemInpainter
 from .keys import TITLES, describe, flat
@@ -41,6 +42,11 @@ class Checkpoint:
     def name(self) -> str:
         """The file's name, for messages."""
         return self.path.name
+
+    @property
+    def knowledge(self) -> Knowledge:
+        """What its header says of the things that it was trained on."""
+        return Knowledge.of_header(self.metadata)
 
     def require(self, *parts: str) -> None:
         """Raise WeightsError unless every named part is here."""

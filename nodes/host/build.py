@@ -31,6 +31,7 @@ def build_cat_model(file: Checkpoint) -> CatModel:
         file.architecture,
         sem_inpainter=_sem_inpainter(file) if "sem_inpainter" in file.parts else None,
         ref_adapter=_ref_adapter(file) if "ref_adapter" in file.parts else None,
+        knowledge=file.knowledge,
     )
 
 

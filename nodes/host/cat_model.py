@@ -1,12 +1,13 @@
 """What travels on a CAT_MODEL wire."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import comfy.model_patcher
 import torch
 
 from ...cat_core import weights
 from ...cat_core.config import Architecture, SemInpainterConfig
+from ...cat_core.knowledge import Knowledge
 from ...cat_core.models.sem_inpainter import SemInpainterOutput
 from . import symbols
 from .memory import BATCH, chunks
@@ -20,6 +21,7 @@ class CatModel:
     architecture: Architecture
     sem_inpainter: comfy.model_patcher.ModelPatcher | None = None
     ref_adapter: comfy.model_patcher.ModelPatcher | None = None
+    knowledge: Knowledge = field(default_factory=Knowledge)
 
     def __str__(self):
         parts = [part for part in ("sem_inpainter", "ref_adapter") if getattr(self, part)]

@@ -12,7 +12,7 @@ import torch
 
 from ...cat_core.models.folded import UNCONDITIONAL, Run, runs_of
 from . import symbols
-from .messages import say
+from .messages import Sentence, say, sentence
 
 KEY = "cat_diffusion"  # of our wrappers
 ROWS = "cat_diffusion_rows"  # a latent's number for each row, or UNCONDITIONAL
@@ -24,6 +24,9 @@ SAMPLING = "cat_diffusion_sampling"  # the OneSampling that a patch is called in
 CONDITIONAL_NAMES = ("positive", "middle")
 UNCONDITIONAL_WORDS = ("negative", "uncond", "empty", "null")
 
+CELL = 8  # pixels of a latent of SD 1.5
+TOO_LARGE = 1.5  # times the pictures that a model was trained on
+
 
 class OneSampling:
     """What the adapters of a model have to know of one sampling.
@@ -32,10 +35,17 @@ class OneSampling:
         schedule: the noise levels of the model that samples.
         conditional: ids of the conditions that look at the visual prompt; None outside of a
             sampling that we saw starting.
+        latent_size: height and width of what is sampled, where that was seen.
     """
 
-    def __init__(self, schedule, conditional: set | None = None):
+    def __init__(
+        self,
+        schedule,
+        conditional: set | None = None,
+        latent_size: tuple[int, int] | None = None,
+    ):
         self.conditional = conditional
+        self._latent_size = latent_size
         self._schedule = schedule
         self._levels: dict[float, float] = {}
         self._last_call: tuple[torch.Tensor | None, float] = (None, 0.0)  # sigmas, the highest
@@ -99,8 +109,11 @@ class OneSampling:
         if self.conditional is not None and max(latents) != UNCONDITIONAL:
             self._say_once(
                 "missing",
-                "Another node keeps from the U-Net what tells its rows apart. Which of them look "
-                "at which visual prompt is taken from the ids of the prompts, latents in order.",
+                sentence(
+                    "Another node keeps from the U-Net what tells its rows apart. Which of them "
+                    "look at which visual prompt is taken from the ids of the prompts, latents in "
+                    "order."
+                ),
             )
         return latents
 
@@ -110,17 +123,38 @@ class OneSampling:
         if len(looks) > 1:
             self._say_once(
                 "other rows",
-                f"Another node runs {rows} rows through the U-Net where the sampler has "
-                f"{len(latents)}. Which of them look at which visual prompt cannot be told; they "
-                "are taken to repeat in the sampler's order.",
+                sentence(
+                    "Another node runs {rows} rows through the U-Net where the sampler has "
+                    "{latents}. Which of them look at which visual prompt cannot be told; they "
+                    "are taken to repeat in the sampler's order.",
+                    rows=rows,
+                    latents=len(latents),
+                ),
             )
         times = -(-rows // len(latents))
         return (latents * times)[:rows]
 
-    def _say_once(self, what: str, text: str) -> None:
+    def say_where_too_large(self, picture_size: int | None) -> None:
+        """Say once that the model was trained on far smaller pictures, of that side in pixels."""
+        if picture_size is None or self._latent_size is None:
+            return
+        height, width = (CELL * side for side in self._latent_size)
+        if max(height, width) >= TOO_LARGE * picture_size:
+            self._say_once(
+                "too large",
+                sentence(
+                    "{width}x{height} is too large for this model of {size}x{size} pixels: put CAT "
+                    "Crop Around Mask before it.",
+                    width=width,
+                    height=height,
+                    size=picture_size,
+                ),
+            )
+
+    def _say_once(self, what: str, note: Sentence) -> None:
         if what not in self._said:
             self._said.add(what)
-            say(text)
+            say(note)
 
 
 def watch_samplings(model) -> None:
@@ -147,7 +181,9 @@ def _start(executor: Callable, noise: torch.Tensor, *args, **kwargs):
             if looks:
                 conditional.add(symbols.condition_id(condition))
     schedule = symbols.noise_schedule(symbols.sampled_model(guider))
-    symbols.tell_patches(guider, SAMPLING, OneSampling(schedule, conditional))
+    height, width = noise.shape[-2:]
+    sampling = OneSampling(schedule, conditional, latent_size=(height, width))
+    symbols.tell_patches(guider, SAMPLING, sampling)
     return executor(noise, *args, **kwargs)
 
 
@@ -170,10 +206,19 @@ def _looks(name: str, conditions: dict[str, list[dict]]) -> bool:
     negative = _texts(conditions.get("negative", []))
     is_negative = bool(texts) and texts <= negative and not texts <= positive
     if name not in CONDITIONAL_NAMES:
-        say(
-            f"The guider calls a prompt {name!r}, which says neither positive nor negative: it "
-            f"{'does not look' if is_negative else 'looks'} at the visual prompt."
-        )
+        if is_negative:
+            note = sentence(
+                "The guider calls a prompt {name!r}, which says neither positive nor negative: it "
+                "does not look at the visual prompt.",
+                name=name,
+            )
+        else:
+            note = sentence(
+                "The guider calls a prompt {name!r}, which says neither positive nor negative: it "
+                "looks at the visual prompt.",
+                name=name,
+            )
+        say(note)
     return not is_negative
 
 

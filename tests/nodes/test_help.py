@@ -16,6 +16,7 @@ from paths import ROOT
 from PIL import Image
 
 from cat_diffusion.nodes import extension
+from cat_diffusion.nodes.host import messages
 
 DOCS = ROOT / "web/docs"
 CHINESE = ROOT / "locales/zh"
@@ -193,6 +194,38 @@ def test_chinese_names_the_categories(nodes):
     known = json.loads((CHINESE / "main.json").read_text("utf-8"))["nodeCategories"]
     for info in nodes.values():
         assert set(info["category"].split("/")) <= set(known)
+
+
+def test_what_nodes_say_is_chinese_too():
+    """The templates in the code are those of locales/zh, with the same values filled in."""
+    templates = set()
+    for path in (ROOT / "nodes").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            name = node.func if isinstance(node, ast.Call) else None
+            if "sentence" in (getattr(name, "id", None), getattr(name, "attr", None)):
+                templates.add(ast.literal_eval(node.args[0]))
+    translated = json.loads((CHINESE / "sentences.json").read_text("utf-8"))
+    assert set(translated) == templates
+    for english, other in translated.items():
+        fields = [set(re.findall(r"{\w+", text)) for text in (english, other)]
+        assert fields[0] == fields[1], english
+
+
+def test_a_node_speaks_the_language_of_the_canvas(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    shown = []
+    monkeypatch.setattr(messages.symbols, "show_on_node", shown.append)
+    notes = [messages.sentence("The mask of {empty} of {all} pictures is empty.", empty=1, all=2)]
+    notes.append(messages.sentence("{cat_model}", cat_model="a {file}"))
+    for locale in ("en", "zh", "zh-TW", "fr", "../en"):
+        monkeypatch.setattr(messages.symbols, "locale_of_user", lambda locale=locale: locale)
+        messages.say(*notes)
+    english = "The mask of 1 of 2 pictures is empty. a {file}"
+    chinese = "2 张图片中有 1 张的遮罩是空的。a {file}"
+    assert shown == [english, chinese, chinese, english, english]
+    assert caplog.messages == [f"CAT-Diffusion: {english}"] * 5
+    messages.say()
+    assert len(shown) == 5
 
 
 def test_translations_hold_no_characters_with_a_meaning(chinese):

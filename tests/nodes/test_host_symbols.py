@@ -18,8 +18,10 @@ import comfy.model_sampling
 import comfy.samplers
 import comfy.utils
 import dynamic_vram
+import folder_paths
 import pytest
 import torch
+from app.user_manager import UserManager
 from comfy_execution import utils as execution
 from comfyui_version import __version__
 from paths import COMFYUI, ROOT
@@ -943,6 +945,21 @@ def test_show_on_node(monkeypatch):
         symbols.show_on_node("hello")
     ((_, message, *_),) = sent
     assert message.endswith(b"7hello")
+
+
+def test_locale_of_user(monkeypatch, tmp_path):
+    """By the host's own reader of its own file."""
+    monkeypatch.setattr(PromptServer, "instance", None, raising=False)
+    assert symbols.locale_of_user() == "en"
+    monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
+    host_server = object.__new__(PromptServer)
+    host_server.user_manager = UserManager()
+    monkeypatch.setattr(PromptServer, "instance", host_server, raising=False)
+    assert symbols.locale_of_user() == "en"
+    settings = tmp_path / "default/comfy.settings.json"
+    settings.parent.mkdir(exist_ok=True)
+    settings.write_text('{"Comfy.Locale": "zh"}')
+    assert symbols.locale_of_user() == "zh"
 
 
 def test_no_progress_bars(models, sample, capfd):

@@ -1,6 +1,7 @@
 """RefAdapter inside the host's U-Net, through the host's own sampler."""
 
 import copy
+import dataclasses
 import gc
 import weakref
 
@@ -12,6 +13,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM, ModelSamplingDiscrete
 from comfy_extras.nodes_sag import SelfAttentionGuidance
 
+from cat_diffusion.cat_core.knowledge import Knowledge
 from cat_diffusion.cat_core.models import folded
 from cat_diffusion.nodes.apply_ref_adapter import RefAdapterPatch
 from cat_diffusion.nodes.host import symbols
@@ -480,3 +482,18 @@ def test_a_sampling_leaves_no_trace_on_the_conditioning(apply, sample, condition
     sample(apply())
     assert [sorted(values) for part in conditioned[:2] for _, values in part] == before
     assert not any("model_conds" in keys for keys in before)
+
+
+@pytest.mark.parametrize("picture_size, said", [(32, 1), (64, 0), (None, 0)])
+def test_a_picture_too_large_for_the_model_is_said_before_the_first_step(
+    models, apply, sample, caplog, picture_size, said
+):
+    """The pictures here have 64x64 pixels."""
+    caplog.set_level("INFO")
+    knowledge = Knowledge(picture_size=picture_size)
+    model = apply(cat_model=dataclasses.replace(models.cat_model, knowledge=knowledge))
+    alike = sample(apply())
+    caplog.clear()
+    assert torch.equal(sample(model), alike)
+    sentence = "64x64 is too large for this model of 32x32 pixels: put CAT Crop Around Mask before"
+    assert sum(sentence in line for line in caplog.messages) == said

@@ -47,6 +47,19 @@ def demo():
         return load_full_checkpoint(ROOT / "models/cat_demo_model.safetensors")
 
 
+@pytest.fixture
+def said(caplog):
+    """The sentences that the nodes have said since it was last asked."""
+    caplog.set_level("INFO")
+
+    def said():
+        sentences = [line for line in caplog.messages if line.startswith("CAT-Diffusion: ")]
+        caplog.clear()
+        return [line.removeprefix("CAT-Diffusion: ") for line in sentences]
+
+    return said
+
+
 # Two objects ----------------------------------------------------------------------------------
 
 
@@ -154,11 +167,29 @@ def test_a_text_that_names_nothing(predict, picture, text, words):
     assert type(error.value) is ValueError
 
 
-def test_an_empty_mask_is_said_in_a_box_of_two_lines(predict, picture, caplog):
-    caplog.set_level("INFO")
+def test_an_empty_mask_is_said_in_a_box_of_two_lines(predict, picture, said):
     predict(picture[0], picture[1] * 0)
-    (sentence,) = [line for line in caplog.messages if "mask is empty" in line]
-    assert sentence == "CAT-Diffusion: The mask is empty. Paint it white where the object goes."
+    assert said() == ["The mask is empty. Paint it white where the object goes."]
+
+
+def test_masks_that_are_empty_in_part_are_counted(predict, picture, second, said):
+    predict(picture[0], torch.cat((second, second * 0, second * 0)))
+    assert said() == ["The mask of 2 of 3 pictures is empty."]
+
+
+def test_a_name_that_the_model_does_not_know_is_said_once_and_goes_on(demo, picture, said):
+    image, mask = picture
+    masks = mask.expand(2, -1, -1)
+    encoders = (demo.clip_vision, demo.clip)
+    prompt = visual_prompt.predict(demo.cat_model, *encoders, image, masks, "scarlet star")
+    assert prompt.text == "scarlet star"
+    (sentence,) = said()
+    assert sentence.startswith("This model does not know 'scarlet star'. Nearest: red star, ")
+    visual_prompt.predict(demo.cat_model, *encoders, image, masks * 0, "Red  star")
+    visual_prompt.predict(demo.cat_model, *encoders, image, masks * 0, "hydrant")
+    only_empty, both = said()
+    assert both.startswith("This model does not know 'hydrant'. Nearest: ")
+    assert both.endswith(f". {only_empty}")
 
 
 # Previews -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import torch
 
 from cat_diffusion.cat_core import weights
 from cat_diffusion.cat_core.config import Architecture, Tensors
+from cat_diffusion.cat_core.knowledge import Knowledge
 from cat_diffusion.cat_core.training.settings import Settings
 from cat_diffusion.cat_core.training.stages import Stage
 from demo_model import networks
@@ -41,11 +42,14 @@ def write_parts(
     architecture: Architecture,
     *,
     provenance: str,
+    knowledge: Knowledge | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> None:
     """A file of parts, of CAT-Diffusion's own or others; see weights.save."""
     metadata = weights.header(parts, architecture, licence=LICENCE, provenance=provenance)
+    if knowledge:
+        metadata.update(knowledge.header())
     weights.save(path, weights.flat(parts), metadata, dtype, overwrite)
 
 

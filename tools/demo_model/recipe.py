@@ -20,6 +20,7 @@ from torch import nn
 from cat_diffusion.cat_core import weights
 from cat_diffusion.cat_core.config import Architecture
 from cat_diffusion.cat_core.errors import CatError
+from cat_diffusion.cat_core.knowledge import Knowledge
 from cat_diffusion.cat_core.training import loop
 from cat_diffusion.cat_core.training.settings import Settings, TrainingError, TrainingRun
 from cat_diffusion.cat_core.training.stages import NEW, STAGES, Stage
@@ -39,6 +40,8 @@ from training import stage_run
 
 LOG_EVERY = 10  # steps between the lines of the log that is kept
 SCENES = 10_000
+# Pairs that were held out are put together from the others.
+KNOWLEDGE = Knowledge(tuple(f"{colour} {shape}" for shape, colour in scenes.PAIRS), networks.SIZE)
 WHOLE_PICTURES = 2500  # the VAE's step from which it sees whole pictures instead of crops
 
 
@@ -255,6 +258,7 @@ def _write(arguments) -> None:
         file.parts,
         file.architecture,
         provenance=PROVENANCE,
+        knowledge=KNOWLEDGE,
         dtype=torch.float16,
         overwrite=True,
     )

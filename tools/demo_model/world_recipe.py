@@ -21,6 +21,7 @@ from torch import nn
 from cat_diffusion.cat_core import weights
 from cat_diffusion.cat_core.config import Architecture
 from cat_diffusion.cat_core.errors import CatError
+from cat_diffusion.cat_core.knowledge import Knowledge
 from cat_diffusion.cat_core.training import loop
 from cat_diffusion.cat_core.training.assemble import assemble
 from cat_diffusion.cat_core.training.settings import Settings, TrainingRun
@@ -111,7 +112,9 @@ class Recipe:
         def tokenize(text: str) -> list[int]:
             return [token for token, _ in plain_tokens(clip, text)["l"][0]]
 
-        texts = Texts([(fact["english"], fact["chinese"]) for fact in facts], tokenize)
+        names = [(fact["english"], fact["chinese"]) for fact in facts]
+        self.knowledge = Knowledge(tuple(sum(names, ())), world.SIZE)
+        texts = Texts(names, tokenize)
         return texts, torch.tensor([tokenize("")])
 
     def run(self, names: Sequence[str]) -> None:
@@ -226,7 +229,7 @@ class Recipe:
     def write(self, path: Path) -> None:
         """The whole model in fp16."""
         parts = {part: module.state_dict() for part, module in self.modules.items()}
-        write(path, parts, self.architecture, torch.float16)
+        write(path, parts, self.architecture, torch.float16, self.knowledge)
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
@@ -240,6 +243,7 @@ def write(
     parts: Mapping,
     architecture: Architecture,
     dtype: torch.dtype | None = None,
+    knowledge: Knowledge | None = None,
 ) -> None:
     """A file of parts; see weights.save."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -247,6 +251,8 @@ def write(
     for part, tensors in parts.items():
         flat[part] = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
     metadata = weights.header(flat, architecture, licence=LICENCE, provenance=PROVENANCE)
+    if knowledge:
+        metadata.update(knowledge.header())
     weights.save(path, weights.flat(flat), metadata, dtype, overwrite=True)
 
 

@@ -72,6 +72,7 @@ def _write_for_the_pack(file: weights.Checkpoint, arguments, origins: str) -> No
             metadata = weights.cat_metadata(
                 parts, file.architecture, licence=arguments.licence, provenance=origins
             )
+            metadata.update(file.knowledge.header())
             _write(path, weights.flat(parts), metadata, arguments)
 
 

@@ -33,6 +33,7 @@ from .clip_and_vae import (
     visual_projection,
 )
 from .on_the_node import (
+    locale_of_user,
     progress_bar,
     show_on_node,
 )
@@ -174,6 +175,7 @@ __all__ = [
     "load_device_of_unet",
     "load_stock_checkpoint",
     "load_stock_clip_vision",
+    "locale_of_user",
     "maps_no_files",
     "middle_patches",
     "model_config",
