@@ -43,9 +43,23 @@ def clip_input(
     """
     if mask is None:
         mask = image.new_zeros(1, 1, 1, 1)
-    image_224 = _clip_sized(image)  # (B, 224, 224, 3) uint8
-    mask_224 = _clip_sized(mask)  # (B or 1, 224, 224, 1) uint8
+    return _clip_input(_clip_sized(image), _clip_sized(mask), patch_size)
 
+
+def clip_input_of_pictures(
+    picture: Image.Image, hole: Image.Image, patch_size: int = 14
+) -> ClipInput:
+    """The same of Pillow's pictures, without a way through floats.
+
+    Args:
+        picture: RGB of any size.
+        hole: L of any size, white = repaint.
+    """
+    return _clip_input(_clip_sized_picture(picture), _clip_sized_picture(hole), patch_size)
+
+
+def _clip_input(image_224: np.ndarray, mask_224: np.ndarray, patch_size: int) -> ClipInput:
+    """Fill the holes: (B, 224, 224, 3) and (B or 1, 224, 224, 1) uint8."""
     # In float64, and truncated, not rounded, as in the official code.
     hole = mask_224 / WHITE
     filled = image_224 * (1 - hole) + hole * GREY
@@ -109,12 +123,20 @@ def vae_input(image: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Te
     Returns:
         (B, 3, H, W) float64 in [-1, 1], not rounded after 8 bits.
     """
-    levels = _channels_last(image)
-    hole = 0.0
+    return vae_input_of_levels(to_levels(image), None if mask is None else to_levels(mask))
+
+
+def vae_input_of_levels(image: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The same of 8-bit levels, on the device where they are.
+
+    Args:
+        image: (B, 3, H, W) uint8.
+        mask: (B or 1, 1, H, W) uint8, 255 = repaint; None means no hole.
+    """
+    levels = image.double()
     if mask is not None:
-        hole = _channels_last(mask) / WHITE
-    faded = levels * (1 - hole)
-    return _channels_first(faded / (WHITE / 2) - 1)
+        levels = levels * (1 - mask.double() / WHITE)
+    return levels / (WHITE / 2) - 1
 
 
 # Between torch and Pillow -------------------------------------------------------------------------
@@ -128,6 +150,25 @@ def _channels_last(image: torch.Tensor) -> np.ndarray:
 def _channels_first(array: np.ndarray) -> torch.Tensor:
     """(B, H, W, C) -> (B, C, H, W)."""
     return rearrange(torch.from_numpy(array), "b h w c -> b c h w").contiguous()
+
+
+def levels_of(picture: Image.Image, side: int | None = None) -> torch.Tensor:
+    """A picture, RGB or L -> (C, side, side) uint8, by Pillow's bicubic filter.
+
+    Args:
+        side: None leaves the size as it is.
+    """
+    if side is not None and picture.size != (side, side):
+        picture = picture.resize((side, side), Image.Resampling.BICUBIC)
+    array = np.array(picture)
+    return _channels_first(array.reshape(1, *array.shape[:2], -1))[0]
+
+
+def _clip_sized_picture(picture: Image.Image) -> np.ndarray:
+    """RGB or L of any size -> (1, 224, 224, C) uint8, by way of the working size."""
+    for side in (SIZE, CLIP_SIZE):
+        picture = picture.resize((side, side), Image.Resampling.BICUBIC)
+    return np.array(picture).reshape(1, CLIP_SIZE, CLIP_SIZE, -1)
 
 
 def _clip_sized(image: torch.Tensor) -> np.ndarray:

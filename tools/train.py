@@ -54,8 +54,8 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
     for name in ("size", "steps", "batch_size", "micro_batch_size", "save_every"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected 1 up")
-    for name in ("warmup", "samples_every"):
-        if getattr(arguments, name) < 0:
+    for name in ("warmup", "samples_every", "dataloader_num_workers"):
+        if (getattr(arguments, name) or 0) < 0:
             parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected 0 up")
     if not (arguments.rates > 0 and math.isfinite(arguments.rates)):
         parser.error(f"--rates is {arguments.rates}, expected a number above 0")
@@ -154,6 +154,13 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
         "or for sem-inpainter the similarity of features; 0 = never",
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--dataloader-num-workers",
+        type=int,
+        metavar="N",
+        help="processes that open pictures or read the cache ahead, for each training process; "
+        "they change no batch (default: the cores of this machine but one, at most 16)",
+    )
     parser.add_argument(
         "--licence", default="unknown", help="licence of the result, for its header"
     )

@@ -1,4 +1,4 @@
-"""A record's pictures, and the holes that training cuts: Pillow alone, no torch."""
+"""A record's pictures, and the holes that training cuts: Pillow and numpy, no torch."""
 
 import os
 from collections.abc import Iterator
@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
 
-from PIL import Image, ImageFilter
+import numpy as np
+from PIL import Image
 
 from ..errors import CatError
 from ..pictures import opening
@@ -16,6 +17,7 @@ VARIANTS = ("segment", "box")  # how training makes the hole of the object's mas
 OFFICIAL_BOX = "official-box"  # how the official inference draws it of the annotation's box
 HOLES = (*VARIANTS, OFFICIAL_BOX)  # how a test makes it
 HOLE_SIZE = 512  # pixels, the official working size
+REACH = 2  # pixels by which a segment grows: a dilation by 5x5
 MASKED = 128  # grey level from which a pixel counts as masked
 BINARY = [0] * MASKED + [255] * (256 - MASKED)  # each grey level -> unmasked or masked
 SHAPE_TOLERANCE = 0.02  # of the proportion of its sides, by which a mask may differ from its image
@@ -164,7 +166,7 @@ def training_mask(mask: Image.Image | None, variant: str) -> Image.Image:
             "is too small",
         )
     if variant == "segment":
-        return mask_512.filter(ImageFilter.MaxFilter(5))
+        return _dilated(mask_512)
     hole.paste(255, box)
     return hole
 
@@ -200,6 +202,23 @@ def official_box(box: Box) -> Image.Image:
     last = HOLE_SIZE - 1
     hole.paste(255, (left, top, min(right, last) + 1, min(bottom, last) + 1))
     return hole
+
+
+def _dilated(mask: Image.Image) -> Image.Image:
+    """Each pixel as the lightest of the 5x5 around it.
+
+    As ImageFilter.MaxFilter(5), along one axis after the other, which takes a fraction of its time.
+    """
+    levels = np.asarray(mask)
+    for axis in (0, 1):
+        lightest = levels.copy()
+        for shift in range(1, REACH + 1):
+            later = np.moveaxis(levels, axis, 0)
+            target = np.moveaxis(lightest, axis, 0)
+            np.maximum(target[shift:], later[:-shift], out=target[shift:])
+            np.maximum(target[:-shift], later[shift:], out=target[:-shift])
+        levels = lightest
+    return Image.fromarray(levels)
 
 
 def _object_box(mask: Image.Image) -> tuple[int, int, int, int] | None:

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from PIL import Image
 
 from .. import preprocess
 from ..data import masks
 from ..data.manifest import Record
-from ..pictures.tensors import channels_first
 from .objectives import Batch
 
 Sample = dict[str, torch.Tensor]  # one sample, without batch dimension
@@ -33,13 +33,18 @@ class Encoders(Protocol):
         """-> what the U-Net's cross-attention reads (B, 77, T)."""
         ...
 
-    def latent(self, image: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, h, w)."""
+    def latent(self, image: torch.Tensor, hole: torch.Tensor | None = None) -> torch.Tensor:
+        """The scaled latents (B, 4, h, w) of preprocess.vae_input_of_levels(image, hole).
+
+        image (B, 3, H, W) and hole (B, 1, H, W) uint8.
+        """
         ...
 
 
-def prepare(record: Record, folder: Path, variant: str, size: int, cell: int) -> Sample:
-    """Everything that the encoders see of one record.
+def prepare(
+    record: Record, folder: Path, variant: str, size: int, cell: int, objective: str = "diffusion"
+) -> Sample:
+    """Everything that the encoders see of one record for an objective, in 8 bits.
 
     Args:
         folder: the manifest's.
@@ -50,37 +55,37 @@ def prepare(record: Record, folder: Path, variant: str, size: int, cell: int) ->
         masks.SampleError: the files cannot be used.
     """
     picture, mask = masks.load(record, folder)
-    image = channels_first(picture)
-    hole = channels_first(masks.training_mask(mask, variant))
-    seen = preprocess.clip_input(image, hole)
-    image_at_size = preprocess.resize(image, size, size) / 255
-    hole_at_size = preprocess.resize(hole, size, size) / 255
-    cells = size // cell
+    hole = masks.training_mask(mask, variant)
+    working_size = (masks.HOLE_SIZE, masks.HOLE_SIZE)
+    picture_512 = picture.resize(working_size, Image.Resampling.BICUBIC)
+    seen = preprocess.clip_input_of_pictures(picture_512, hole)
     prepared = {
-        "whole": seen.image,
-        "seen": seen.masked_image,
-        "patch_mask": seen.patch_mask,
-        "picture": preprocess.vae_input(image_at_size).float(),
-        "masked_picture": preprocess.vae_input(image_at_size, hole_at_size).float(),
-        "latent_mask": preprocess.latent_mask(hole_at_size, cells, cells, threshold=0),
+        "whole": seen.image[0],
+        "seen": seen.masked_image[0],
+        "patch_mask": seen.patch_mask[0],
     }
-    return {key: value[0] for key, value in prepared.items()}
+    if objective == "diffusion":
+        hole_at_size = hole.resize((size, size), Image.Resampling.BICUBIC)
+        is_working_size = size == masks.HOLE_SIZE
+        prepared |= {
+            "picture": preprocess.levels_of(picture_512 if is_working_size else picture, size),
+            "hole": preprocess.levels_of(hole_at_size),
+            "latent_mask": (preprocess.levels_of(hole_at_size, size // cell) > 0).float(),
+        }
+    return prepared
 
 
-def encode(
-    records: Sequence[Record], prepared: Sequence[Sample], encoders: Encoders, objective: str
-) -> Batch:
-    """Run the frozen networks over samples made by `prepare`.
+def encode(records: Sequence[Record], inputs: Batch, encoders: Encoders, objective: str) -> Batch:
+    """Run the frozen networks over samples made by `prepare`, stacked.
 
     The batch's keys are what the objective, distillation or diffusion, wants (see objectives.py).
     """
-    holes = encode_holes(prepared, encoders, objective)
-    return holes | encode_whole(records, prepared, encoders, objective)
+    holes = encode_holes(inputs, encoders, objective)
+    return holes | encode_whole(records, inputs, encoders, objective)
 
 
-def encode_holes(prepared: Sequence[Sample], encoders: Encoders, objective: str) -> Batch:
+def encode_holes(inputs: Batch, encoders: Encoders, objective: str) -> Batch:
     """What depends on the mask."""
-    inputs = stack(prepared)
     patches, image = encoders.image(inputs["seen"])
     batch = {
         "patches": patches.float(),
@@ -88,16 +93,16 @@ def encode_holes(prepared: Sequence[Sample], encoders: Encoders, objective: str)
         "patch_mask": inputs["patch_mask"],
     }
     if objective == "diffusion":
-        batch["masked_latent"] = encoders.latent(inputs["masked_picture"]).float()
+        latent = encoders.latent(inputs["picture"], inputs["hole"])
+        batch["masked_latent"] = latent.float()
         batch["latent_mask"] = inputs["latent_mask"]
     return batch
 
 
 def encode_whole(
-    records: Sequence[Record], prepared: Sequence[Sample], encoders: Encoders, objective: str
+    records: Sequence[Record], inputs: Batch, encoders: Encoders, objective: str
 ) -> Batch:
     """What does not depend on the mask."""
-    inputs = stack(prepared)
     patches, image = encoders.image(inputs["whole"])
     names = [record.label or record.caption or "" for record in records]
     batch = {

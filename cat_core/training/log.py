@@ -1,6 +1,7 @@
 """What a run says of itself: a CSV file, and a line on the terminal."""
 
 import csv
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,17 +32,19 @@ class TrainingLog:
                 csv.writer(file).writerows(rows)
         except OSError as error:
             raise self._cannot_write(error) from error
-        self.has_header = bool(rows)
+        self.columns = rows[0] if rows else []
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
         """Write a step's figures, and print some of them."""
         try:
             with open(self.path, "a", newline="") as file:
                 writer = csv.writer(file)
-                if not self.has_header:
-                    writer.writerow(["step", *figures])
-                    self.has_header = True
-                writer.writerow([step, *figures.values()])
+                if not self.columns:
+                    self.columns = ["step", *figures]
+                    writer.writerow(self.columns)
+                # A log that another version began keeps its columns.
+                row = [figures.get(name, math.nan) for name in self.columns[1:]]
+                writer.writerow([step, *row])
         except OSError as error:
             raise self._cannot_write(error) from error
         print(f"\r{self._line(step, figures)} ", end="", flush=True)

@@ -1,7 +1,7 @@
 """One training loop for every stage: deterministic batches, exact resumption, one process or many.
 
 A batch depends on the step alone (see batches.py), so a run that was killed continues with the
-batches and noise that it would have seen.
+batches and noise that it would have seen, however many workers prepare them.
 """
 
 import importlib
@@ -10,8 +10,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,12 +21,12 @@ from torch import nn
 
 from ..files import InUseError, locked, remove_leftovers
 from . import checkpoints
+from .batches import BatchSource, Request, Stream
 from .log import TrainingLog
 from .objectives import Batch, combine
 from .settings import Settings, TrainingError, TrainingRun
 
 PATIENCE = timedelta(days=7)  # of processes that wait for each other, while one encodes samples
-BatchSource = Callable[[int, range], Batch]  # (step, positions in the global batch) -> batch
 OnStep = Callable[[int, Mapping[str, float]], None]
 
 
@@ -60,6 +61,8 @@ def _train(run: TrainingRun, source: BatchSource, accelerator, on_step: OnStep |
     resumed = checkpoints.resume(run, optimiser)
     first = resumed.step
     model, prepared = accelerator.prepare(run.objective, optimiser)
+    requests = _Requests(settings, first, accelerator.num_processes, accelerator.process_index)
+    batches = Stream(source, requests, accelerator.device)
     optimisation = _Optimisation(run, accelerator, model, prepared)
     if accelerator.scaler is not None and resumed.scaler:
         accelerator.scaler.load_state_dict(resumed.scaler)
@@ -72,10 +75,13 @@ def _train(run: TrainingRun, source: BatchSource, accelerator, on_step: OnStep |
     with _Interrupt() as interrupt:
         for step in range(first, settings.steps):
             start = time.monotonic()
-            figures = optimisation.step(step, source)
+            waited = batches.waited
+            share = [next(batches) for _ in requests.of_step(step)]
+            figures = optimisation.step(step, share)
             _check_finite(run, step, figures["loss"])
             seconds = time.monotonic() - start
             figures["images_per_second"] = settings.batch_size / seconds
+            figures["waiting"] = (batches.waited - waited) / seconds
             done = step + 1
             if log:
                 log.add(done, figures)
@@ -146,6 +152,28 @@ def rate_share(step: int, settings: Settings) -> float:
     return rise * (settings.final_rate + (1 - settings.final_rate) * decay)
 
 
+@dataclass(frozen=True)
+class _Requests:
+    """What one process asks of the batch source in the steps of a run."""
+
+    settings: Settings
+    first: int  # step
+    num_processes: int
+    process_index: int
+
+    def __iter__(self) -> Iterator[Request]:
+        for step in range(self.first, self.settings.steps):
+            yield from self.of_step(step)
+
+    def of_step(self, step: int) -> list[Request]:
+        """The process's share of a global batch, in parts that go through the model at once."""
+        micro = self.settings.micro_batch_size
+        share = self.settings.batch_size // self.num_processes
+        first = self.process_index * share
+        starts = range(first, first + share, micro)
+        return [(step, range(start, start + micro)) for start in starts]
+
+
 class _Optimisation:
     """Steps of the optimiser, each over a global batch, however it is split."""
 
@@ -156,9 +184,11 @@ class _Optimisation:
         self.model = model  # the objective, as accelerate wraps it
         self.optimiser = optimiser
 
-    def step(self, step: int, source: BatchSource) -> dict[str, float]:
-        """One step; returns its loss, terms and watched means."""
-        batches = self._batches(step, source)
+    def step(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
+        """One step over this process's share of the global batch.
+
+        Returns the global batch's loss, terms and watched means.
+        """
         totals = self._total_weights(batches)
         sums: dict[str, torch.Tensor] = {}
         counts: dict[str, torch.Tensor] = {}  # of the rows behind a watched mean
@@ -177,15 +207,7 @@ class _Optimisation:
         self.optimiser.zero_grad(set_to_none=True)
         return figures
 
-    def _batches(self, step: int, source: BatchSource) -> list[Batch]:
-        """This process's share of the global batch, in parts that go through the model at once."""
-        micro = self.settings.micro_batch_size
-        share = self.settings.batch_size // self.accelerator.num_processes
-        first = self.accelerator.process_index * share
-        starts = range(first, first + share, micro)
-        return [source(step, range(start, start + micro)) for start in starts]
-
-    def _total_weights(self, batches: list[Batch]) -> dict[str, torch.Tensor]:
+    def _total_weights(self, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
         """The weights of each term, summed over the global batch."""
         totals: dict[str, torch.Tensor] = {}
         for batch in batches:

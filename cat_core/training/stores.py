@@ -1,8 +1,10 @@
 """Where encoded samples come from: the pictures themselves, shards on the disk, or memory.
 
 A store has `records`, their number as its length, `sample(index, variant)` and `batch(indices,
-samples)`, which makes of the former's samples what an objective reads. What a sample holds is the
-store's own affair. `remedy(index)` says what to do about a sample that holds NaN.
+inputs, device)`, which makes of the former's samples, stacked, what an objective reads. What a
+sample holds is the store's own affair. `unusable` says which records were found to be so, and
+`skip(index, reason)` that another process has found one. `remedy(index)` says what to do about a
+sample that holds NaN. Worker processes get a store without its networks, and open files anew.
 """
 
 import json
@@ -14,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import safetensors
 import torch
@@ -68,6 +70,7 @@ class FreshSamples:
 
     Args:
         folder: the manifest's.
+        encoders: None where samples are prepared and no more.
         objective: distillation or diffusion.
         size: side of the picture that the VAE encodes, in pixels.
         cell: pixels along one side of a latent cell.
@@ -78,7 +81,7 @@ class FreshSamples:
         self,
         records: Sequence[Record],
         folder: Path,
-        encoders: Encoders,
+        encoders: Encoders | None,
         *,
         objective: str,
         size: int = 512,
@@ -87,12 +90,12 @@ class FreshSamples:
     ):
         self.records = records
         self.folder = folder
-        self.encoders = encoders
+        self.encoders: Any = encoders
         self.objective = objective
         self.size = size
         self.cell = cell
         self.tally = tally or Tally()
-        self.unusable: set[int] = set()
+        self.unusable: dict[int, str] = {}  # record -> why
 
     def __len__(self):
         return len(self.records)
@@ -101,17 +104,25 @@ class FreshSamples:
         """The prepared sample, or None if its files cannot be used, which is counted once."""
         record = self.records[index]
         try:
-            return prepare(record, self.folder, variant, self.size, self.cell)
+            return prepare(record, self.folder, variant, self.size, self.cell, self.objective)
         except SampleError as error:
-            if index not in self.unusable:
-                self.unusable.add(index)
-                self.tally.skip(error.reason, record.id)
+            self.skip(index, error.reason)
             return None
 
-    def batch(self, indices: Sequence[int], samples: Sequence[Sample]) -> Batch:
+    def skip(self, index: int, reason: str) -> None:
+        """Count a record that cannot be used, once."""
+        if index not in self.unusable:
+            self.unusable[index] = reason
+            self.tally.skip(reason, self.records[index].id)
+
+    def batch(self, indices: Sequence[int], inputs: Batch, device: torch.device) -> Batch:
         """Run the frozen networks over prepared samples."""
         records = [self.records[index] for index in indices]
-        return encode(records, samples, self.encoders, self.objective)
+        batch = encode(records, inputs, self.encoders, self.objective)
+        return {key: value.to(device) for key, value in batch.items()}
+
+    def __getstate__(self):
+        return self.__dict__ | {"encoders": None}
 
     def remedy(self, index: int) -> str:
         """What to do about a sample that is no number."""
@@ -152,7 +163,7 @@ class KeptSamples:
         prepared = self.fresh.sample(index, variant)
         if prepared is None:
             return None
-        batch = self.fresh.batch([index], [prepared])
+        batch = self.fresh.batch([index], stack([prepared]), torch.device("cpu"))
         sample = {key: value[0].clone() for key, value in batch.items()}
         for other in VARIANTS:
             twin = self.kept.get((index, other)) or {}
@@ -160,9 +171,17 @@ class KeptSamples:
             sample |= {key: value for key, value in twin.items() if _is_of_whole_picture(key)}
         return sample
 
-    def batch(self, indices: Sequence[int], samples: Sequence[Sample]) -> Batch:
-        """Encoded samples need but be stacked."""
-        return stack(samples)
+    @property
+    def unusable(self) -> dict[int, str]:
+        return self.fresh.unusable
+
+    def skip(self, index: int, reason: str) -> None:
+        """Count a record that cannot be used, once."""
+        self.fresh.skip(index, reason)
+
+    def batch(self, indices: Sequence[int], inputs: Batch, device: torch.device) -> Batch:
+        """Encoded samples are what is wanted."""
+        return {key: value.to(device) for key, value in inputs.items()}
 
 
 class ShardedSamples:
@@ -371,10 +390,11 @@ class ShardedSamples:
         wholes: list[Batch] = []
         for start in range(0, len(usable), AT_ONCE):
             rows = slice(start, start + AT_ONCE)
-            holes.append(encode_holes(samples[rows], encoders, objective))
+            inputs = stack(samples[rows])
+            holes.append(encode_holes(inputs, encoders, objective))
             if variant == VARIANTS[0]:
                 records = [self.fresh.records[index] for index in usable[rows]]
-                wholes.append(encode_whole(records, samples[rows], encoders, objective))
+                wholes.append(encode_whole(records, inputs, encoders, objective))
         tensors = self._rows(usable, variant, holes)
         if variant == VARIANTS[0]:
             tensors |= self._rows(usable, BOTH, wholes)
@@ -419,12 +439,24 @@ class ShardedSamples:
         self.shards.move_to_end(number)
         return self.shards[number]
 
-    def batch(self, indices: Sequence[int], samples: Sequence[Sample]) -> Batch:
-        """Encoded samples, stacked and in full precision again."""
-        batch = stack(samples)
-        for key, value in batch.items():
-            batch[key] = value.float() if value.is_floating_point() else value.long()
+    @property
+    def unusable(self) -> dict[int, str]:
+        return self.fresh.unusable
+
+    def skip(self, index: int, reason: str) -> None:
+        """Count a record that cannot be used, once."""
+        self.fresh.skip(index, reason)
+
+    def batch(self, indices: Sequence[int], inputs: Batch, device: torch.device) -> Batch:
+        """Encoded samples in full precision again, for which they travel in half."""
+        batch = {}
+        for key, value in inputs.items():
+            moved = value.to(device, non_blocking=True)
+            batch[key] = moved.float() if moved.is_floating_point() else moved.long()
         return batch
+
+    def __getstate__(self):
+        return self.__dict__ | {"shards": OrderedDict()}
 
 
 class Shard:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ...cat_core.preprocess import vae_input_of_levels
 from . import symbols
 from .clip import encode_image, encode_text, plain_tokens
 
@@ -27,7 +28,8 @@ class HostEncoders:
 
     def image(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, 3, 224, 224) uint8 -> patch features (B, N, D) and image feature (B, D)."""
-        patches, image = encode_image(self.clip_vision, pixels)
+        on_device = pixels.to(symbols.compute_device(), non_blocking=True)
+        patches, image = encode_image(self.clip_vision, on_device)
         return patches.cpu(), image.cpu()
 
     def text(self, texts: Sequence[str]) -> torch.Tensor:
@@ -38,9 +40,19 @@ class HostEncoders:
         """-> what cross-attention reads (B, 77, T)."""
         return self._each("context", texts, self._tokens)
 
-    def latent(self, image: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] -> latents (B, 4, h, w) as the U-Net sees them."""
-        latent = self.vae.encode(((image + 1) / 2).movedim(1, -1))
+    def latent(self, image: torch.Tensor, hole: torch.Tensor | None = None) -> torch.Tensor:
+        """Levels (B, 3, H, W) and a hole (B, 1, H, W), both uint8 -> latents (B, 4, h, w).
+
+        They are as the U-Net sees them.
+        """
+        device = symbols.compute_device()
+        if device.type == "mps":
+            device = torch.device("cpu")  # Apple's GPUs have no float64
+        levels = image.to(device, non_blocking=True)
+        if hole is not None:
+            hole = hole.to(device, non_blocking=True)
+        faded = vae_input_of_levels(levels, hole).float()
+        latent = self.vae.encode(((faded + 1) / 2).movedim(1, -1))
         return symbols.scale_latent(self.model, latent).cpu()
 
     def _pooled(self, text: str) -> torch.Tensor:

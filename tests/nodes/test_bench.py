@@ -165,6 +165,9 @@ def test_stages_are_timed_with_and_without_the_cache(measured):
     for stage in ("sem-inpainter", "ref-adapter"):
         assert f"{stage}, with encoding" in timed
         assert f"{stage}, from the cache" in timed
+    for objective in ("distillation", "diffusion"):
+        assert f"preparing a sample for {objective}, one core" in timed
+        assert f"preparing for {objective}, workers: 1" in timed
 
 
 def test_a_page_without_marks_is_refused_before_anything_is_measured(tiny_file, tmp_path):

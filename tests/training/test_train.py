@@ -342,13 +342,15 @@ def test_a_full_disk_loses_nothing(tiny_file, data, tmp_path):
     train("sem-inpainter", tiny_file, data, run, "--steps", 2)
     path = run / "checkpoint-00000002/weights.safetensors"
     before = path.read_bytes()
-    failed = train(
-        "sem-inpainter", tiny_file, data, run, "--steps", 4, code=1, preexec_fn=small_files
-    )
+    more = ["--steps", 4, "--dataloader-num-workers", 0]
+    failed = train("sem-inpainter", tiny_file, data, run, *more, code=1, preexec_fn=small_files)
     for words in ("Cannot write", "checkpoint-00000002", "Free disk space"):
         assert words in failed.stderr
     assert path.read_bytes() == before
     assert not list(run.glob("*.partial"))
+    more[-1] = 1
+    failed = train("sem-inpainter", tiny_file, data, run, *more, code=1, preexec_fn=small_files)
+    assert "cannot get shared memory for them. Give fewer" in failed.stderr
     train("sem-inpainter", tiny_file, data, run, "--steps", 4)
 
 

@@ -18,7 +18,7 @@ from cat_diffusion.cat_core.features import masked_cosine
 from cat_diffusion.cat_core.files import replacing
 from cat_diffusion.cat_core.pictures import plots
 from cat_diffusion.cat_core.pictures.tensors import channels_last, to_picture
-from cat_diffusion.cat_core.training.encoding import encode, prepare
+from cat_diffusion.cat_core.training.encoding import encode, prepare, stack
 from cat_diffusion.cat_core.training.stages import Stage
 from cat_diffusion.cat_core.training.stores import FreshSamples
 from cat_diffusion.cat_core.weights import Checkpoint
@@ -108,8 +108,10 @@ class SamplePictures:
         module = self.modules["sem_inpainter"]
         device = next(module.parameters()).device
         fresh = self.fresh
-        prepared = prepare(sample.record, fresh.folder, "segment", fresh.size, fresh.cell)
-        encoded = encode([sample.record], [prepared], self.encoders, "distillation")
+        prepared = prepare(
+            sample.record, fresh.folder, "segment", fresh.size, fresh.cell, "distillation"
+        )
+        encoded = encode([sample.record], stack([prepared]), self.encoders, "distillation")
         batch = {key: value.to(device) for key, value in encoded.items()}
         observed = batch["patches"]
         teacher = batch["teacher_patches"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from cat_diffusion.cat_core.errors import CatError
 from cat_diffusion.cat_core.files import require_writable
 from cat_diffusion.cat_core.training import checkpoints, identity, loop, start
 from cat_diffusion.cat_core.training.assemble import assemble
-from cat_diffusion.cat_core.training.batches import Batches
+from cat_diffusion.cat_core.training.batches import Batches, default_workers
 from cat_diffusion.cat_core.training.settings import Settings, TrainingError, TrainingRun
 from cat_diffusion.cat_core.training.stages import STAGES, Stage
 from cat_diffusion.cat_core.training.stores import (
@@ -59,6 +60,7 @@ class StageRun:
     checkpointing: bool = False  # compute activations again
     samples_every: int = 0  # steps between sheets of sample pictures; 0 = never
     licence: str = "unknown"  # of the result
+    workers: int | None = None  # that prepare samples ahead; None chooses by the cores
     cpu: bool = False  # do not use a GPU
 
 
@@ -100,6 +102,7 @@ def _described(arguments) -> StageRun:
         checkpointing=arguments.checkpointing,
         samples_every=arguments.samples_every,
         licence=arguments.licence,
+        workers=arguments.dataloader_num_workers,
         cpu=arguments.cpu,
     )
 
@@ -146,7 +149,10 @@ def run(described: StageRun) -> Path | None:
         processes=processes,
     )
     fresh = store.fresh if isinstance(store, ShardedSamples) else store
-    batches = batches_for(stage, encoders, store, described.settings)
+    workers = described.workers
+    if workers is None:
+        workers = default_workers(processes_of_this_machine())
+    batches = batches_for(stage, encoders, store, described.settings, workers)
     pictures = None
     if described.samples_every:
         pictures = SamplePictures(
@@ -247,6 +253,11 @@ def _require_own_device(processes) -> None:
     sys.stdout.flush()
 
 
+def processes_of_this_machine() -> int:
+    """How many processes of the run share the machine, as launchers tell each of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def _is_same(one: torch.device, other: torch.device) -> bool:
     """Whether two names mean one device; without a number it is the first."""
     return one.type == other.type and (one.index or 0) == (other.index or 0)
@@ -329,12 +340,16 @@ def encoded_samples(
 
 
 def batches_for(
-    stage: Stage, encoders: HostEncoders, store: SampleStore, settings: Settings
+    stage: Stage,
+    encoders: HostEncoders,
+    store: SampleStore,
+    settings: Settings,
+    workers: int = 0,
 ) -> Batches:
     """A run's batches, with the empty text for the dropped samples of diffusion."""
     with torch.inference_mode():
         empty_context = encoders.context([""]) if stage.diffusion else None
-    return Batches(store, settings.batch_size, settings.seed, empty_context)
+    return Batches(store, settings.batch_size, settings.seed, empty_context, workers)
 
 
 def _sem_inpainter_config(file: Checkpoint) -> SemInpainterConfig:
