@@ -58,6 +58,7 @@ class PreparedSamples(Dataset):
         self.epoch = -1  # that `order` is of
         self.order = torch.empty(0)
 
+    @torch.no_grad()
     def __getitem__(self, request: Request) -> Prepared | CatError:
         """Prepare samples; an error that says what to do is returned, to be raised elsewhere."""
         step, positions = request
