@@ -22,13 +22,25 @@ from evaluation import DEMO_MODEL
 def main() -> int:
     parser = command_line()
     arguments = parser.parse_args()
+    check_study(parser, arguments)
     launch.enter_comfyui(parser, arguments, optional=("evaluate",))
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when open_clip's and ComfyUI's libraries are imported
     launch.limit_threads(arguments.threads)
     launch.start_host(arguments.cpu or not launch.has_cuda())
-    from evaluation import comparison
+    if arguments.study or arguments.ratings:
+        from evaluation import user_study as body
+    else:
+        from evaluation import comparison as body
 
-    return comparison.command(arguments)
+    return body.command(arguments)
+
+
+def check_study(parser: argparse.ArgumentParser, arguments) -> None:
+    """Exit where folders, a study and ratings do not go together."""
+    if arguments.ratings and (arguments.study or arguments.results):
+        parser.error("--ratings needs neither folders nor --study; give it alone, with --key")
+    if not (arguments.ratings or arguments.results):
+        parser.error("give folders of finished pictures, or --ratings")
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -37,7 +49,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "results",
         type=Path,
-        nargs="+",
+        nargs="*",
         metavar="RESULTS",
         help="folders of finished pictures; differences are to the first",
     )
@@ -72,6 +84,8 @@ def command_line() -> argparse.ArgumentParser:
         help="open_clip model, and a weights file or a tag that was downloaded before; "
         "or local-dir:FOLDER",
     )
+    add_metric_options(parser)
+    add_study_options(parser)
     parser.add_argument(
         "--cosines",
         type=Path,
@@ -103,6 +117,13 @@ def command_line() -> argparse.ArgumentParser:
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table")
     parser.add_argument(
+        "--markdown",
+        type=Path,
+        metavar="FILE",
+        help="write tables with the folders as columns, by size of hole and by name too",
+    )
+    parser.add_argument("--latex", type=Path, metavar="FILE", help="the same tables for LaTeX")
+    parser.add_argument(
         "--html",
         type=Path,
         metavar="FOLDER",
@@ -112,6 +133,63 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     launch.add_host_options(parser)
     return parser
+
+
+def add_metric_options(parser: argparse.ArgumentParser) -> None:
+    """Networks of metrics that are left out without them."""
+    parser.add_argument(
+        "--cmmd",
+        metavar="MODEL:PRETRAINED",
+        help="open_clip model of CMMD, as for --clip-score; its paper has ViT-L-14-336:openai",
+    )
+    parser.add_argument(
+        "--dinov2",
+        type=Path,
+        metavar="FOLDER",
+        help="DINOv2 for transformers, for the Fréchet distance by its features; its paper has "
+        "facebook/dinov2-large",
+    )
+    parser.add_argument(
+        "--lpips",
+        type=Path,
+        metavar="FILE",
+        help="torchvision's alexnet-owt-7be5be79.pth, for LPIPS outside the hole",
+    )
+    parser.add_argument(
+        "--score",
+        metavar="python:FILE:FUNCTION",
+        help="a function (image, mask, text) of yours that returns a number, such as ImageReward's",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="FILE",
+        help="keep features there by extractor and picture: the same command goes on where it was "
+        "stopped",
+    )
+
+
+def add_study_options(parser: argparse.ArgumentParser) -> None:
+    """The paper's user study."""
+    parser.add_argument(
+        "--study",
+        type=Path,
+        metavar="PAGE",
+        help="write a page (.html) on which people rate pictures of 2 to 6 folders blind, and its "
+        "key beside it, instead of measuring",
+    )
+    parser.add_argument(
+        "--pictures", type=int, default=30, metavar="N", help="in the study (default: 30)"
+    )
+    parser.add_argument(
+        "--ratings",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="ratings that the page saved: means, intervals over raters and pictures, agreement",
+    )
+    parser.add_argument("--key", type=Path, metavar="FILE", help="of the study, for --ratings")
 
 
 if __name__ == "__main__":

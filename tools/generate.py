@@ -22,7 +22,7 @@ from pathlib import Path
 from comfyui import launch
 
 COMFYUI = "comfyui"
-LOCAL = ("prompt", "background", "batch_size", "dtype", "steps", "guidance", "cpu")
+LOCAL = ("prompt", "background", "batch_size", "dtype", "steps", "guidance", "decoder_steps", "cpu")
 
 
 def main() -> int:
@@ -86,7 +86,8 @@ def command_line() -> argparse.ArgumentParser:
         type=_method,
         default=COMFYUI,
         help="comfyui: the workflow on --server; diffusers:FOLDER or diffusers:OWNER/NAME: an "
-        "inpainting pipeline of the diffusers library; python:FILE:FUNCTION: a function "
+        "inpainting pipeline of the diffusers library; blended-latent:, with the same: Blended "
+        "Latent Diffusion by its authors' recipe; python:FILE:FUNCTION: a function "
         "(image, mask, text, generator) that returns the finished picture",
     )
     parser.add_argument(
@@ -171,17 +172,28 @@ def add_local_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=_count, help="of a pipeline's sampler (without: its own)")
     parser.add_argument("--guidance", type=float, help="of a pipeline (without: its own)")
+    parser.add_argument(
+        "--decoder-steps",
+        type=_count_or_none,
+        default=75,
+        help="of blended-latent's fit of the decoder to the background; 0 for none",
+    )
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU for a pipeline")
 
 
 def _method(text: str) -> str:
     kind, _, rest = text.partition(":")
     file, _, function = rest.rpartition(":")
-    is_complete = {COMFYUI: not rest, "diffusers": bool(rest), "python": file and function}
+    is_complete = {
+        COMFYUI: not rest,
+        "diffusers": rest,
+        "blended-latent": rest,
+        "python": file and function,
+    }
     if not is_complete.get(kind):
         raise argparse.ArgumentTypeError(
-            f"{text} is no method; expected comfyui, diffusers:FOLDER_OR_NAME or "
-            "python:FILE:FUNCTION"
+            f"{text} is no method; expected comfyui, diffusers:FOLDER_OR_NAME, "
+            "blended-latent:FOLDER_OR_NAME or python:FILE:FUNCTION"
         )
     return text
 
@@ -190,6 +202,10 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is no number of them; expected 1 or more")
     return int(text)
+
+
+def _count_or_none(text: str) -> int:
+    return 0 if text == "0" else _count(text)
 
 
 def _side(text: str) -> int:

@@ -8,6 +8,7 @@
     python tools/prepare_data.py folder --data pictures --out pictures/manifest.jsonl
     python tools/prepare_data.py official --list openimages_train.txt \\
         --images . --masks . --out train.jsonl
+    python tools/prepare_data.py testset --from validation.jsonl --count 1000 --out test.jsonl
 
 A manifest names pictures relative to its own folder, so put it in a folder above the data. Bad
 samples are skipped, counted and named in OUT.report.txt beside it. Needs Pillow and tqdm,
@@ -18,6 +19,8 @@ import argparse
 from pathlib import Path
 
 from comfyui import launch
+
+PAPER = {"paper-openimages": 13_400, "paper-coco": 9_311}  # samples of its test sets
 
 
 def main() -> int:
@@ -32,9 +35,12 @@ def main() -> int:
     if arguments.source == "coco":
         modules["numpy"] = "numpy"
     launch.enter_python(parser, arguments, modules)
-    from training import preparation
+    if arguments.source == "testset":
+        from training import chosen_test_set as body
+    else:
+        from training import preparation as body
 
-    return preparation.command(arguments)
+    return body.command(arguments)
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -48,6 +54,7 @@ def command_line() -> argparse.ArgumentParser:
     add_coco(commands, [common, areas])
     add_folder(commands, [common, values])
     add_official(commands, [common, areas, values])
+    add_testset(commands, [areas])
     return parser
 
 
@@ -170,6 +177,53 @@ def add_official(commands, parents: list[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--masks", type=Path, required=True, help="folder that the list's mask paths start from"
     )
+
+
+def add_testset(commands, parents: list[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "testset",
+        parents=parents,
+        help="choose samples of manifests at random, so that anyone gets the same ones",
+    )
+    command.add_argument(
+        "--from",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="MANIFEST",
+        dest="manifests",
+        help="manifests of this command's other sources, such as COCO's validation",
+    )
+    command.add_argument(
+        "--count",
+        type=_sample_count,
+        required=True,
+        metavar="N",
+        help="samples; paper-openimages is 13400, paper-coco 9311",
+    )
+    command.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
+    command.add_argument(
+        "--per-image",
+        type=int,
+        default=0,
+        metavar="N",
+        help="objects of one picture at most (default: no limit)",
+    )
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="MANIFEST", help="file to write (.jsonl)"
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace a manifest that exists")
+    launch.add_host_options(command, installs=False)
+
+
+def _sample_count(text: str) -> int:
+    if text in PAPER:
+        return PAPER[text]
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text} is no number of samples, expected 1 or more, or {' or '.join(PAPER)}"
+        )
+    return int(text)
 
 
 def share(text: str) -> float:

@@ -4,7 +4,9 @@ Memory stays the same however many pictures there are.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -12,13 +14,19 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..data.manifest import Record
+from ..data.masks import MASKED
 from . import metrics
 from .extractors import Extractor, FeatureFile, OpenClip
+from .more_networks import Lpips, PictureScore
 from .results import Results, Sample, SampleSet, square_around_hole
 
 LOCAL = 1.25  # side of Local FID's crop, in sides of the smallest square over the hole
 OBJECT = 1.0  # the same for CLIP score
+INSIDE = [0] + [255] * 255  # a hole's level -> whether it is no background
 BATCH = 16  # pictures at once
+WORKERS = 2  # threads that decode pictures while networks work
+AHEAD = 2  # batches that wait for the networks
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,8 @@ class Features:
 
     whole: FeatureFile = field(default_factory=FeatureFile)
     local: FeatureFile = field(default_factory=FeatureFile)
+    # By metric, of whole pictures by its own network, see Networks.sets.
+    sets: dict[str, FeatureFile] = field(default_factory=dict)
 
     def add(
         self, extractor: Extractor, pictures: Sequence[Image.Image], samples: Sequence[Sample]
@@ -56,12 +66,47 @@ class Measured:
     real: Features = field(default_factory=Features)
     # By group, see `seeds`, and by metric: numbers by picture.
     diversity: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    hole_shares: list[float] = field(default_factory=list)  # of the pictures, by record
 
     @property
     def names(self) -> list[str]:
         """What the folders are called."""
         folders = [folder.results for folder in self.folders]
         return [results.name(folders) for results in folders]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What some metrics need; each is left out without its network.
+
+    Args:
+        sets: extractors of whole pictures for the metrics cmmd and fd_dinov2.
+        lpips: for what changed outside the hole.
+        score: a function of somebody's own.
+    """
+
+    sets: Mapping[str, Extractor] = field(default_factory=dict)
+    lpips: Lpips | None = None
+    score: PictureScore | None = None
+
+
+@dataclass(frozen=True)
+class OpenedBatch:
+    """Some samples, and for each folder the pictures that it holds of them."""
+
+    samples: Sequence[Sample]
+    made: Sequence[Sequence[Image.Image]]
+
+    @classmethod
+    def open(
+        cls, samples: SampleSet, folders: Sequence[Results], records: Sequence[Record]
+    ) -> "OpenedBatch":
+        """Decode the pictures of some records; raises EvaluationError."""
+        opened = list(map(samples.sample, records))
+        made = []
+        for results in folders:
+            made.append([results.picture(record.id, samples.size) for record in records])
+        return cls(opened, made)
 
 
 @dataclass(frozen=True)
@@ -79,6 +124,7 @@ def measure(
     extractor: Extractor | None = None,
     clip: OpenClip | None = None,
     on_progress: Callable[[int], object] = lambda count: None,
+    networks: Networks | None = None,
 ) -> Measured:
     """Open each picture once and keep numbers and features of it.
 
@@ -87,31 +133,61 @@ def measure(
         extractor: network of FID, Local FID and similarity; left out without one.
         clip: network of the CLIP score; left out without one.
         on_progress: called with the number of records that were measured since the last call.
+        networks: of the metrics that need more.
     Raises:
         EvaluationError: a file cannot be used.
     """
     measured = Measured(samples, list(map(MeasuredFolder, folders)))
+    networks = networks or Networks()
     groups = seeds(folders)
-    for start in range(0, len(samples.records), BATCH):
-        opened = list(map(samples.sample, samples.records[start : start + BATCH]))
-        originals = [sample.picture for sample in opened]
-        real = _batch(opened, originals, measured.real, extractor)
+    for opened in _opened_batches(samples, folders):
+        originals = [sample.picture for sample in opened.samples]
+        measured.hole_shares.extend(map(hole_share, opened.samples))
+        real = _batch(opened.samples, originals, measured.real, extractor)
+        _add_sets(measured.real, networks, originals)
         made = []
-        for folder in measured.folders:
-            pictures = [folder.results.picture(s.record.id, samples.size) for s in opened]
-            batch = _batch(opened, pictures, folder.features, extractor)
+        for folder, pictures in zip(measured.folders, opened.made, strict=True):
+            batch = _batch(opened.samples, pictures, folder.features, extractor)
+            _add_sets(folder.features, networks, pictures)
             _append(folder.values, background_errors(batch))
             if real.crops is not None and batch.crops is not None:
                 similarity = metrics.cosine(batch.crops, real.crops)
                 _append(folder.values, {"object_similarity": similarity})
             if clip:
                 _append(folder.values, {"clip_score": clip_scores(batch, clip)})
+            if networks.lpips:
+                distances = background_lpips(batch, networks.lpips)
+                _append(folder.values, {"background_lpips": distances})
+            if networks.score:
+                _append(folder.values, {"score": scores(batch, networks.score)})
             made.append(batch)
         for group, members in groups.items():
             values = measured.diversity.setdefault(group, {})
             _append(values, diversities([made[member] for member in members]))
-        on_progress(len(opened))
+        on_progress(len(opened.samples))
     return measured
+
+
+def _opened_batches(samples: SampleSet, folders: Sequence[Results]) -> Iterator[OpenedBatch]:
+    """The records' pictures, BATCH at once; threads decode the next ones meanwhile."""
+    waiting: deque[Future] = deque()
+    pool = ThreadPoolExecutor(WORKERS)
+    try:
+        for start in range(0, len(samples.records), BATCH):
+            records = samples.records[start : start + BATCH]
+            waiting.append(pool.submit(OpenedBatch.open, samples, folders, records))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _add_sets(features: Features, networks: Networks, pictures: Sequence[Image.Image]) -> None:
+    """Keep the features that whole sets are compared by."""
+    for metric, extractor in networks.sets.items():
+        features.sets.setdefault(metric, FeatureFile()).append(extractor(pictures))
 
 
 def _batch(
@@ -139,6 +215,11 @@ def squares(
     return crops
 
 
+def hole_share(sample: Sample) -> float:
+    """How much of the picture is in the hole, 0 to 1."""
+    return float((np.asarray(sample.hole) >= MASKED).mean())
+
+
 def background_errors(batch: PictureBatch) -> dict[str, list[float]]:
     """The three background metrics of each picture."""
     values = {"background_mean": [], "background_max": [], "background_psnr": []}
@@ -157,6 +238,25 @@ def clip_scores(batch: PictureBatch, clip: OpenClip) -> torch.Tensor:
     objects = squares(batch.pictures, batch.samples, OBJECT)
     labels = [sample.record.label or "" for sample in batch.samples]
     return metrics.clip_score(clip.image(objects), clip.text(labels))
+
+
+def background_lpips(batch: PictureBatch, lpips: Lpips) -> torch.Tensor:
+    """How visible it is what changed outside the hole, (B,): the original is put into the hole."""
+    originals = [sample.picture for sample in batch.samples]
+    outside = []
+    for sample, picture in zip(batch.samples, batch.pictures, strict=True):
+        inside = sample.hole.point(INSIDE)
+        outside.append(Image.composite(sample.picture, picture, inside))
+    return lpips(outside, originals)
+
+
+def scores(batch: PictureBatch, score: PictureScore) -> list[float]:
+    """What somebody's own function says of each picture."""
+    numbers = []
+    for sample, picture in zip(batch.samples, batch.pictures, strict=True):
+        record = sample.record
+        numbers.append(score(picture, sample.hole, record.label or "", record.id))
+    return numbers
 
 
 def diversities(batches: Sequence[PictureBatch]) -> dict[str, list[float]]:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ..pictures.axis import Axis
+from .breakdown import Part
 from .estimates import METRICS, RANKING, Estimate, Line
 from .measure import Measured
 from .results import Sample
@@ -35,6 +36,15 @@ COLUMNS = (
     "difference_low",
     "difference_high",
 )
+# LaTeX has a meaning for braces.
+TEX_MARKS: dict[str, Any] = {
+    "block_start_string": "((*",
+    "block_end_string": "*))",
+    "variable_start_string": "(((",
+    "variable_end_string": ")))",
+    "comment_start_string": "((=",
+    "comment_end_string": "=))",
+}
 # The first ones as in pictures/plots.py.
 _COLOURS = ("#8c8c8c", "#2a5ab4", "#c83c28", "#2e8b57", "#a05fb4", "#c88a1e")
 
@@ -130,6 +140,96 @@ def _text(estimate: Estimate | None, sign: str = "") -> str:
     return f"{value} [{estimate.low:{sign}.4g}, {estimate.high:{sign}.4g}]"
 
 
+# Methods as columns -------------------------------------------------------------------------------
+
+ARROWS = {"higher": " ↑", "lower": " ↓", "neither": ""}
+TEX = {
+    "\\": r"\textbackslash{}",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+    "é": r"\'e",
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+}
+
+
+@dataclass(frozen=True)
+class ColumnRow:
+    """One metric: a cell for each folder."""
+
+    title: str
+    cells: list[str]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A table with the folders as columns."""
+
+    names: list[str]
+    rows: list[ColumnRow]
+
+
+def columns(lines: Sequence[Line], names: Sequence[str]) -> Columns:
+    """The lines by metric, one cell for each folder; what names no folder is left out."""
+    found = []
+    for key, members in itertools.groupby(lines, attrgetter("metric")):
+        by_name = {line.name: line for line in members}
+        if not by_name.keys() & set(names):
+            continue
+        metric = METRICS[key]
+        cells = [_cell(by_name.get(name)) for name in names]
+        unit = f", {metric.unit}" if metric.unit else ""
+        found.append(ColumnRow(f"{metric.title}{unit}{ARROWS[metric.better]}", cells))
+    return Columns(list(names), found)
+
+
+def _cell(line: Line | None) -> str:
+    if line is None:
+        return ""
+    gap = _text(line.difference, "+")
+    return f"{_text(line.estimate)}; {gap}" if gap else _text(line.estimate)
+
+
+def markdown(
+    lines: Sequence[Line],
+    names: Sequence[str],
+    facts: Mapping[str, object],
+    notes: Sequence[str],
+    breakdowns: Mapping[str, Sequence[Part]],
+) -> str:
+    """The tables in Markdown, with folders as columns.
+
+    Args:
+        breakdowns: by heading, see breakdown.py.
+    """
+    parts = []
+    for heading, some in breakdowns.items():
+        described = [(part.title, part.count, columns(part.lines, names)) for part in some]
+        parts.append((heading, described))
+    text = template("tables.md").render(
+        columns=columns(lines, names), facts=facts, notes=notes, breakdowns=parts
+    )
+    return "\n".join(map(str.rstrip, text.splitlines())) + "\n"
+
+
+def latex(
+    lines: Sequence[Line], names: Sequence[str], breakdowns: Mapping[str, Sequence[Part]]
+) -> str:
+    """The same tables for LaTeX with booktabs."""
+    tables = [("All pictures", columns(lines, names))]
+    for heading, parts in breakdowns.items():
+        for part in parts:
+            title = f"{heading}: {part.title} ({part.count})"
+            tables.append((title, columns(part.lines, names)))
+    return template("tables.tex").render(tables=tables)
+
+
+def _tex(text: str) -> str:
+    """A text as LaTeX shows it."""
+    return "".join(TEX.get(letter, letter) for letter in text)
+
+
 # HTML ---------------------------------------------------------------------------------------------
 
 
@@ -209,7 +309,7 @@ def page(
     for title, places in _choices(values, metric, seed):
         shown = [_shown(measured, place, metric) for place in places]
         sections.append(ReportSection(title, shown))
-    return _template().render(
+    return template("report.html").render(
         facts=facts,
         groups=groups(lines),
         notes=notes,
@@ -218,15 +318,19 @@ def page(
     )
 
 
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A template of this folder; `number` writes an estimate with its interval."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
+        autoescape=name.endswith(".html"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        **(TEX_MARKS if name.endswith(".tex") else {}),
     )
-    return environment.get_template("report.html")
+    environment.filters["tex"] = _tex
+    environment.filters["number"] = _text
+    return environment.get_template(name)
 
 
 def chart(title: str, edges: npt.ArrayLike, counts: Mapping[str, npt.ArrayLike]) -> Chart:
@@ -285,20 +389,20 @@ def _least(numbers: np.ndarray) -> np.ndarray:
 def _shown(measured: Measured, place: int, metric: str) -> ShownSample:
     """A sample with the original, the hole and what each folder made of it."""
     sample = measured.samples.sample(measured.samples.records[place])
-    figures = [("original", _data(sample.picture)), ("hole", _data(_hidden(sample)))]
+    figures = [("original", data_uri(sample.picture)), ("hole", data_uri(hidden(sample)))]
     for name, folder in zip(measured.names, measured.folders, strict=True):
         made = folder.results.picture(sample.record.id, measured.samples.size)
-        figures.append((f"{name}: {folder.values[metric][place]:.4g}", _data(made)))
+        figures.append((f"{name}: {folder.values[metric][place]:.4g}", data_uri(made)))
     return ShownSample(sample.record.label, sample.record.id, figures)
 
 
-def _hidden(sample: Sample) -> Image.Image:
+def hidden(sample: Sample) -> Image.Image:
     """The picture with its hole filled grey, as CLIP sees it."""
     grey = Image.new("RGB", sample.picture.size, (127, 127, 127))
     return Image.composite(grey, sample.picture, sample.hole)
 
 
-def _data(picture: Image.Image) -> str:
+def data_uri(picture: Image.Image) -> str:
     """A data URI; small enough that a report of a hundred pictures opens at once."""
     picture = picture.copy()
     picture.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)

@@ -12,7 +12,7 @@ from paths import ROOT
 from pictures import cut, mask, picture
 from PIL import Image
 
-from cat_diffusion.cat_core.data import manifest, masks
+from cat_diffusion.cat_core.data import chosen, manifest, masks
 from cat_diffusion.cat_core.data.folder import PICTURES
 from cat_diffusion.cat_core.data.manifest import Record
 from comfyui import existing
@@ -726,7 +726,7 @@ def test_coco_without_pycocotools(instances, tmp_path):
 
 
 def test_the_tool_explains_itself():
-    for source in ("openimages", "coco", "folder", "official"):
+    for source in ("openimages", "coco", "folder", "official", "testset"):
         run = prepare(source, "--help")
         assert run.returncode == 0
         assert "--overwrite" in run.stdout
@@ -742,3 +742,88 @@ def test_requirements_are_lower_bounds_with_a_reason():
         for line in wanted:
             assert re.fullmatch(r"[\w-]+>=[\d.]+ +# .+", line), f"{file.name}: {line}"
         assert len(existing.requirements(file)) == len(wanted) > 0
+
+
+# Test sets ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def objects(tmp_path):
+    """Two manifests of twelve objects of six pictures; a tiny one, a broken one, one of a box."""
+    data = tmp_path / "data"
+    for number in range(6):
+        picture(data / f"{number}.png", colour=(40 * number, 0, 0))
+    mask(data / "mask.png")
+    mask(data / "tiny.png", box=(0, 0, 3, 3))
+    records = []
+    for number in range(12):
+        fields = {"image": f"{number % 6}.png", "mask": "mask.png", "label": f"cup {number}"}
+        records.append(Record(f"o{number}", **fields))
+    records[3] = Record("o3", "3.png", "tiny.png", label="dot")
+    records[4] = Record("o4", "none.png", "mask.png", label="lost")
+    records[5] = Record("o5", "5.png", box=(0.1, 0.2, 0.6, 0.8), label="box", split="validation")
+    records.append(Record("whole", "0.png", caption="nothing to repaint"))
+    manifest.write(data / "a.jsonl", records[:7])
+    manifest.write(data / "b.jsonl", records[7:])
+    return [data / "a.jsonl", data / "b.jsonl"]
+
+
+def make_testset(objects, out, *options):
+    """The ids that were chosen, and what is told of the test set."""
+    run = prepare("testset", "--from", *objects, "--out", out, *options)
+    assert run.returncode == 0, run.stderr
+    about = json.loads(out.with_name(f"{out.name}.testset.json").read_text())
+    assert about["sha256"] in run.stdout
+    return [record.id for record in manifest.read(out, "test")], about
+
+
+def test_a_test_set_is_the_same_for_everybody(objects, tmp_path):
+    ids, about = make_testset(objects, tmp_path / "t.jsonl", "--count", 6)
+    again, about_again = make_testset(objects[::-1], tmp_path / "u.jsonl", "--count", 6)
+    assert ids == again == sorted(ids)
+    assert about["sha256"] == about_again["sha256"]
+    assert about["count"] == len(ids) == 6
+    assert about["from"] == ["a.jsonl", "b.jsonl"]
+    assert chosen.told(tmp_path / "t.jsonl") == f"{about['sha256'][:16]}, 6 samples"
+    other, about_other = make_testset(objects, tmp_path / "v.jsonl", "--count", 6, "--seed", 1)
+    assert other != ids
+    assert about_other["sha256"] != about["sha256"]
+    for record in manifest.read(tmp_path / "t.jsonl"):
+        for kind in masks.VARIANTS:
+            assert masks.cut_hole(record, hole_of(record, tmp_path), kind).getextrema() == (0, 255)
+    # The content counts: another picture of the same name is another test set.
+    changed = min(tmp_path.glob("data/[0-9].png"))
+    for name in ("0", "1", "2", "3", "5"):
+        picture(changed.with_name(f"{name}.png"), colour=(1, 2, 3))
+    assert make_testset(objects, tmp_path / "w.jsonl", "--count", 6)[1]["sha256"] != about["sha256"]
+    with open(tmp_path / "t.jsonl", "a") as file:
+        file.write("\n")
+    assert chosen.told(tmp_path / "t.jsonl").endswith("the manifest was changed afterwards")
+    assert chosen.told(objects[0]) is None
+
+
+def test_a_test_set_keeps_its_rules(objects, tmp_path):
+    ids, about = make_testset(objects, tmp_path / "t.jsonl", "--count", 10, "--min-area", 0.02)
+    assert set(ids) == {f"o{number}" for number in range(12)} - {"o3", "o4"}
+    assert about["rules"]["min_area"] == 0.02
+    ids, about = make_testset(objects, tmp_path / "u.jsonl", "--count", 6, "--per-image", 1)
+    assert len(ids) == 6
+    assert about["rules"]["holes"] == ["segment", "box"]
+
+
+def test_a_test_set_that_cannot_be_had_is_explained(objects, tmp_path):
+    out = tmp_path / "t.jsonl"
+    for options, words in (
+        (["--count", "12"], "11 samples are usable by these rules, --count is 12; "),
+        (["--count", "paper-coco"], "usable by these rules, --count is 9311; "),
+        (["--count", "none"], "none is no number of samples, expected 1 or more, or paper-open"),
+        (["--count", "3", "--from", tmp_path / "no.jsonl"], "no.jsonl cannot be read"),
+    ):
+        run = prepare("testset", "--from", *objects, "--out", out, *options)
+        assert run.returncode in (1, 2)
+        assert words in run.stderr
+        assert not out.exists()
+    make_testset(objects, out, "--count", 3)
+    run = prepare("testset", "--from", *objects, "--out", out, "--count", 3)
+    assert "exists already and was not touched. Give --overwrite" in run.stderr
+    make_testset(objects, out, "--count", 4, "--overwrite")

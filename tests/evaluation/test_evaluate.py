@@ -28,9 +28,10 @@ from cat_diffusion.nodes.visual_prompt import CATEncodeVisualPrompt, CATSemantic
 from demo_model import score
 
 DEMO_MODEL = ROOT / "models/cat_demo_model.safetensors"
+DISTANCES = ("fid", "local_fid")  # without an interval of their own
 METRICS = {
-    "fid",
-    "local_fid",
+    *DISTANCES,
+    "kid",
     "clip_score",
     "object_similarity",
     "background_mean",
@@ -99,6 +100,7 @@ def evaluated(scene_manifest, tiny_clip, tmp_path_factory):
     command += ["--clip-score", f"local-dir:{tiny_clip}", "--cosines", DEMO_MODEL]
     command += ["--json", folder / "new/m.json", "--csv", folder / "m.csv"]
     command += ["--html", folder / "report"]
+    command += ["--markdown", folder / "m.md", "--latex", folder / "m.tex"]
     command += ["--resamples", "200", "--fid-resamples", "10", "--threads", "1", "--cpu"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-3000:]
@@ -108,14 +110,16 @@ def evaluated(scene_manifest, tiny_clip, tmp_path_factory):
 
 def test_the_table_is_the_same_on_screen_in_json_and_in_csv(evaluated):
     rows = list(csv.DictReader(io.StringIO((evaluated.folder / "m.csv").read_text())))
-    assert len(rows) == len(evaluated.lines) == 2 * 8
+    assert len(rows) == len(evaluated.lines) == 2 * 9
     assert {row["metric"] for row in rows} == METRICS
     for row, line in zip(rows, evaluated.found["lines"], strict=True):
         estimate = line["estimate"]
         assert row["metric"] == line["metric"]
         assert row["name"] == line["name"]
         assert float(row["value"]) == estimate["value"]
-        assert f"{estimate['value']:.4g} [{estimate['low']:.4g}, " in evaluated.screen
+        assert (estimate["low"] is None) == (line["metric"] in DISTANCES)
+        if estimate["low"] is not None:
+            assert f"{estimate['value']:.4g} [{estimate['low']:.4g}, " in evaluated.screen
         assert (row["difference"] == "") == (line["difference"] is None)
     worse = evaluated.lines["object_similarity", "grey"]
     better = evaluated.lines["object_similarity", "b<i>lurred"]
@@ -124,6 +128,28 @@ def test_the_table_is_the_same_on_screen_in_json_and_in_csv(evaluated):
     assert better["difference"]["low"] > 0
     assert evaluated.lines["fid", "b<i>lurred"]["difference"]["high"] < 0
     assert "demo model's CLIP, which knows drawn shapes only" in evaluated.screen
+
+
+def test_folders_are_columns_in_markdown_and_latex(evaluated):
+    text = (evaluated.folder / "m.md").read_text("utf-8")
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert rows[0] == ["|", "grey", "b<i>lurred |"]
+    first = {row[0].removeprefix("| "): row[1:] for row in rows[1:10]}
+    score = evaluated.lines["clip_score", "b<i>lurred"]
+    own, other = first["CLIP score (object and label) ↑"]
+    grey_score = evaluated.lines["clip_score", "grey"]["estimate"]["value"]
+    assert own.startswith(f"{grey_score:.4g} [")
+    assert other.startswith(f"{score['estimate']['value']:.4g} [")
+    assert f"; {score['difference']['value']:+.4g} [" in other
+    assert first["FID ↓"][0] == f"{evaluated.lines['fid', 'grey']['estimate']['value']:.4g}"
+    assert "- pictures: 8\n" in text
+
+    tex = (evaluated.folder / "m.tex").read_text("utf-8")
+    body = [line for line in tex.splitlines() if line.endswith(r"\\")]
+    assert body[0] == r" & grey & b<i>lurred \\"
+    assert all(len(re.findall(r"(?<!\\)&", line)) == 2 for line in body)
+    assert r"FID $\downarrow$ & " in tex
+    assert tex.count(r"\begin{tabular}{lcc}") == tex.count(r"\end{tabular}") >= 1
 
 
 def square(hole):

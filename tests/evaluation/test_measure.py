@@ -15,7 +15,7 @@ from pictures import cut, mask, picture
 from PIL import Image
 
 from cat_diffusion.cat_core.data import manifest
-from cat_diffusion.cat_core.evaluation import estimates, measure, report
+from cat_diffusion.cat_core.evaluation import breakdown, estimates, measure, report
 from cat_diffusion.cat_core.evaluation.estimates import Estimate, Line
 from cat_diffusion.cat_core.evaluation.metrics import EvaluationError
 from cat_diffusion.cat_core.evaluation.results import Results, SampleSet, square_around_hole
@@ -270,6 +270,7 @@ def test_a_missing_library_leaves_fid_out(result_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
     _, lines, notes = measured([result_folder()])
     assert {metric for metric, _ in lines} == {
+        "kid",
         "object_similarity",
         "background_mean",
         "background_max",
@@ -296,6 +297,39 @@ def test_verdicts_follow_the_interval_and_the_metric():
     assert verdict("fid", -2, -5, 1) == verdict("fid", -2) == ""
     assert verdict("diversity_pixels", 2, 1, 3) == ""
     assert report.verdict(Line("fid", "x", 8, Estimate(1))) == ""
+
+
+def test_means_are_broken_down_by_name_and_by_size_of_hole(result_folder, monkeypatch):
+    monkeypatch.setattr(breakdown, "LEAST", 2)
+    folders = [result_folder("original"), result_folder("grey", grey)]
+    found, _, _ = measured(folders)
+    shares = []
+    for sample in map(found.samples.sample, found.samples.records):
+        shares.append((np.asarray(sample.hole) >= 128).mean())
+    assert found.hole_shares == pytest.approx(shares)
+    middle = float(np.median(shares))
+    monkeypatch.setattr(breakdown, "SIZES", (middle,))
+    values = np.array(found.folders[1].values["object_similarity"])
+    small, large = breakdown.by_hole_size(found, 100, 0)
+    assert small.title == f"0 % to {100 * middle:g} % of the picture"
+    assert (small.count, large.count) == (4, 4)
+    for part, chosen in ((small, np.array(shares) < middle), (large, np.array(shares) >= middle)):
+        lines = {(line.metric, line.name): line for line in part.lines}
+        line = lines["object_similarity", "grey"]
+        assert line.estimate.value == pytest.approx(values[chosen].mean())
+        assert line.difference.value == pytest.approx(values[chosen].mean() - 1)
+        assert "fid" not in {metric for metric, _ in lines}
+    labels = [record.label for record in found.samples.records]
+    parts = breakdown.by_label(found, 0, 0)
+    frequent = {label for label in labels if labels.count(label) > 1}
+    assert {part.title for part in parts} == frequent
+
+
+def test_latex_is_escaped():
+    lines = [Line("fid", "50_%&", 8, Estimate(1.5))]
+    text = report.latex(lines, ["50_%&"], {})
+    assert r"50\_\%\& \\" in text
+    assert r"FID $\downarrow$ & 1.5 \\" in text
 
 
 # Memory -------------------------------------------------------------------------------------------

@@ -241,6 +241,60 @@ def test_a_pipeline_is_called_as_its_documents_say(make, tiny_pipeline, scene_ma
     assert "holds a run with steps 3, not None" in said
 
 
+def test_blended_latent_diffusion_is_its_authors_loop(make, scene_manifest, tmp_path):
+    """Step by step, with the photo's noised latents outside the hole; then the decoder's fit."""
+    folder = tmp_path / "sd"
+    StableDiffusionPipeline(**tiny_parts(4), requires_safety_checker=False).save_pretrained(folder)
+    options = ["--steps", 8, "--background", "made"]
+    make(f"blended-latent:{folder}", tmp_path / "plain", *options, "--decoder-steps", 0)
+    make(f"blended-latent:{folder}", tmp_path / "fitted", *options, "--decoder-steps", 20)
+
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    vae = pipeline.vae
+    sample = samples_of(scene_manifest)[0]
+    photo = torch.from_numpy(np.array(sample.picture)).movedim(2, 0)[None] / 127.5 - 1
+    cells = np.array(sample.hole.resize((SIZE // 8, SIZE // 8), Image.Resampling.NEAREST))
+    mask = torch.from_numpy(cells >= 128).float()
+    tokens = pipeline.tokenizer(
+        ["", sample.record.label], padding="max_length", truncation=True, return_tensors="pt"
+    )
+    generator = torch.Generator().manual_seed(sample_seed(0, sample.record.id))
+    alphas = pipeline.scheduler.alphas_cumprod
+    with torch.no_grad():
+        context = pipeline.text_encoder(tokens.input_ids)[0]
+        source = vae.encode(photo).latent_dist.mean * vae.config.scaling_factor
+        latents = torch.randn(source.shape, generator=generator)
+        # Eight steps are the times 876, 751, ... 1; the first two are left out.
+        for t in range(626, 0, -125):
+            noise = pipeline.unet(torch.cat((latents, latents)), t, context).sample
+            guided = noise[:1] + 7.5 * (noise[1:] - noise[:1])
+            now = alphas[t]
+            then = alphas[max(t - 125, 0)]
+            clean = (latents - (1 - now) ** 0.5 * guided) / now**0.5
+            latents = then**0.5 * clean + (1 - then) ** 0.5 * guided
+            fresh = torch.randn(source.shape, generator=generator)
+            noised = now**0.5 * source + (1 - now) ** 0.5 * fresh
+            latents = latents * mask + noised * (1 - mask)
+        decoded = vae.decode(latents / vae.config.scaling_factor).sample
+    expected = ((decoded[0] / 2 + 0.5).clamp(0, 1) * 255).round().movedim(0, 2).numpy()
+    plain = levels(Image.open(tmp_path / "plain" / f"{sample.record.id}.png"))
+    assert np.abs(plain - expected).max() <= 2
+
+    fitted = levels(Image.open(tmp_path / "fitted" / f"{sample.record.id}.png"))
+    outside = np.asarray(sample.hole) == 0
+    original = levels(sample.picture)[outside]
+    errors = [np.square(made[outside] - original).mean() for made in (plain, fitted)]
+    assert errors[1] < 0.9 * errors[0]
+    run = json.loads((tmp_path / "fitted/run.json").read_text())
+    assert run == run | {"method": "blended-latent", "steps": 8, "decoder_steps": 20}
+    inpainting = tmp_path / "inpainting"
+    StableDiffusionInpaintPipeline(**tiny_parts(9), requires_safety_checker=False).save_pretrained(
+        inpainting
+    )
+    said = make(f"blended-latent:{inpainting}", tmp_path / "nine", code=1)
+    assert "takes 9 channels, so it is no plain Stable Diffusion; expected 4" in said
+
+
 def test_a_pipeline_that_cannot_be_had_is_explained(make, tiny_pipeline, tmp_path, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -279,7 +333,11 @@ def test_a_pipeline_that_does_not_inpaint_is_explained(make, tiny_pipeline, tmp_
 def test_arguments_of_no_use_are_explained(make, method_file, scene_manifest, tmp_path):
     python = f"python:{method_file}:fill"
     for method, options, words in (
-        ("glide", [], "expected comfyui, diffusers:FOLDER_OR_NAME or python:FILE:FUNCTION"),
+        (
+            "glide",
+            [],
+            "glide is no method; expected comfyui, diffusers:FOLDER_OR_NAME, blended-latent",
+        ),
         ("python:mine.py", [], "mine.py is no method"),
         ("comfyui", [], "give a workflow in API format and --server URL"),
         (python, ["--server", "http://127.0.0.1:9"], "needs no workflow, --server or --set"),

@@ -8,7 +8,6 @@ import scipy.linalg
 import torch
 
 from cat_diffusion.cat_core.evaluation import metrics
-from cat_diffusion.cat_core.evaluation.extractors import FeatureFile
 from cat_diffusion.cat_core.evaluation.metrics import EvaluationError, Missing
 from cat_diffusion.cat_core.features import masked_cosine
 
@@ -151,31 +150,3 @@ def test_differences_are_paired():
     drawn = resampled_means(second, 500, seed=0) - resampled_means(first, 500, seed=0)
     low, high = metrics.interval(second.mean() - first.mean(), drawn)
     assert 0.3 < low < high < 0.7  # each mean on its own is known to 1.4 only
-
-
-def test_the_interval_of_fid_covers_what_other_pictures_give():
-    real = feature_file(features(60, 32, 1))
-    made = feature_file(features(60, 32, 2, 0.3))
-
-    def statistic(rows):
-        return metrics.frechet_distance(real.batches(rows), made.batches(rows))
-
-    value = statistic(np.arange(60))
-    drawn = metrics.resampled(statistic, 60, 200, seed=0)
-    low, high = metrics.interval(value, drawn)
-    others = []
-    for seed in range(10, 90, 2):
-        other_real = features(60, 32, seed)
-        other_made = features(60, 32, seed + 1, 0.3)
-        others.append(metrics.frechet_distance([other_real], [other_made]))
-    assert low < value < high
-    # A resample repeats pictures, which alone raises FID.
-    assert np.percentile(drawn, 2.5) > value
-    assert np.mean((low < others) & (others < high)) > 0.7
-
-
-def feature_file(values):
-    file = FeatureFile()
-    for batch in values.split(45):
-        file.append(batch)
-    return file

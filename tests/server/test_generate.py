@@ -164,6 +164,10 @@ def test_a_server_that_dies_and_a_run_that_is_killed_lose_nothing(
     assert f"{second.url}: it does not answer" in complained
     assert "21 samples: 12 kept, 9 skipped" in printed
     assert "unusable id: 5" in printed
+    for url in (server.url, second.url):
+        pace = re.search(rf"{url}: (\d+) pictures, [\d.]+ s each, idle ([\d.]+) %", printed)
+        assert 0 < int(pace[1]) <= 12
+        assert 0 <= float(pace[2]) < 100
     assert "no hole: 1 (whole)" in printed
     assert "corrupt image: 1 (broken)" in printed
     reasons = failures(out)

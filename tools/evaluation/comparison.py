@@ -7,15 +7,17 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from cat_diffusion.cat_core import files, preprocess
+from cat_diffusion.cat_core.data import chosen
 from cat_diffusion.cat_core.data.masks import HOLES
 from cat_diffusion.cat_core.errors import CatError
-from cat_diffusion.cat_core.evaluation import estimates, metrics, report
+from cat_diffusion.cat_core.evaluation import breakdown, estimates, metrics, report
 from cat_diffusion.cat_core.evaluation.estimates import Line
 from cat_diffusion.cat_core.evaluation.measure import Measured, measure
 from cat_diffusion.cat_core.evaluation.metrics import EvaluationError, Missing
@@ -27,7 +29,7 @@ from cat_diffusion.nodes.host.cat_model import run_sem_inpainter
 from cat_diffusion.nodes.host.clip import encode_image, encode_text
 
 from . import DEMO_MODEL
-from .feature_networks import build_extractor, build_open_clip
+from .feature_networks import build_extractor, build_networks, build_open_clip, with_cache
 from .picture_bar import picture_bar
 
 
@@ -60,6 +62,15 @@ def evaluate(arguments) -> None:
         lambda: build_extractor(arguments.extractor, device),
     )
     clip = _or_note(notes, "CLIP score is", lambda: build_open_clip(arguments.clip_score, device))
+    networks = build_networks(arguments, device, partial(_or_note, notes))
+    if arguments.cache:
+        options = {"cmmd": arguments.cmmd, "fd_dinov2": arguments.dinov2}
+        named = {name: (network, options[name]) for name, network in networks.sets.items()}
+        if extractor:
+            named["fid"] = (extractor, arguments.extractor)
+        cached = with_cache(arguments.cache, named)
+        extractor = cached.pop("fid", None)
+        networks = dataclasses.replace(networks, sets=cached)
     if arguments.extractor == f"clip:{DEMO_MODEL}":
         notes.append(
             "FID, Local FID and similarity use the demo model's CLIP, which knows drawn shapes "
@@ -69,7 +80,7 @@ def evaluate(arguments) -> None:
     histogram = None
     with torch.inference_mode():
         with picture_bar(len(samples.records)) as bar:
-            measured = measure(samples, folders, extractor, clip, bar.update)
+            measured = measure(samples, folders, extractor, clip, bar.update, networks)
         lines, more_notes = estimates.summary(
             measured, arguments.resamples, arguments.fid_resamples, arguments.seed
         )
@@ -84,11 +95,13 @@ def evaluate(arguments) -> None:
     facts = {
         "pictures": len(samples.records),
         "manifest": samples.manifest,
+        **_test_set(samples),
         "split": samples.split or "all",
         "hole": samples.hole,
         "size": samples.size,
         "extractor": arguments.extractor,
         "CLIP score by": arguments.clip_score or "none",
+        **_asked_for(arguments),
     }
     print("\n" + report.table(lines), *notes, sep="\n")
     if arguments.json:
@@ -98,6 +111,15 @@ def evaluate(arguments) -> None:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([report.COLUMNS, *report.rows(lines)])
         write(arguments.csv, text.getvalue())
+    breakdowns = {
+        "By hole": breakdown.by_hole_size(measured, arguments.resamples, arguments.seed),
+        "By name": breakdown.by_label(measured, arguments.resamples, arguments.seed),
+    }
+    if arguments.markdown:
+        text = report.markdown(lines, measured.names, facts, notes, breakdowns)
+        write(arguments.markdown, text)
+    if arguments.latex:
+        write(arguments.latex, report.latex(lines, measured.names, breakdowns))
     if arguments.html:
         path = arguments.html / "index.html"
         write(path, report.page(measured, lines, notes, facts, histogram, arguments.seed))
@@ -220,6 +242,23 @@ def feature_cosines(
         "counts": {kind: numbers.tolist() for kind, numbers in counts.items()},
     }
     return FeatureCosines(lines, histogram)
+
+
+def _test_set(samples: SampleSet) -> dict[str, str]:
+    """The hash of a test set that was chosen by tools/prepare_data.py, for the report."""
+    quoted = chosen.told(samples.manifest)
+    return {} if quoted is None else {"test set": quoted}
+
+
+def _asked_for(arguments) -> dict[str, object]:
+    """The networks of metrics that are only measured on demand, for the report."""
+    asked = {
+        "CMMD by": arguments.cmmd,
+        "DINOv2": arguments.dinov2,
+        "LPIPS by": arguments.lpips,
+        "score by": arguments.score,
+    }
+    return {name: value for name, value in asked.items() if value}
 
 
 def _or_note(notes: list[str], what: str, build: Callable):

@@ -14,10 +14,18 @@ from comfyui.remote_server import Gone, RemoteServer, Workflow
 
 from .picture_bar import picture_bar
 from .results_writer import GenerateError, MadePicture, ResultsWriter
-from .sample_checks import check_id, finished_picture, outcome, png, sample_pictures, sample_seed
+from .sample_checks import (
+    ServerWork,
+    check_id,
+    finished_picture,
+    outcome,
+    png,
+    sample_pictures,
+    sample_seed,
+)
 from .sample_queue import SampleQueue
 
-IN_FLIGHT = 2  # prompts on each server, so that it never waits for the next
+IN_FLIGHT = 3  # prompts on each server, so that it never waits for the next
 ATTEMPTS = 5  # times a sample may lose its server before it is given up
 MOST_WAIT = 60  # seconds between two looks at a server that is gone
 
@@ -48,7 +56,11 @@ def generate(arguments) -> int:
     results = ResultsWriter(arguments.out, arguments, method, more)
     servers = [RemoteServer(url) for url in dict.fromkeys(arguments.server)]
     generation = Generation(arguments, workflow, results, servers)
-    return tell(generation.run(total), results)
+    report = generation.run(total)
+    for url, work in generation.work.items():
+        if work.pictures:
+            print(f"{url}: {work}")
+    return tell(report, results)
 
 
 def count(arguments) -> int:
@@ -86,6 +98,7 @@ class Generation:
         self.telling = threading.Lock()  # guards all that follow
         self.report = tally.Tally()
         self.bar = None
+        self.work = {server.url: ServerWork() for server in servers}
         self.down: set[str] = set()  # addresses of servers that do not answer
 
     def run(self, total: int) -> tally.Tally:
@@ -160,8 +173,12 @@ class Generation:
         ended = server.wait(server.queue(prompt), self.queue.over)
         if ended is None:
             return None
-        image, seconds = outcome(ended, self.workflow.output)
-        return MadePicture(finished_picture(server, image, size), {"server": server.url}, seconds)
+        image, span = outcome(ended, self.workflow.output)
+        with self.telling:
+            self.work[server.url].add(span)
+        return MadePicture(
+            finished_picture(server, image, size), {"server": server.url}, span.seconds
+        )
 
     def _give_up(self, record: Record, error: SampleError) -> None:
         """Count and name a sample that has no result."""

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -13,7 +14,8 @@ from cat_diffusion.cat_core.data.manifest import Record
 from cat_diffusion.cat_core.data.masks import SampleError
 
 from . import generation
-from .local_methods import LocalMethod, Request, as_picture, build_method
+from .blended_latent import BlendedLatentMethod
+from .local_methods import DiffusersMethod, LocalMethod, PythonMethod, Request, as_picture
 from .picture_bar import picture_bar
 from .results_writer import GenerateError, MadePicture, ResultsWriter
 from .sample_checks import check_id, sample_pictures, sample_seed
@@ -34,6 +36,24 @@ def generate(arguments) -> int:
     results = ResultsWriter(arguments.out, arguments, facts, {"model": arguments.method})
     report = LocalGeneration(arguments, method, results).run(total)
     return generation.tell(report, results)
+
+
+def build_method(arguments) -> LocalMethod:
+    """The method that --method names; raises GenerateError."""
+    kind, _, rest = arguments.method.partition(":")
+    if kind == "python":
+        file, _, function = rest.rpartition(":")
+        return PythonMethod(Path(file), function)
+    device = "cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu"
+    settings = {
+        "device": device,
+        "dtype": arguments.dtype or ("float16" if device == "cuda" else "float32"),
+        "steps": arguments.steps,
+        "guidance": arguments.guidance,
+    }
+    if kind == "blended-latent":
+        return BlendedLatentMethod(rest, decoder_steps=arguments.decoder_steps, **settings)
+    return DiffusersMethod(rest, **settings)
 
 
 class LocalGeneration:

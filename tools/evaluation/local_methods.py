@@ -48,23 +48,6 @@ class LocalMethod(Protocol):
         """A picture for each request, or a SampleError."""
 
 
-def build_method(arguments) -> LocalMethod:
-    """The method that --method names; raises GenerateError."""
-    kind, _, rest = arguments.method.partition(":")
-    if kind == "python":
-        file, _, function = rest.rpartition(":")
-        return PythonMethod(Path(file), function)
-    device = "cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu"
-    dtype = arguments.dtype or ("float16" if device == "cuda" else "float32")
-    return DiffusersMethod(
-        rest,
-        device=device,
-        dtype=dtype,
-        steps=arguments.steps,
-        guidance=arguments.guidance,
-    )
-
-
 def as_picture(made: Any, size: int, name: str) -> Image.Image:
     """What a method returned, as RGB; raises SampleError where it is no picture of that size."""
     if isinstance(made, np.ndarray) and made.dtype == np.uint8 and made.shape[2:] == (3,):
@@ -164,7 +147,7 @@ class DiffusersMethod:
     def __init__(
         self, model: str, device: str, dtype: str, steps: int | None, guidance: float | None
     ):
-        folder = _model_folder(model)
+        folder = model_folder(model)
         self.pipeline = _pipeline(model, folder, DTYPES[dtype]).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.name = type(self.pipeline).__name__
@@ -174,7 +157,7 @@ class DiffusersMethod:
         self._check()
         self.facts = {
             "method": f"diffusers:{self.name}",
-            "method_sha256": _folder_sha256(folder),
+            "method_sha256": folder_sha256(folder),
             "dtype": dtype,
             "steps": steps,
             "guidance": guidance,
@@ -214,7 +197,7 @@ class DiffusersMethod:
         return made
 
 
-def _model_folder(model: str) -> Path:
+def model_folder(model: str) -> Path:
     """Where a model lies; one that is not on this machine is downloaded by diffusers."""
     try:
         from diffusers import DiffusionPipeline
@@ -242,11 +225,21 @@ def _pipeline(model: str, folder: Path, dtype: torch.dtype) -> Any:
     """The pipeline for inpainting, else the one that the folder names."""
     from diffusers import AutoPipelineForInpainting, DiffusionPipeline
 
+    class Either:
+        @staticmethod
+        def from_pretrained(folder: Path, **options) -> Any:
+            try:
+                return AutoPipelineForInpainting.from_pretrained(folder, **options)
+            except ValueError:  # it knows no pipeline for inpainting of this family
+                return DiffusionPipeline.from_pretrained(folder, **options)
+
+    return load_pipeline(Either, model, folder, dtype)
+
+
+def load_pipeline(kind: Any, model: str, folder: Path, dtype: torch.dtype) -> Any:
+    """A pipeline by its class's from_pretrained; raises GenerateError."""
     try:
-        try:
-            return AutoPipelineForInpainting.from_pretrained(folder, torch_dtype=dtype)
-        except ValueError:  # it knows no pipeline for inpainting of this family
-            return DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
+        return kind.from_pretrained(folder, torch_dtype=dtype)
     except Exception as error:  # whatever is wrong with a file of it
         raise GenerateError(
             f"diffusers cannot load {model} ({_reason(error)}). Download it again, or take a "
@@ -254,7 +247,7 @@ def _pipeline(model: str, folder: Path, dtype: torch.dtype) -> Any:
         ) from error
 
 
-def _folder_sha256(folder: Path) -> str:
+def folder_sha256(folder: Path) -> str:
     """Of the names and contents of all files."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):

@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -54,8 +56,48 @@ def sample_pictures(
     )
 
 
-def outcome(ended: dict, output: str) -> tuple[dict, float]:
-    """The image that a prompt's history names, and the seconds it took.
+@dataclass(frozen=True)
+class Span:
+    """When a server worked on a prompt, in seconds of its own clock."""
+
+    start: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.end - self.start
+
+
+@dataclass
+class ServerWork:
+    """What a server has done in a run, and how much of the time it waited for a prompt."""
+
+    pictures: int = 0
+    busy: float = 0.0  # seconds
+    first: float = math.inf
+    last: float = -math.inf
+
+    def add(self, span: Span) -> None:
+        """One more picture; prompts run one after another."""
+        self.pictures += 1
+        self.busy += span.seconds
+        self.first = min(self.first, span.start)
+        self.last = max(self.last, span.end)
+
+    @property
+    def idle(self) -> float:
+        """Share of the time between its first and its last picture, 0 to 1."""
+        whole = self.last - self.first
+        return 1 - self.busy / whole if whole > 0 else 0.0
+
+    def __str__(self) -> str:
+        pace = self.busy / self.pictures
+        return f"{self.pictures:,} pictures, {pace:.2f} s each, idle {100 * self.idle:.1f} %"
+
+
+def outcome(ended: dict, output: str) -> tuple[dict, Span]:
+    """The image that a prompt's history names, and when it was made.
 
     Args:
         ended: the history of one prompt.
@@ -77,7 +119,7 @@ def outcome(ended: dict, output: str) -> tuple[dict, float]:
         )
     start = messages["execution_start"]["timestamp"]
     end = messages["execution_success"]["timestamp"]
-    return images[0], (end - start) / 1000
+    return images[0], Span(start / 1000, end / 1000)
 
 
 def finished_picture(server: RemoteServer, image: dict, size: int) -> Image.Image:
