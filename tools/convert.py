@@ -48,6 +48,12 @@ def main() -> int:
         "--full", type=Path, metavar="OUT", help="write everything as one safetensors checkpoint"
     )
     parser.add_argument(
+        "--use-ema",
+        action="store_true",
+        help="of checkpoints that tools/train.py --use-ema wrote, take ema.safetensors, the moving "
+        "average, instead of weights.safetensors beside it",
+    )
+    parser.add_argument(
         "--dtype", choices=("fp32", "fp16", "bf16"), help="store as this type (default: as it is)"
     )
     parser.add_argument(
@@ -62,10 +68,27 @@ def main() -> int:
     launch.add_host_options(parser, installs=False)
     arguments = parser.parse_args()
     _check_outputs(parser, arguments)
+    if arguments.use_ema:
+        arguments.checkpoint = _averages(parser, arguments.checkpoint)
     launch.enter_python(parser, arguments, {"torch": "torch", "safetensors": "safetensors"})
     from official import conversion
 
     return conversion.command(arguments)
+
+
+def _averages(parser: argparse.ArgumentParser, paths: list[Path]) -> list[Path]:
+    """The moving averages in the place of weights that have one; exits if there is none."""
+    chosen = []
+    for path in paths:
+        average = path.with_name("ema.safetensors")
+        is_checkpoint = path.name == "weights.safetensors" and average.is_file()
+        chosen.append(average if is_checkpoint else path)
+    if "ema.safetensors" not in {path.name for path in chosen}:
+        parser.error(
+            "--use-ema finds no ema.safetensors beside a weights.safetensors of these files; "
+            "tools/train.py writes one where it is given --use-ema"
+        )
+    return chosen
 
 
 def _check_outputs(parser: argparse.ArgumentParser, arguments) -> None:

@@ -59,8 +59,16 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
             parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected 0 up")
     if not (arguments.rates > 0 and math.isfinite(arguments.rates)):
         parser.error(f"--rates is {arguments.rates}, expected a number above 0")
-    if not 0 <= arguments.final_rate <= 1:
-        parser.error(f"--final-rate is {arguments.final_rate}, expected 0 to 1")
+    for name in ("final_rate", "ema_decay"):
+        if not 0 <= (getattr(arguments, name) or 0) <= 1:
+            found = getattr(arguments, name)
+            parser.error(f"--{name.replace('_', '-')} is {found}, expected 0 to 1")
+    for name in ("max_grad_norm", "snr_gamma"):
+        if not 0 <= getattr(arguments, name) < math.inf:
+            found = getattr(arguments, name)
+            parser.error(f"--{name.replace('_', '-')} is {found}, expected 0 up")
+    if arguments.snr_gamma and not STAGES[arguments.stage].diffusion:
+        parser.error(f"--snr-gamma is for the diffusion stages, the stage is {arguments.stage}")
     if arguments.batch_size % arguments.micro_batch_size:
         parser.error(
             f"batch_size {arguments.batch_size} is not a multiple of micro_batch_size "
@@ -122,7 +130,21 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--micro-batch-size", type=int, default=8, help="samples at once in each process"
     )
-    parser.add_argument("--warmup", type=int, default=0, help="steps over which the rates rise")
+    parser.add_argument(
+        "--warmup",
+        "--lr-warmup-steps",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="steps over which the rates rise from nothing: for new parts at high rates",
+    )
+    parser.add_argument(
+        "--lr-scheduler",
+        choices=("constant", "cosine"),
+        default="constant",
+        help="what becomes of the rates after that; constant is the paper's, cosine lets them fall "
+        "to --final-rate, which settles the weights at the end",
+    )
     parser.add_argument(
         "--rates",
         type=float,
@@ -133,8 +155,50 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--final-rate",
         type=float,
-        default=1.0,
-        help="share of the rates left at the end, by a cosine; 1 = constant",
+        metavar="SHARE",
+        help="share of the rates left at the end, by a cosine (default: 0 with --lr-scheduler "
+        "cosine, else 1)",
+    )
+    parser.add_argument(
+        "--max-grad-norm",
+        type=float,
+        default=0.0,
+        metavar="LENGTH",
+        help="shorten longer gradients to this length, against single bad batches; 1 is usual, "
+        "0 = never; the log has the length of each step in any case",
+    )
+    parser.add_argument(
+        "--use-ema",
+        action="store_true",
+        help="keep a moving average of the trained weights too, which often makes better pictures: "
+        "ema.safetensors beside weights.safetensors; tools/convert.py --use-ema takes it",
+    )
+    parser.add_argument(
+        "--ema-decay",
+        type=float,
+        default=0.9999,
+        metavar="SHARE",
+        help="of that average, what a step leaves of it; less for runs of few steps",
+    )
+    parser.add_argument(
+        "--snr-gamma",
+        type=float,
+        default=0.0,
+        metavar="GAMMA",
+        help="diffusion stages: weigh errors by min(snr, GAMMA) / snr, which can learn in fewer "
+        "steps; 5 is usual, 0 = all the same, as in the paper",
+    )
+    parser.add_argument(
+        "--use-8bit-adam",
+        action="store_true",
+        help="AdamW with states of 8 bits instead of 32, for a quarter of their memory; needs "
+        "bitsandbytes",
+    )
+    parser.add_argument(
+        "--dynamo-backend",
+        default="no",
+        metavar="NAME",
+        help="compile the networks with torch.compile: inductor is the fast one, after minutes",
     )
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
     parser.add_argument(

@@ -18,6 +18,7 @@ def assemble(
     denoiser: DenoiserFactory,
     *,
     masked: bool = False,
+    snr_gamma: float = 0.0,
 ) -> Distillation | Diffusion:
     """The objective that a stage minimises.
 
@@ -26,6 +27,7 @@ def assemble(
             a use for them, trained or frozen.
         denoiser: makes the denoiser of the diffusion stages; the others leave it alone.
         masked: Distillation's.
+        snr_gamma: Diffusion's.
     """
     if not stage.diffusion:
         return Distillation(modules["sem_inpainter"], masked)
@@ -34,4 +36,5 @@ def assemble(
         stable_diffusion_schedule(),
         sem_inpainter=modules["sem_inpainter"] if stage.prompt == "predicted" else None,
         observed=stage.prompt == "observed",
+        snr_gamma=snr_gamma,
     )

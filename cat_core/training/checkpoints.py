@@ -1,5 +1,7 @@
 """A run's checkpoints: <folder>/checkpoint-00000500/{weights.safetensors, state.pt}.
 
+With a moving average also ema.safetensors, like the weights.
+
 Each is whole or not there: a folder written under a temporary name and renamed.
 """
 
@@ -14,13 +16,27 @@ from typing import Any
 import torch
 
 from .. import weights
+from ..config import Tensors
 from ..files import replacing_folder
 from . import identity
+from .average import MovingAverage
 from .settings import Settings, TrainingError, TrainingRun
 
 WEIGHTS = "weights.safetensors"
+EMA = "ema.safetensors"
 STATE = "state.pt"
-FIXED = {"batch_size", "warmup", "final_rate", "weight_decay", "precision", "seed"}
+FIXED = {
+    "batch_size",
+    "warmup",
+    "final_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "ema_decay",
+    "snr_gamma",
+    "use_8bit_adam",
+    "precision",
+    "seed",
+}
 # How files tell that they were cut, emptied, removed or changed: by PyTorch's zip reader a
 # RuntimeError, by its pickles all the others.
 UNREADABLE = (
@@ -79,7 +95,13 @@ def read_state(checkpoint: Path, mapped: bool = False) -> dict:
     return state
 
 
-def write(run: TrainingRun, step: int, optimiser: torch.optim.Optimizer, scaler) -> None:
+def write(
+    run: TrainingRun,
+    step: int,
+    optimiser: torch.optim.Optimizer,
+    scaler,
+    average: MovingAverage | None = None,
+) -> None:
     """Write the checkpoint of a run's first `step` steps; old ones go.
 
     `scaler` is fp16's, or None.
@@ -99,8 +121,15 @@ def write(run: TrainingRun, step: int, optimiser: torch.optim.Optimizer, scaler)
     }
     try:
         with replacing_folder(target) as partial:
-            _write_weights(run, step, partial / WEIGHTS)
+            parts = {part: run.modules[part].state_dict() for part in run.stage.parts}
+            provenance = f"{run.provenance}; stage {run.stage.name}, {step} steps"
+            _write_weights(run, parts, provenance, partial / WEIGHTS)
             state["weights"] = identity.of_file(partial / WEIGHTS)
+            if average:
+                averages = average.state_dicts()
+                note = f"{provenance}, moving average of {average.decay}"
+                _write_weights(run, averages, note, partial / EMA)
+                state["ema"] = identity.of_file(partial / EMA)
             torch.save(state, partial / STATE)
     # PyTorch says that a disk is full with a RuntimeError.
     except (OSError, RuntimeError, weights.WeightsError) as error:
@@ -113,15 +142,11 @@ def write(run: TrainingRun, step: int, optimiser: torch.optim.Optimizer, scaler)
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_weights(run: TrainingRun, step: int, path: Path) -> None:
+def _write_weights(
+    run: TrainingRun, parts: Mapping[str, Tensors], provenance: str, path: Path
+) -> None:
     """Write the trained parts as a file that can be read by itself."""
-    parts = {part: run.modules[part].state_dict() for part in run.stage.parts}
-    metadata = weights.header(
-        parts,
-        run.architecture,
-        licence=run.licence,
-        provenance=f"{run.provenance}; stage {run.stage.name}, {step} steps",
-    )
+    metadata = weights.header(parts, run.architecture, licence=run.licence, provenance=provenance)
     weights.save(path, weights.flat(parts), metadata)
 
 
@@ -139,8 +164,10 @@ def refuse_another_run(run: TrainingRun) -> None:
         return
 
 
-def resume(run: TrainingRun, optimiser: torch.optim.Optimizer) -> Resumed:
-    """Load the newest whole checkpoint into modules and optimiser.
+def resume(
+    run: TrainingRun, optimiser: torch.optim.Optimizer, average: MovingAverage | None = None
+) -> Resumed:
+    """Load the newest whole checkpoint into modules, optimiser and moving average.
 
     Raises:
         TrainingError: the folder holds a run with other settings, or no checkpoint is whole.
@@ -149,12 +176,17 @@ def resume(run: TrainingRun, optimiser: torch.optim.Optimizer) -> Resumed:
     for checkpoint in reversed(_all(run.folder)):
         try:
             state = read_state(checkpoint)
-            parts = _verified_parts(checkpoint, state)
+            parts = _verified_parts(checkpoint / WEIGHTS, state.get("weights"))
+            averages = {}
+            if average and "ema" in state:
+                averages = _verified_parts(checkpoint / EMA, state["ema"])
         except UNREADABLE as error:
             damaged[checkpoint] = f"{error}" or type(error).__name__
             continue
         _check_same(run, state)
         _load(run, optimiser, parts, state)
+        if average:
+            average.load(averages)
         return Resumed(state["step"], state["scaler"], damaged, _sentences(checkpoint, state))
     if damaged:
         raise TrainingError(
@@ -210,12 +242,14 @@ def _all(folder: Path | None) -> list[Path]:
     return sorted(checkpoints)
 
 
-def _verified_parts(checkpoint: Path, state: dict) -> dict:
-    """A checkpoint's weights by part; raises one of UNREADABLE unless they are as written."""
-    path = checkpoint / WEIGHTS
-    written = state.get("weights")  # none in a state that an older version wrote
+def _verified_parts(path: Path, written: str | None) -> dict:
+    """A checkpoint's weights by part; raises one of UNREADABLE unless they are as written.
+
+    Args:
+        written: the file's digest, None in a state that an older version wrote.
+    """
     if written is not None and written != identity.of_file(path):
-        raise ValueError(f"{WEIGHTS} has other bytes than were written")
+        raise ValueError(f"{path.name} has other bytes than were written")
     tensors, _ = weights.load_safetensors(str(path))
     parts, _ = weights.sort_keys(tensors)
     return parts

@@ -21,11 +21,14 @@ from torch import nn
 
 from ..files import InUseError, locked, remove_leftovers
 from . import checkpoints
+from .average import MovingAverage
 from .batches import BatchSource, Request, Stream
 from .log import TrainingLog
 from .objectives import Batch, combine
 from .settings import Settings, TrainingError, TrainingRun
 
+MOST_SKIPPED = 10  # steps in a row
+MOST_SKIPPED_FP16 = 20  # its scaler halves a scale of 65536 until numbers bear it
 PATIENCE = timedelta(days=7)  # of processes that wait for each other, while one encodes samples
 OnStep = Callable[[int, Mapping[str, float]], None]
 
@@ -42,8 +45,8 @@ def train(
     Returns:
         the CAT weights file of the last checkpoint, None without a folder.
     Raises:
-        TrainingError: loss not finite, disk full, or settings that do not fit the folder, in which
-            another process may also be at work.
+        TrainingError: loss or gradients not finite for long, disk full, or settings that do not fit
+            the folder, in which another process may also be at work.
     """
     accelerator = _accelerator(run.settings, cpu)
     check_batch_size(run.settings, accelerator.num_processes)
@@ -57,8 +60,11 @@ def _train(run: TrainingRun, source: BatchSource, accelerator, on_step: OnStep |
     """`train`, where nobody else trains in the folder."""
     settings = run.settings
     _freeze_others(run)
-    optimiser = _optimiser(run)
-    resumed = checkpoints.resume(run, optimiser)
+    optimiser = _optimiser(run, accelerator.device)
+    average = None
+    if settings.ema_decay and accelerator.is_main_process:
+        average = MovingAverage(run.modules, run.stage.parts, settings.ema_decay)
+    resumed = checkpoints.resume(run, optimiser, average)
     first = resumed.step
     model, prepared = accelerator.prepare(run.objective, optimiser)
     requests = _Requests(settings, first, accelerator.num_processes, accelerator.process_index)
@@ -78,7 +84,9 @@ def _train(run: TrainingRun, source: BatchSource, accelerator, on_step: OnStep |
             waited = batches.waited
             share = [next(batches) for _ in requests.of_step(step)]
             figures = optimisation.step(step, share)
-            _check_finite(run, step, figures["loss"])
+            _check_progress(run, step, figures, optimisation)
+            if average and not optimisation.skipped_in_a_row:
+                average.update(step + 1)
             seconds = time.monotonic() - start
             figures["images_per_second"] = settings.batch_size / seconds
             figures["waiting"] = (batches.waited - waited) / seconds
@@ -87,10 +95,12 @@ def _train(run: TrainingRun, source: BatchSource, accelerator, on_step: OnStep |
                 log.add(done, figures)
             stops = _asked_anywhere(interrupt, accelerator)
             is_due = done % settings.save_every == 0 or done == settings.steps
-            if run.folder and (is_due or stops):
+            # Not while gradients are no numbers: the weights may be at fault, good ones would go.
+            is_good = not optimisation.skipped_in_a_row
+            if run.folder and is_good and (is_due or stops):
                 accelerator.wait_for_everyone()
                 if accelerator.is_main_process:
-                    checkpoints.write(run, done, optimiser, accelerator.scaler)
+                    checkpoints.write(run, done, optimiser, accelerator.scaler, average)
                 accelerator.wait_for_everyone()
             if on_step and accelerator.is_main_process:
                 on_step(done, figures)
@@ -183,6 +193,8 @@ class _Optimisation:
         self.accelerator = accelerator
         self.model = model  # the objective, as accelerate wraps it
         self.optimiser = optimiser
+        self.skipped = 0  # steps of this process's life whose gradients were no numbers
+        self.skipped_in_a_row = 0
 
     def step(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
         """One step over this process's share of the global batch.
@@ -200,12 +212,30 @@ class _Optimisation:
         figures = self._reduced(sums)
         for name, count in self._reduced(counts).items():
             figures[name] /= max(count, 1)
-        if math.isfinite(figures["loss"]):
-            for group in self.optimiser.param_groups:
-                group["lr"] = group["rate"] * rate_share(step, self.settings)
+        figures["grad_norm"] = self._clip()
+        self._update(step, figures)
+        figures["skipped"] = self.skipped
+        return figures
+
+    def _clip(self) -> float:
+        """The length of all gradients together, which are shortened where that is asked for."""
+        parameters = []
+        for group in self.optimiser.param_groups:
+            parameters += group["params"]
+        longest = self.settings.max_grad_norm or math.inf
+        return float(self.accelerator.clip_grad_norm_(parameters, longest))
+
+    def _update(self, step: int, figures: Mapping[str, float]) -> None:
+        """Let the optimiser step, unless there is nothing to learn from."""
+        is_finite = math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["rate"] * rate_share(step, self.settings)
+        # fp16's scaler skips by itself, and learns from it which scale numbers bear.
+        if is_finite or self.accelerator.scaler is not None:
             self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        return figures
+        self.skipped += not is_finite
+        self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
 
     def _total_weights(self, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
         """The weights of each term, summed over the global batch."""
@@ -245,7 +275,12 @@ def _accelerator(settings: Settings, cpu: bool):
 
     # The diffusion stages have no use for SemInpainter's post_layernorm.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(cpu=cpu, mixed_precision=settings.precision, kwargs_handlers=[unused])
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision=settings.precision,
+        dynamo_backend=settings.dynamo_backend,
+        kwargs_handlers=[unused],
+    )
 
 
 def check_batch_size(settings: Settings, processes: int = 1) -> None:
@@ -257,13 +292,20 @@ def check_batch_size(settings: Settings, processes: int = 1) -> None:
         )
 
 
-def _check_finite(run: TrainingRun, step: int, loss: float) -> None:
-    if not math.isfinite(loss):
+def _check_progress(
+    run: TrainingRun, step: int, figures: Mapping[str, float], optimisation: _Optimisation
+) -> None:
+    """Raise TrainingError where too many steps in a row had to be skipped, or the last ones."""
+    in_a_row = optimisation.skipped_in_a_row
+    most = MOST_SKIPPED_FP16 if run.settings.precision == "fp16" else MOST_SKIPPED
+    is_last = step + 1 == run.settings.steps
+    if in_a_row >= most or (in_a_row and is_last):
         raise TrainingError(
-            f"The loss of step {step + 1} is {loss}, while what it was computed of is finite. "
-            f"Nothing was overwritten; the newest good "
+            f"The loss of step {step + 1} is {figures['loss']} and its gradients are "
+            f"{figures['grad_norm']} long, so it was skipped, like {in_a_row - 1} before it, while "
+            "what they were computed of is finite. Nothing was overwritten; the newest good "
             f"checkpoint is {checkpoints.newest_name(run.folder)}. Lower the rates, warm up "
-            "longer, or use bf16 instead of fp16."
+            "longer, clip gradients, or use bf16 instead of fp16."
         )
 
 
@@ -274,12 +316,28 @@ def _freeze_others(run: TrainingRun) -> None:
         module.requires_grad_(learns).train(learns)
 
 
-def _optimiser(run: TrainingRun) -> torch.optim.AdamW:
+def _optimiser(run: TrainingRun, device: torch.device) -> torch.optim.Optimizer:
     groups = []
     for part, rate in run.stage.rates:
         parameters = list(run.modules[part].parameters())
         groups.append({"params": parameters, "lr": rate, "rate": rate})
-    return torch.optim.AdamW(groups, weight_decay=run.settings.weight_decay)
+    decay = run.settings.weight_decay
+    if run.settings.use_8bit_adam:
+        return _bitsandbytes().optim.AdamW8bit(groups, weight_decay=decay)
+    # One kernel for all, without the copies that PyTorch's other ways make of all weights.
+    fused = True if device.type == "cuda" else None
+    return torch.optim.AdamW(groups, weight_decay=decay, fused=fused)
+
+
+def _bitsandbytes():
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise TrainingError(
+            f"AdamW in 8 bits needs bitsandbytes, which cannot be imported ({error}). Install it "
+            f'with: "{sys.executable}" -m pip install bitsandbytes; or train without '
+            "--use-8bit-adam."
+        ) from error
 
 
 class _Interrupt:

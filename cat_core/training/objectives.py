@@ -98,6 +98,9 @@ class Diffusion(nn.Module):
         alphas_cumprod: (1000,) the noise schedule.
         sem_inpainter: None for stage 2.
         observed: without a SemInpainter, take the visual prompt from the picture with its hole.
+        snr_gamma: weigh a sample's error by min(snr, gamma) / snr of its timestep, so that steps
+            with little noise do not outweigh the others (arXiv 2303.09556, for noise prediction);
+            0 = all weigh the same.
     """
 
     extra: ClassVar[Mapping[str, float]] = {"noise": 0.0}
@@ -109,9 +112,11 @@ class Diffusion(nn.Module):
         alphas_cumprod: torch.Tensor,
         sem_inpainter: SemInpainter | None = None,
         observed: bool = False,
+        snr_gamma: float = 0.0,
     ):
         super().__init__()
         self.denoiser = denoiser
+        self.snr_gamma = snr_gamma
         self.sem_inpainter = sem_inpainter
         self.observed = observed
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
@@ -142,6 +147,8 @@ class Diffusion(nn.Module):
         x = torch.cat((noisy, batch["latent_mask"], batch["masked_latent"]), dim=1)  # (B, 9, h, w)
         predicted = self.denoiser(x, batch["timestep"], batch["context"], self.visual_prompt(batch))
         error = (predicted.float() - batch["noise"]).square().mean((1, 2, 3))  # (B,)
+        if self.snr_gamma:
+            error = error * snr_weight(self.alphas_cumprod[batch["timestep"]], self.snr_gamma)
         return {"noise": error}, {}
 
 
@@ -165,6 +172,12 @@ def add_noise(
     """
     a = alpha_cumprod.view(-1, 1, 1, 1)
     return a.sqrt() * latent + (1 - a).sqrt() * noise
+
+
+def snr_weight(alpha_cumprod: torch.Tensor, gamma: float) -> torch.Tensor:
+    """min(snr, gamma) / snr with snr = a_t / (1 - a_t): (B,) -> (B,) in (0, 1]."""
+    snr = alpha_cumprod / (1 - alpha_cumprod)
+    return snr.clamp(max=gamma) / snr
 
 
 def stable_diffusion_schedule() -> torch.Tensor:

@@ -28,6 +28,11 @@ class Settings:
     # What is left of the rates at the end of their cosine decay; 1 = constant, as in the paper.
     final_rate: float = 1.0
     weight_decay: float = 0.01  # AdamW's default
+    max_grad_norm: float = 0.0  # to which longer gradients are shortened; 0 = none, as in the paper
+    ema_decay: float = 0.0  # of the weights' moving average, see average.py; 0 = none
+    snr_gamma: float = 0.0  # see objectives.Diffusion; 0 = all timesteps weigh the same
+    use_8bit_adam: bool = False  # bitsandbytes' AdamW, with states of a byte
+    dynamo_backend: str = "no"  # what torch.compile compiles with, as accelerate names it
     precision: str = "no"  # "no" (fp32), "bf16" or "fp16"
     seed: int = 0
     save_every: int = 500

@@ -84,7 +84,12 @@ def _described(arguments) -> StageRun:
         batch_size=arguments.batch_size,
         micro_batch_size=arguments.micro_batch_size,
         warmup=arguments.warmup,
-        final_rate=arguments.final_rate,
+        final_rate=final_rate(arguments),
+        max_grad_norm=arguments.max_grad_norm,
+        ema_decay=arguments.ema_decay if arguments.use_ema else 0.0,
+        snr_gamma=arguments.snr_gamma,
+        use_8bit_adam=arguments.use_8bit_adam,
+        dynamo_backend=arguments.dynamo_backend,
         precision=arguments.precision,
         seed=arguments.seed,
         save_every=arguments.save_every,
@@ -107,6 +112,13 @@ def _described(arguments) -> StageRun:
     )
 
 
+def final_rate(arguments) -> float:
+    """What is left of the rates at the end."""
+    if arguments.final_rate is not None:
+        return arguments.final_rate
+    return 0.0 if arguments.lr_scheduler == "cosine" else 1.0
+
+
 def run(described: StageRun) -> Path | None:
     """Load, build, cache, train; returns the CAT weights file.
 
@@ -126,6 +138,7 @@ def run(described: StageRun) -> Path | None:
         described.settings.seed,
         masked=described.masked,
         checkpointing=described.checkpointing,
+        snr_gamma=described.settings.snr_gamma,
     )
     training = TrainingRun(
         stage,
@@ -287,13 +300,14 @@ def build(
     *,
     masked: bool = False,
     checkpointing: bool = False,
+    snr_gamma: float = 0.0,
 ) -> tuple[dict[str, nn.Module], nn.Module]:
     """The modules that a stage has a use for, by part, and its objective over them."""
     modules = start.trainable_parts(file.architecture, file.parts, seed)
     if stage.diffusion:
         modules["unet"] = trainable_unet(file)
     denoiser = partial(Denoiser, checkpointing=checkpointing)
-    return modules, assemble(stage, modules, denoiser, masked=masked)
+    return modules, assemble(stage, modules, denoiser, masked=masked, snr_gamma=snr_gamma)
 
 
 def encoded_samples(
