@@ -60,8 +60,9 @@ class Jackknifed:
 def kid(real: FeatureFile, made: FeatureFile) -> Jackknifed:
     """KID, times 1000: unbiased squared MMD with the kernel (x y / D + 1)^3.
 
-    Binkowski et al. 2018. Of all records at once, not of random subsets, so that it is the same in
-    every run.
+    Binkowski et al. 2018. A made picture is not compared with its own original, since they are
+    alike outside the hole (Gretton et al. 2012, lemma 6). Of all records at once, not of random
+    subsets, so that it is the same in every run.
 
     Raises TooFew: fewer than 3 records.
     """
@@ -105,12 +106,13 @@ def _mmd(real: FeatureFile, made: FeatureFile, kernel: Kernel, unbiased: bool) -
         within += (rows - diagonal + kept).sum()
     rows, diagonal = _row_sums(real, made, kernel)
     columns, _ = _row_sums(made, real, kernel)
-    across = rows.sum()
-    rows_across = rows + columns - diagonal
+    kept = diagonal * self_pairs
+    across = (rows - diagonal + kept).sum()
+    rows_across = rows + columns - 2 * diagonal + kept
 
     def statistic(within, across, count: int):
         pairs = count * (count - 1) if unbiased else count * count
-        return within / pairs - 2 * across / count**2
+        return (within - 2 * across) / pairs
 
     value = statistic(within, across, count)
     without = statistic(within - rows_within, across - rows_across, count - 1)

@@ -203,14 +203,24 @@ def markdown(
     Args:
         breakdowns: by heading, see breakdown.py.
     """
-    parts = []
-    for heading, some in breakdowns.items():
-        described = [(part.title, part.count, columns(part.lines, names)) for part in some]
-        parts.append((heading, described))
     text = template("tables.md").render(
-        columns=columns(lines, names), facts=facts, notes=notes, breakdowns=parts
+        columns=columns(lines, names),
+        facts=facts,
+        notes=notes,
+        breakdowns=_described(breakdowns, names),
     )
     return "\n".join(map(str.rstrip, text.splitlines())) + "\n"
+
+
+def _described(
+    breakdowns: Mapping[str, Sequence[Part]], names: Sequence[str]
+) -> list[tuple[str, list[tuple[str, int, Columns]]]]:
+    """For a template: headings, and for each part its title, its pictures and its table."""
+    described = []
+    for heading, parts in breakdowns.items():
+        tables = [(part.title, part.count, columns(part.lines, names)) for part in parts]
+        described.append((heading, tables))
+    return described
 
 
 def latex(
@@ -283,6 +293,7 @@ def page(
     facts: Mapping[str, object],
     histogram: Mapping[str, Any] | None,
     seed: int,
+    breakdowns: Mapping[str, Sequence[Part]] | None = None,
 ) -> str:
     """The whole report, nothing outside of it needed.
 
@@ -290,6 +301,7 @@ def page(
         facts: what was compared, for the top of the page.
         histogram: edges and counts, see `chart`, of the feature cosines.
         seed: of the choice of random pictures.
+        breakdowns: by heading, see breakdown.py.
     """
     first = measured.folders[0]
     metric = next(metric for metric in RANKING if metric in first.values)
@@ -313,6 +325,7 @@ def page(
         facts=facts,
         groups=groups(lines),
         notes=notes,
+        breakdowns=_described(breakdowns or {}, measured.names),
         charts=charts,
         sections=sections,
     )

@@ -22,7 +22,9 @@ from conftest import SIZE, grey, original, write_pictures, write_run
 from paths import ROOT
 from PIL import Image, ImageFilter
 
+from cat_diffusion.cat_core.evaluation import study
 from cat_diffusion.cat_core.evaluation.results import SampleSet
+from cat_diffusion.cat_core.evaluation.study import StudyKey
 from cat_diffusion.cat_core.pictures.tensors import channels_last
 from cat_diffusion.nodes.visual_prompt import CATEncodeVisualPrompt, CATSemanticInpaint
 from demo_model import score
@@ -332,6 +334,43 @@ def test_the_documented_command_runs_as_written(result_folder, tmp_path):
         "background_psnr",
     }
     assert (tmp_path / "measured.csv").is_file()
+
+
+def test_the_documented_study_runs_as_written(result_folder, tmp_path):
+    """With the ratings that a page would have saved."""
+    text = (ROOT / "docs/evaluation.md").read_text("utf-8")
+    make, table = re.findall(r"^(python tools/evaluate\.py .*(?:--study|--ratings).*)$", text, re.M)
+    (tmp_path / "results").mkdir()
+    for name, paint in (("plain", grey), ("cat", original)):
+        result_folder(f"results/{name}", paint)
+    (tmp_path / "tools").symlink_to(ROOT / "tools")
+
+    def run(command):
+        _, *words = shlex.split(command)
+        return subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, capture_output=True, text=True
+        )
+
+    # Eight scenes are fewer than the thirty that are documented.
+    assert "--pictures is 30, and there are 8. Give at most so many." in run(make).stderr
+    made = run(make.replace("--pictures 30", "--pictures 8"))
+    assert made.returncode == 0, made.stderr
+    key = StudyKey.read(tmp_path / "study.key.json")
+    for number, name in enumerate(("anna", "li")):
+        ratings = []
+        for picture in range(8):
+            for question in study.QUESTIONS:
+                for result, method in enumerate(key.orders[picture]):
+                    value = min(5, 2 * method + (picture + number) % 3)
+                    place = {"picture": picture, "result": result, "question": question}
+                    ratings.append({**place, "value": value})
+        content = {"format": study.FORMAT, "study": key.study, "ratings": ratings}
+        (tmp_path / f"ratings_{name}.json").write_text(json.dumps(content))
+    shown = run(table)
+    assert shown.returncode == 0, shown.stderr
+    assert "| coherence | cat | 16 | " in shown.stdout
+    assert "Krippendorff's alpha, alignment: 0." in shown.stdout
+    assert (tmp_path / "study.json").is_file()
 
 
 def test_without_run_json_the_options_say_it_all(

@@ -317,8 +317,12 @@ def test_means_are_broken_down_by_name_and_by_size_of_hole(result_folder, monkey
         lines = {(line.metric, line.name): line for line in part.lines}
         line = lines["object_similarity", "grey"]
         assert line.estimate.value == pytest.approx(values[chosen].mean())
-        assert line.difference.value == pytest.approx(values[chosen].mean() - 1)
+        assert line.difference.value == pytest.approx(values[chosen].mean() - 1, abs=1e-5)
         assert "fid" not in {metric for metric, _ in lines}
+    lines = [Line("background_mean", name, 8, Estimate(1)) for name in found.names]
+    page = report.page(found, lines, [], {}, None, 0, {"By hole": [small, large]})
+    assert f"By hole: {small.title} <small>4 pictures</small>" in page
+    assert page.count("<details>") == 2
     labels = [record.label for record in found.samples.records]
     parts = breakdown.by_label(found, 0, 0)
     frequent = {label for label in labels if labels.count(label) > 1}

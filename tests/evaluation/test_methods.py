@@ -13,16 +13,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import SIZE
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
-from paths import COMFYUI, ROOT
+from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from paths import ROOT
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from tiny_pipeline import tiny_parts
 
 from cat_diffusion.cat_core.evaluation.results import SampleSet
 from evaluation.sample_checks import sample_seed
@@ -159,52 +153,13 @@ def test_a_killed_run_goes_on(make, method_file, scene_manifest, tmp_path):
 # Pipelines of diffusers ---------------------------------------------------------------------------
 
 
-def tiny_parts(channels):
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(COMFYUI / "comfy/sd1_tokenizer", model_max_length=77)
-    text = CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        projection_dim=16,
-    )
-    return {
-        "unet": UNet2DConditionModel(
-            sample_size=SIZE // 8,
-            in_channels=channels,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=16,
-            attention_head_dim=4,
-            norm_num_groups=4,
-        ),
-        "vae": AutoencoderKL(
-            block_out_channels=(8, 8, 8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=SIZE,
-        ),
-        "text_encoder": CLIPTextModel(text),
-        "tokenizer": tokenizer,
-        "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1),
-        "safety_checker": None,
-        "feature_extractor": None,
-    }
-
-
 @pytest.fixture(scope="module")
 def tiny_pipeline(tmp_path_factory):
     """The folder of Stable Diffusion Inpainting with tiny random networks."""
     folder = tmp_path_factory.mktemp("pipeline")
-    StableDiffusionInpaintPipeline(**tiny_parts(9), requires_safety_checker=False).save_pretrained(
-        folder
-    )
+    StableDiffusionInpaintPipeline(
+        **tiny_parts(9, SIZE), requires_safety_checker=False
+    ).save_pretrained(folder)
     return folder
 
 
@@ -244,7 +199,9 @@ def test_a_pipeline_is_called_as_its_documents_say(make, tiny_pipeline, scene_ma
 def test_blended_latent_diffusion_is_its_authors_loop(make, scene_manifest, tmp_path):
     """Step by step, with the photo's noised latents outside the hole; then the decoder's fit."""
     folder = tmp_path / "sd"
-    StableDiffusionPipeline(**tiny_parts(4), requires_safety_checker=False).save_pretrained(folder)
+    StableDiffusionPipeline(**tiny_parts(4, SIZE), requires_safety_checker=False).save_pretrained(
+        folder
+    )
     options = ["--steps", 8, "--background", "made"]
     make(f"blended-latent:{folder}", tmp_path / "plain", *options, "--decoder-steps", 0)
     make(f"blended-latent:{folder}", tmp_path / "fitted", *options, "--decoder-steps", 20)
@@ -288,9 +245,9 @@ def test_blended_latent_diffusion_is_its_authors_loop(make, scene_manifest, tmp_
     run = json.loads((tmp_path / "fitted/run.json").read_text())
     assert run == run | {"method": "blended-latent", "steps": 8, "decoder_steps": 20}
     inpainting = tmp_path / "inpainting"
-    StableDiffusionInpaintPipeline(**tiny_parts(9), requires_safety_checker=False).save_pretrained(
-        inpainting
-    )
+    StableDiffusionInpaintPipeline(
+        **tiny_parts(9, SIZE), requires_safety_checker=False
+    ).save_pretrained(inpainting)
     said = make(f"blended-latent:{inpainting}", tmp_path / "nine", code=1)
     assert "takes 9 channels, so it is no plain Stable Diffusion; expected 4" in said
 
@@ -317,7 +274,9 @@ def test_a_pipeline_that_cannot_be_had_is_explained(make, tiny_pipeline, tmp_pat
 def test_a_pipeline_that_does_not_inpaint_is_explained(make, tiny_pipeline, tmp_path, monkeypatch):
     """One that diffusers has no inpainting for: its family's pipelines are hidden here."""
     folder = tmp_path / "text"
-    StableDiffusionPipeline(**tiny_parts(4), requires_safety_checker=False).save_pretrained(folder)
+    StableDiffusionPipeline(**tiny_parts(4, SIZE), requires_safety_checker=False).save_pretrained(
+        folder
+    )
     make(f"diffusers:{folder}", tmp_path / "four", "--steps", 1)  # four channels inpaint too
 
     def refuse(*arguments, **options):

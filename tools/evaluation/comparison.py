@@ -122,7 +122,8 @@ def evaluate(arguments) -> None:
         write(arguments.latex, report.latex(lines, measured.names, breakdowns))
     if arguments.html:
         path = arguments.html / "index.html"
-        write(path, report.page(measured, lines, notes, facts, histogram, arguments.seed))
+        page = report.page(measured, lines, notes, facts, histogram, arguments.seed, breakdowns)
+        write(path, page)
         print(f"Report: {path}")
 
 
