@@ -13,6 +13,7 @@ from .crop_and_stitch import CATCropAroundMask, CATStitch
 from .demo_scene import CATDemoScene
 from .host import model_files
 from .load import CATLoadCheckpoint, CATLoadWeights
+from .sample_photo import CATSamplePhoto, lay_out_sample
 from .train_parts import CATTrainRefAdapter, CATTrainSemInpainter
 from .visual_prompt import CATEncodeVisualPrompt, CATSemanticInpaint, CATVisualPromptPreview
 
@@ -32,6 +33,7 @@ NODES = [
     CATTrainSemInpainter,
     CATTrainRefAdapter,
     CATDemoScene,
+    CATSamplePhoto,
 ]
 
 
@@ -45,4 +47,5 @@ class CATDiffusionExtension(ComfyExtension):
 async def comfy_entrypoint() -> CATDiffusionExtension:
     """Called once by the host when it loads the pack."""
     model_files.register_folder()
+    lay_out_sample()
     return CATDiffusionExtension()

@@ -97,8 +97,8 @@ def base(tmp_path_factory):
     # Else a dialog covers the page, and a missing file is an error.
     (user / "comfy.settings.json").write_text(json.dumps({"Comfy.TutorialCompleted": True}))
     (user / "comfy.templates.json").write_text("{}")
-    photo = Image.open(ROOT / "tools/photograph/photo.jpg").resize((256, 192))
-    mask = Image.open(ROOT / "tools/photograph/mask.png").resize((256, 192))
+    photo = Image.open(ROOT / "web/photograph/photo.jpg").resize((256, 192))
+    mask = Image.open(ROOT / "web/photograph/mask.png").resize((256, 192))
     photo.putalpha(ImageOps.invert(mask.convert("L")))
     for path in WORKFLOWS:
         for node in json.loads(path.read_text())["nodes"]:

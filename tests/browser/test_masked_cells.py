@@ -19,7 +19,7 @@ def pictures(base):
 
     They are a photo that is not square with a large hole, a small one and none.
     """
-    photo = Image.open(ROOT / "tools/photograph/photo.jpg").resize((450, 300))
+    photo = Image.open(ROOT / "web/photograph/photo.jpg").resize((450, 300))
     photo = photo.convert("L").convert("RGB")
     masks = {}
     for name, box in (

@@ -99,8 +99,8 @@ def write_lora(path):
 
 def write_photos(folder):
     """The demo's photograph in three sizes, transparent where its hole is, and opaque."""
-    photo = Image.open(ROOT / "tools/photograph/photo.jpg")
-    mask = Image.open(ROOT / "tools/photograph/mask.png")
+    photo = Image.open(ROOT / "web/photograph/photo.jpg")
+    mask = Image.open(ROOT / "web/photograph/mask.png")
     for name, size in PHOTOS.items():
         picture = photo.resize(size).convert("RGBA")
         picture.putalpha(mask.resize(size).point(lambda value: 255 - value))

@@ -41,6 +41,7 @@ CONTRACT = {
     "CATVisualPromptPreview": (["visual_prompt", "clip", "clip_vision"], ["IMAGE"]),
     "CATVisualPromptToClipVision": (["visual_prompt", "clip_vision"], ["CLIP_VISION_OUTPUT"]),
     "CATDemoScene": (["scene"], ["IMAGE", "MASK"]),
+    "CATSamplePhoto": (["image"], ["IMAGE", "MASK"]),
     "CATCompareFeatures": (
         ["cat_model", "clip_vision", "clip", "image", "mask", "text"],
         ["FLOAT", "FLOAT", "IMAGE"],

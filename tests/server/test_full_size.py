@@ -43,8 +43,8 @@ def full(full_file, tmp_path_factory):
     except OSError:
         shutil.copy(full_file, whole)
     split(full_file, base / "models")
-    photo = Image.open(ROOT / "tools/photograph/photo.jpg").convert("RGBA")
-    mask = Image.open(ROOT / "tools/photograph/mask.png")
+    photo = Image.open(ROOT / "web/photograph/photo.jpg").convert("RGBA")
+    mask = Image.open(ROOT / "web/photograph/mask.png")
     photo.putalpha(mask.point(lambda value: 255 - value))
     photo.save(base / "input/photo.png")
     with LocalServer(base, *CPU_OPTIONS, "--verbose", "DEBUG") as server:

@@ -204,7 +204,7 @@ def test_the_demo_with_random_weights_of_full_size(full_file, tmp_path):
     out = tmp_path / "out.png"
     assert "random weights" in run_demo("--full-size", "--steps", "1", "--out", out)
     photo, mask, made = thirds(out)
-    stored = Image.open(ROOT / "tools/photograph/photo.jpg")
+    stored = Image.open(ROOT / "web/photograph/photo.jpg")
     assert (photo == np.asarray(stored).astype(int)).all()
     assert (made[mask == 0] == photo[mask == 0]).all()
     assert np.abs(made - photo)[mask == 255].mean() > 5

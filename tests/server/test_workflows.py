@@ -14,6 +14,7 @@ from release import workflow_runs, workflows
 FOLLOWED = {  # by control_after_generate or upload
     ("KSampler", "seed"),
     ("LoadImage", "image"),
+    ("CATSamplePhoto", "image"),
     ("PrimitiveInt", "value"),
 }
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))

@@ -46,7 +46,7 @@ class PlainEncoders:
 def folder(tmp_path_factory):
     """The photograph in several sizes, with its mask; a cut picture."""
     folder = tmp_path_factory.mktemp("pictures")
-    photograph = Image.open(ROOT / "tools/photograph/photo.jpg").convert("RGB")
+    photograph = Image.open(ROOT / "web/photograph/photo.jpg").convert("RGB")
     for index, size in enumerate([(512, 512), (640, 480), (300, 700), (97, 61)]):
         photograph.resize(size).save(folder / f"{index}.png")
         mask = Image.new("L", size)

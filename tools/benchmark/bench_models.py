@@ -47,8 +47,8 @@ class Bench(Stopwatch):
 
     def picture(self, size: int, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """IMAGE (B, S, S, 3) and MASK (B, S, S) of the demo's photograph."""
-        photo = _levels(ROOT / "tools/photograph/photo.jpg", "RGB", size)
-        mask = _levels(ROOT / "tools/photograph/mask.png", "L", size)
+        photo = _levels(ROOT / "web/photograph/photo.jpg", "RGB", size)
+        mask = _levels(ROOT / "web/photograph/mask.png", "L", size)
         return photo.repeat(batch, 1, 1, 1), mask.repeat(batch, 1, 1)
 
     def see(self, image: torch.Tensor, mask: torch.Tensor):

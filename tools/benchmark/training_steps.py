@@ -70,7 +70,7 @@ def _preparing(folder: Path) -> Iterator[Row]:
 def _write_samples(folder: Path, count: int) -> None:
     """A manifest that names the photograph `count` times."""
     for name in ("photo.jpg", "mask.png"):
-        shutil.copy(ROOT / "tools/photograph" / name, folder)
+        shutil.copy(ROOT / "web/photograph" / name, folder)
     records = []
     for number in range(count):
         record = manifest.Record(f"s{number}", "photo.jpg", label="spoon", mask="mask.png")

@@ -126,8 +126,8 @@ def photograph(label: str | None, steps: int) -> Showcase:
         flush=True,
     )
     return Showcase(
-        photo=Image.open(ROOT / "tools/photograph/photo.jpg"),
-        mask=Image.open(ROOT / "tools/photograph/mask.png"),
+        photo=Image.open(ROOT / "web/photograph/photo.jpg"),
+        mask=Image.open(ROOT / "web/photograph/mask.png"),
         label=label,
         steps=steps,
         workflow="cat_inpaint",

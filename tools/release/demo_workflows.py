@@ -1,22 +1,18 @@
 """The example workflows that run on the bundled demo model as they are."""
 
-from release.graph import Graph
+from release.graph import Graph, PlacedNode, Step
 from release.workflow_parts import (
-    LOADERS,
-    MODEL,
-    NOTES,
-    PROMPTS,
-    SAMPLER,
-    LoaderOutputs,
     apply_adapter,
     cat_diffusion,
     decode,
     full_checkpoint,
+    object_label,
+    page,
     prompt,
     put_back,
     sample,
     save,
-    text,
+    semantic_inpaint,
 )
 from release.workflow_runs import DEMO
 
@@ -25,75 +21,83 @@ SAMPLING = {"steps": 20, "cfg": 3.0}  # enough for the demo model
 
 def demo(graph: Graph) -> None:
     """One object in a drawn scene."""
-    models = full_checkpoint(graph, DEMO)
-    scene = graph.add("CATDemoScene", at=(LOADERS, 240), size=(330, 90), scene="square hole")
-    label = text(graph, "Object to draw (colour and shape)", "red star", y=400)
+    steps = page(graph, photo="Picture with a hole")
+    models = full_checkpoint(steps.models, DEMO)
+    scene = steps.photo.add("CATDemoScene", height=100, scene="square hole")
+    label = object_label(steps.text, "red star", "Colour and shape")
+    visual_prompt = semantic_inpaint(
+        steps.text, models, image=scene[0], mask=scene[1], text=label[0]
+    )
     made = cat_diffusion(
-        graph,
+        steps.draw,
         models,
+        visual_prompt,
         image=scene[0],
         mask=scene[1],
         label=label[0],
-        scaled=scene[0],
         **SAMPLING,
     )
     finished = put_back(
-        graph,
-        "Put it back into the scene",
-        at=(SAMPLER, 470),
+        steps.result,
+        "Put it back",
         destination=scene[0],
         source=made[0],
         mask=scene[1],
     )
-    save(graph, finished, "cat_demo")
-    graph.note(
-        """# Try CAT-Diffusion: press Run
+    save(steps.result, finished, "cat_demo", height=600)
+    steps.guide.note(
+        """# Press Run
 
-Nothing to download. The **demo model** comes with the pack; it is tiny and knows coloured
-    shapes on drawn scenes only. It is there to see every part at work, it cannot do photographs.
+Nothing to download: the small **demo model** comes with the pack. It knows coloured shapes on drawn
+    scenes only, no photographs.
 
-Change the object: *red*, *green*, *blue*, *yellow*, *orange*, *purple*, *pink* or *white*;
-    *circle*, *square*, *triangle*, *star*, *heart*, *ring*, *crescent* or *cross*.
+**2** Type another shape: *red*, *green*, *blue*, *yellow*, *orange*, *purple*, *pink*, *white*;
+    *circle*, *square*, *triangle*, *star*, *heart*, *ring*, *crescent*, *cross*.
 
-Change the **scene**, or the seed in KSampler. **CAT Semantic Inpaint** shows which cells of
-    CLIP's grid the hole covers, and what it predicts there.
+**3** The seed changes with every run.
 
-For your own photos see the workflow *cat_weights*.""",
-        at=(NOTES, 0),
-        size=(390, 420),
+The grid shows the cells of CLIP's view that the hole covers, and below it what SemInpainter
+    predicts there.
+
+For photographs see *cat_weights*.""",
+        height=300,
     )
 
 
 def two_objects(graph: Graph) -> None:
     """Two holes with an object each, painted at once."""
-    models = full_checkpoint(graph, DEMO)
-    first = _hole(graph, "First hole", "upper", y=240)
-    second = _hole(graph, "Second hole", "lower", y=400)
-    first_label = text(graph, "First object", "red circle", y=560)
-    second_label = text(graph, "Second object", "yellow square", y=690)
-    before = _semantic_inpaint(
-        graph,
+    first_column = graph.column(270)
+    guide = first_column.step()
+    photo = first_column.step("1 Picture with two holes", "photo")
+    first_step = graph.column(280).step("2 First object", "text")
+    second_step = graph.column(280).step("3 Second object", "text")
+    last = graph.column(400)
+    draw = last.step("4 Draw both", "draw")
+    result = last.step("5 Result", "result")
+    models = full_checkpoint(photo, DEMO)
+    first = _hole(photo, "First hole", "upper")
+    second = _hole(photo, "Second hole", "lower")
+    first_label = object_label(first_step, "red circle", "First object")
+    second_label = object_label(second_step, "yellow square", "Second object")
+    before = semantic_inpaint(
+        first_step,
         models,
         title="First object",
-        at=(PROMPTS, 560),
         image=first[0],
         mask=first[1],
         text=first_label[0],
     )
-    after = _semantic_inpaint(
-        graph,
+    after = semantic_inpaint(
+        second_step,
         models,
-        title="Second object, on top of the first",
-        at=(MODEL, 560),
+        title="Second object",
         image=first[0],
         mask=second[1],
         text=second_label[0],
         previous=before[0],
     )
-    both_holes = graph.add(
+    both_holes = photo.add(
         "MaskComposite",
-        at=(LOADERS, 820),
-        size=(330, 154),
         title="Both holes",
         destination=first[1],
         source=second[1],
@@ -101,35 +105,21 @@ def two_objects(graph: Graph) -> None:
         y=0,
         operation="add",
     )
-    first_prompt = prompt(graph, "First object's prompt", models.clip, first_label[0], y=-30)
-    second_prompt = prompt(graph, "Second object's prompt", models.clip, second_label[0], y=140)
-    negative = prompt(graph, "Negative prompt", models.clip, "", y=310)
-    in_first = _in_hole(
-        graph,
-        "... in the first hole",
-        y=-30,
-        conditioning=first_prompt[0],
-        mask=first[1],
-    )
-    in_second = _in_hole(
-        graph,
-        "... in the second hole",
-        y=160,
-        conditioning=second_prompt[0],
-        mask=second[1],
-    )
-    positive = graph.add(
+    first_prompt = prompt(first_step, "First prompt", models.clip, first_label[0])
+    second_prompt = prompt(second_step, "Second prompt", models.clip, second_label[0])
+    negative = prompt(draw, "Negative prompt", models.clip, "")
+    in_first = _in_hole(first_step, "In the first hole", first_prompt, first)
+    in_second = _in_hole(second_step, "In the second hole", second_prompt, second)
+    positive = draw.add(
         "ConditioningCombine",
-        at=(MODEL, 350),
-        size=(290, 70),
+        title="Both prompts",
         conditioning_1=in_first[0],
         conditioning_2=in_second[0],
     )
-    adapted = apply_adapter(graph, models, after, at=(SAMPLER, 0), size=(330, 182))
-    inputs = graph.add(
+    adapted = apply_adapter(draw, models, after)
+    inputs = draw.add(
         "CATInpaintConditioning",
-        at=(SAMPLER, 250),
-        size=(330, 194),
+        title="CAT Conditioning",
         positive=positive[0],
         negative=negative[0],
         vae=models.vae,
@@ -139,71 +129,43 @@ def two_objects(graph: Graph) -> None:
         noise_mask=False,
     )
     sampled = sample(
-        graph,
-        y=510,
+        draw,
         model=adapted[0],
         positive=inputs[0],
         negative=inputs[1],
         latent_image=inputs[2],
         **SAMPLING,
     )
-    decoded = decode(graph, sampled, models.vae, y=850)
+    decoded = decode(draw, sampled, models.vae)
     finished = put_back(
-        graph,
-        "Put both back",
-        at=(SAMPLER, 970),
-        destination=first[0],
-        source=decoded[0],
-        mask=both_holes[0],
+        result, "Put both back", destination=first[0], source=decoded[0], mask=both_holes[0]
     )
-    save(graph, finished, "cat_two_objects")
-    graph.note(
-        """# Two objects, one sampling
+    save(result, finished, "cat_two_objects", height=240, first=False)
+    guide.note(
+        """# Two objects, one run
 
 SemInpainter runs twice: the second **CAT Semantic Inpaint** gets the first one's visual prompt
-    at *previous* and builds on it. CLIP sees neither hole; in the first one the features stay
-    those that were predicted there. The U-Net then paints both holes at once.
-
-Each text holds in its own hole only (*Conditioning (Set Mask)*), and both masks together are
-    the hole.
+    at *previous* and builds on it. The U-Net then paints both holes at once; each text holds in
+    its own hole only.
 
 This runs on the **demo model**, which knows coloured shapes only. With your own weights replace
-    the loader, and the scenes by one *Load Image* with the first mask and one *Load Image (as
-    Mask)* with the second.""",
-        at=(NOTES, 0),
-        size=(390, 470),
+    the loader, and the scenes by *Load Image* for the first mask and *Load Image (as Mask)* for
+    the second.""",
+        height=250,
     )
 
 
-def _hole(graph: Graph, title: str, place: str, *, y: int):
-    return graph.add(
-        "CATDemoScene",
-        at=(LOADERS, y),
-        size=(330, 90),
-        title=title,
-        scene=f"two holes, the {place}",
-    )
+def _hole(step: Step, title: str, place: str) -> PlacedNode:
+    return step.add("CATDemoScene", height=100, title=title, scene=f"two holes, the {place}")
 
 
-def _semantic_inpaint(graph: Graph, models: LoaderOutputs, **inputs):
-    return graph.add(
-        "CATSemanticInpaint",
-        size=(330, 560),
-        cat_model=models.cat_model,
-        clip_vision=models.clip_vision,
-        clip=models.clip,
-        **inputs,
-    )
-
-
-def _in_hole(graph: Graph, title: str, *, y: int, **inputs):
+def _in_hole(step: Step, title: str, conditioning: PlacedNode, hole: PlacedNode) -> PlacedNode:
     """A text that holds inside a mask only."""
-    return graph.add(
+    return step.add(
         "ConditioningSetMask",
-        at=(MODEL, y),
-        size=(290, 130),
         title=title,
+        conditioning=conditioning[0],
+        mask=hole[1],
         strength=1.0,
         set_cond_area="default",
-        **inputs,
     )

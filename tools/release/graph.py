@@ -30,14 +30,25 @@ Output = tuple[int, int]  # a node's id and which of its outputs
 Pair = tuple[int, int]  # x and y, or width and height, in units of the canvas
 
 
+SEED = "Seed"  # title of a number that several samplers share
+# How the canvas draws nodes and the groups around them, in its units.
+TITLE = 30  # height of a node's title
+COLLAPSED = 10  # between a collapsed node and the next
+BETWEEN = 16  # between a node and the next
+HEAD = 40  # a group's title
+MARGIN = 10  # between a group's border and its nodes
+APART = 14  # between a group and the next
+# Colours of the groups, readable on light and dark canvases.
+COLOURS = {"photo": "#3f789e", "text": "#8a6", "draw": "#a1309b", "result": "#b58b2a", "": "#777"}
+
+
 @dataclass(frozen=True)
 class PlacedNode:
-    """A node on the canvas; node[2] is its third output."""
+    """A node on the canvas; node[2] is its third output. With no height it is collapsed."""
 
     id: int
     kind: str
-    at: Pair
-    size: Pair
+    height: int | None
     title: str | None
     inputs: dict[str, object]  # values, and outputs of other nodes
 
@@ -45,6 +56,16 @@ class PlacedNode:
     def is_of_pack(self) -> bool:
         """Whether it is one of CAT-Diffusion's own."""
         return self.kind.startswith("CAT")
+
+    @property
+    def is_drawn_anew(self) -> bool:
+        """Whether the next run has another seed: where one expects another picture."""
+        return self.kind == "KSampler" or self.title == SEED
+
+    @property
+    def below(self) -> int:
+        """How far below its title's upper edge the next node begins."""
+        return TITLE + COLLAPSED if self.height is None else TITLE + self.height + BETWEEN
 
     def __getitem__(self, output: int) -> Output:
         return self.id, output
@@ -54,26 +75,88 @@ class PlacedNode:
 class Note:
     """A text on the canvas, in Markdown."""
 
-    at: Pair
-    size: Pair
+    height: int
     text: str
+
+    @property
+    def below(self) -> int:
+        """How far below its title's upper edge the next node begins."""
+        return TITLE + self.height + BETWEEN
+
+
+@dataclass(eq=False)
+class Step:
+    """Nodes below each other in a coloured group, whose title is what one does there.
+
+    Without a title there is no group around them.
+    """
+
+    graph: "Graph"
+    title: str
+    colour: str
+    items: list["PlacedNode | Note"] = field(default_factory=list)
+
+    def add(
+        self, kind: str, *, height: int | None = None, title: str | None = None, **inputs
+    ) -> PlacedNode:
+        """Place a node below the others; an input is a value or another node's output.
+
+        Inputs that are not given have the host's defaults.
+
+        Args:
+            height: without its title; None collapses it.
+        """
+        node = self.graph.node(kind, height, title, inputs)
+        self.items.append(node)
+        return node
+
+    def note(self, text: str, *, height: int) -> None:
+        """Place a note; in its text a line that begins with blanks continues the one before."""
+        self.items.append(Note(height, re.sub(r"\n +", " ", text)))
+
+    @property
+    def head(self) -> int:
+        """Height of what is above the nodes."""
+        return HEAD if self.title else 0
+
+    @property
+    def tall(self) -> int:
+        """Height of all of it."""
+        height = self.head + sum(item.below for item in self.items)
+        return height + MARGIN - BETWEEN if self.title else height - BETWEEN
+
+
+@dataclass(eq=False)
+class Column:
+    """Steps below each other, all their nodes of one width."""
+
+    graph: "Graph"
+    width: int
+    steps: list[Step] = field(default_factory=list)
+
+    def step(self, title: str = "", colour: str = "") -> Step:
+        """Begin a step below the others; its colour is one of COLOURS."""
+        step = Step(self.graph, title, COLOURS[colour])
+        self.steps.append(step)
+        return step
 
 
 @dataclass
 class Graph:
-    """Nodes, in the order in which they were added, and notes."""
+    """Nodes, in the order in which they were added, and the columns that they stand in."""
 
     info: dict  # the host's /object_info
     nodes: list[PlacedNode] = field(default_factory=list)
-    notes: list[Note] = field(default_factory=list)
+    columns: list[Column] = field(default_factory=list)
 
-    def add(
-        self, kind: str, *, at: Pair, size: Pair, title: str | None = None, **inputs
-    ) -> PlacedNode:
-        """Place a node; an input is a value or another node's output, such as node[0].
+    def column(self, width: int) -> Column:
+        """Begin a column to the right of the others."""
+        column = Column(self, width)
+        self.columns.append(column)
+        return column
 
-        Inputs that are not given have the host's defaults.
-        """
+    def node(self, kind: str, height: int | None, title: str | None, inputs: dict) -> PlacedNode:
+        """A node with the host's defaults for the inputs that are not given."""
         specs = self.specs(kind)
         unknown = set(inputs) - set(specs)
         if unknown:
@@ -84,13 +167,9 @@ class Graph:
         for name, spec in specs.items():
             if "default" in _options(spec):
                 defaults[name] = _options(spec)["default"]
-        node = PlacedNode(len(self.nodes) + 1, kind, at, size, title, defaults | inputs)
+        node = PlacedNode(len(self.nodes) + 1, kind, height, title, defaults | inputs)
         self.nodes.append(node)
         return node
-
-    def note(self, text: str, *, at: Pair, size: Pair) -> None:
-        """Place a note; in its text a line that begins with blanks continues the one before."""
-        self.notes.append(Note(at, size, re.sub(r"\n +", " ", text)))
 
     def specs(self, kind: str) -> dict:
         """The inputs of a class of nodes by name, as the host describes them, in its order."""
@@ -120,19 +199,35 @@ class Graph:
 
     def canvas(self, name: str) -> dict:
         """What is dropped onto the canvas; its id is made of the name."""
-        nodes = [self._drawn(node) for node in self.nodes]
-        links = self._link(nodes)
+        nodes = {}
         notes = []
-        for number, note in enumerate(self.notes, len(nodes) + 1):
-            notes.append(_drawn_note(note, number))
+        groups = []
+        left = 0
+        for column in self.columns:
+            top = 0
+            for step in column.steps:
+                if step.title:
+                    groups.append(_drawn_group(step, len(groups) + 1, left, top, column.width))
+                y = top + step.head + TITLE
+                for item in step.items:
+                    if isinstance(item, Note):
+                        number = len(self.nodes) + len(notes) + 1
+                        notes.append(_drawn_note(item, number, (left, y), column.width))
+                    else:
+                        nodes[item.id] = self._drawn(item, (left, y), column.width)
+                    y += item.below
+                top += step.tall + APART
+            left += column.width + 2 * MARGIN + APART
+        drawn = [nodes[node.id] for node in self.nodes]
+        links = self._link(drawn)
         return {
             "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"cat-diffusion/{name}")),
             "revision": 0,
-            "last_node_id": len(nodes) + len(notes),
+            "last_node_id": len(drawn) + len(notes),
             "last_link_id": len(links),
-            "nodes": nodes + notes,
+            "nodes": drawn + notes,
             "links": links,
-            "groups": [],
+            "groups": groups,
             "config": {},
             "extra": {},
             "version": 0.4,
@@ -158,7 +253,7 @@ class Graph:
                 links.append([number, origin_id, output, node.id, slot, origin["type"]])
         return links
 
-    def _drawn(self, node: PlacedNode) -> dict:
+    def _drawn(self, node: PlacedNode, at: Pair, width: int) -> dict:
         """A node without its links."""
         inputs = []
         values = []
@@ -167,14 +262,14 @@ class Graph:
             slot = {"name": name, "type": type_, "link": None}
             if type_ in _WIDGETS:
                 slot["widget"] = {"name": name}
-                values += _widget_values(node.inputs.get(name), _options(spec))
+                values += _widget_values(node.inputs.get(name), _options(spec), node.is_drawn_anew)
             inputs.append(slot)
         drawn = {
             "id": node.id,
             "type": node.kind,
-            "pos": list(node.at),
-            "size": list(node.size),
-            "flags": {},
+            "pos": list(at),
+            "size": [width, node.height or 100],
+            "flags": {"collapsed": True} if node.height is None else {},
             "order": node.id - 1,
             "mode": 0,
             "inputs": inputs,
@@ -201,13 +296,13 @@ def _options(spec: list) -> dict:
     return spec[1] if len(spec) > 1 else {}
 
 
-def _widget_values(value: object, options: dict) -> list:
+def _widget_values(value: object, options: dict, is_drawn_anew: bool) -> list:
     """What an input's widgets show: its value, and those of the widgets that it brings along."""
     if isinstance(value, tuple):
         value = options.get("default", "")
     values = [value]
     if options.get("control_after_generate"):
-        values.append("fixed")
+        values.append("randomize" if is_drawn_anew else "fixed")
     if options.get("image_upload"):
         values.append("image")
     return values
@@ -227,12 +322,23 @@ def _properties(node: PlacedNode) -> dict:
     return properties
 
 
-def _drawn_note(note: Note, id: int) -> dict:
+def _drawn_group(step: Step, id: int, left: int, top: int, width: int) -> dict:
+    return {
+        "id": id,
+        "title": step.title,
+        "bounding": [left - MARGIN, top, width + 2 * MARGIN, step.tall],
+        "color": step.colour,
+        "font_size": 22,
+        "flags": {},
+    }
+
+
+def _drawn_note(note: Note, id: int, at: Pair, width: int) -> dict:
     return {
         "id": id,
         "type": "MarkdownNote",
-        "pos": list(note.at),
-        "size": list(note.size),
+        "pos": list(at),
+        "size": [width, note.height],
         "flags": {},
         "order": id - 1,
         "mode": 0,

@@ -122,6 +122,7 @@ def beside_demo() -> dict[str, dict]:
         "licence": "unknown",
     }
     return {
+        "CATSamplePhoto": {"image": "cat_sample_photo.png [temp]"},
         "CATLoadWeights": {"weights": "cat_demo_model.safetensors"},
         "CATEncodeVisualPrompt": {"clip_vision": clip_vision, "image": ["whole", 0]},
         "CATVisualPromptToClipVision": {

@@ -2,316 +2,330 @@
 
 from dataclasses import replace
 
-from release.graph import Graph, Output
+from release.graph import SEED, Graph, Step
 from release.workflow_parts import (
-    CAT_FILE,
-    LOADERS,
-    MODEL,
-    NOTES,
+    CAT_CHECKPOINT,
     PAINT,
-    PHOTO,
-    PROMPTS,
-    RESULT,
-    SAMPLER,
     ControlNetOutputs,
+    LoaderOutputs,
+    Page,
+    cat_diffusion,
     decode,
     full_checkpoint,
     object_label,
     on_photo,
-    photo_with_mask,
+    page,
     prompt,
     put_back,
     sample,
+    sample_photo,
     save,
+    semantic_inpaint,
     stock_models,
-    text,
 )
+
+CUSTOM_FILE = "your_sd15_model.safetensors"
+PLAIN_FILE = "v1-5-pruned-emaonly.safetensors"
 
 
 def inpaint(graph: Graph) -> None:
     """A full checkpoint in one file."""
-    models = full_checkpoint(graph, CAT_FILE)
-    photo = graph.add(
-        "LoadImage", at=(LOADERS, 240), size=(330, 400), title="Photo and mask", image=PHOTO
-    )
-    label = text(graph, "Object to paint (type its name)", "spoon", y=710)
-    painted = on_photo(graph, models, image=photo[0], mask=photo[1], label=label)
-    save(graph, painted.finished, "cat_inpaint")
-    graph.note(
-        f"""# Paint a named object into a photo
+    steps = page(graph)
+    models = full_checkpoint(steps.models, CAT_CHECKPOINT)
+    photo = sample_photo(steps.photo)
+    label = object_label(steps.text)
+    on_photo(steps, models, photo, label, "cat_inpaint")
+    steps.guide.note(
+        f"""# Paint an object into a photo
 
-1. **CAT Load Checkpoint**: choose your full CAT-Diffusion checkpoint. It belongs into the folder
-    **models/cat_diffusion**; press R after copying it there. Nobody has published one yet: train
-    it with the pack, or try the workflow *cat_demo*.
-2. **Photo and mask**: pick a picture of any size, {PAINT}.
-3. **Object to paint**: type its name, for example *fire hydrant*.
-4. Press **Run**. Outside the mask the photo stays exactly as it is.
+**Model files** A full CAT checkpoint in **models/cat_diffusion**, here *{CAT_CHECKPOINT}*. Nobody
+    has published one: train it, or try *cat_demo* first.
 
-**CAT Semantic Inpaint** predicts what CLIP would see if the object were there. **CAT Apply
-    RefAdapter** shows that to the sampler; lower its strength to follow the prompt more and the
-    scene less.""",
-        at=(NOTES, 0),
-        size=(390, 470),
+**1** A sample. Your photo: {PAINT}
+
+**2** Type the object's name.
+
+**3** Press **Run**. Outside the mask the photo stays as it is.""",
+        height=235,
     )
 
 
 def weights(graph: Graph) -> None:
     """CAT weights beside ComfyUI's own loaders."""
-    models = stock_models(graph)
-    photo = photo_with_mask(graph)
-    label = object_label(graph)
-    painted = on_photo(graph, models, image=photo[0], mask=photo[1], label=label)
-    save(graph, painted.finished, "cat_weights")
-    graph.note(
-        f"""# CAT weights on Stable Diffusion 1.5 Inpainting
+    steps = page(graph)
+    models = stock_models(steps.models)
+    photo = sample_photo(steps.photo)
+    label = object_label(steps.text)
+    on_photo(steps, models, photo, label, "cat_weights")
+    steps.guide.note(
+        f"""# CAT weights on SD 1.5 inpainting
 
-Three files:
-1. **models/checkpoints**: SD 1.5 *inpainting* (9 input channels), here
-    *sd-v1-5-inpainting.ckpt*.
-2. **models/clip_vision**: CLIP ViT-L/14, here *clip_vit_large_patch14.safetensors*.
-3. **models/cat_diffusion**: CAT weights (SemInpainter and RefAdapter). Nobody has published any:
-    train them with the pack, or look at *cat_demo* first.
+**Model files** In models/checkpoints, clip_vision and cat_diffusion, in this order. Nobody has
+    published CAT weights: train them, or try *cat_demo* first. Press R after copying files.
 
-Press R after copying files.
+**1** A sample. Your photo: {PAINT}
 
-Then: **Photo and mask**: {PAINT}. **Object to paint**: its name. **Run**.
+**2** Type the object's name.
 
-Outside the mask the photo stays exactly as it is. **Soft edge** lets the new object fade in over
-    a few pixels *inside* the mask. An object that sits too tightly in its mask: add *Grow Mask*
-    after the photo.""",
-        at=(NOTES, 0),
-        size=(390, 560),
+**3** Press **Run**. Outside the mask the photo stays as it is.""",
+        height=235,
     )
 
 
 def compare(graph: Graph) -> None:
     """The same once more without CAT-Diffusion, side by side."""
-    models = stock_models(graph)
-    photo = photo_with_mask(graph)
-    label = object_label(graph)
-    painted = on_photo(graph, models, image=photo[0], mask=photo[1], label=label, result_y=850)
-    y = 1120  # below everything else
-    positive = prompt(graph, "Positive prompt, plain", models.clip, label[0], y=y)
-    negative = prompt(graph, "Negative prompt, plain", models.clip, "", y=y + 170)
-    inputs = graph.add(
+    first = graph.column(310)
+    guide = first.step()
+    models_step = first.step("Model files")
+    photo_step = first.step("1 Photo and mask", "photo")
+    text_step = graph.column(320).step("2 What goes there", "text")
+    draw = graph.column(290).step("3 Draw with CAT", "draw")
+    last = graph.column(430)
+    result = last.step("4 Result: left plain, right CAT", "result")
+    plain_step = last.step("3 Draw without CAT", "draw")
+    models = stock_models(models_step)
+    photo = sample_photo(photo_step)
+    label = object_label(text_step)
+    seed = text_step.add("PrimitiveInt", height=82, title=SEED, value=0)
+    visual_prompt = semantic_inpaint(
+        text_step, models, image=photo[0], mask=photo[1], text=label[0]
+    )
+    scaled = draw.add(
+        "ImageScaleToTotalPixels",
+        title="Scale to 512x512",
+        image=photo[0],
+        upscale_method="lanczos",
+        megapixels=0.25,
+        resolution_steps=8,
+    )
+    made = cat_diffusion(
+        draw,
+        models,
+        visual_prompt,
+        image=scaled[0],
+        mask=photo[1],
+        label=label[0],
+        seed=seed[0],
+    )
+    positive = prompt(plain_step, "Positive prompt", models.clip, label[0])
+    negative = prompt(plain_step, "Negative prompt", models.clip, "")
+    inputs = plain_step.add(
         "InpaintModelConditioning",
-        at=(MODEL, y),
-        size=(290, 150),
+        title="Plain conditioning",
         positive=positive[0],
         negative=negative[0],
         vae=models.vae,
-        pixels=painted.scaled[0],
+        pixels=scaled[0],
         mask=photo[1],
         noise_mask=False,
     )
     sampled = sample(
-        graph,
-        y=y,
-        title="Plain SD 1.5 inpainting",
+        plain_step,
+        title="Plain sampling",
+        height=None,
         model=models.model,
         positive=inputs[0],
         negative=inputs[1],
         latent_image=inputs[2],
+        seed=seed[0],
     )
-    decoded = decode(graph, sampled, models.vae, y=y + 340)
-    plain = put_back(
-        graph,
-        "Put it back into the photo, plain",
-        at=(SAMPLER, y + 460),
-        destination=photo[0],
-        source=decoded[0],
-        mask=painted.soft_mask[0],
-    )
-    both = graph.add(
+    decoded = decode(plain_step, sampled, models.vae)
+    finished = []
+    for source in (decoded, made):
+        finished.append(
+            put_back(
+                result,
+                "Put it back",
+                destination=photo[0],
+                source=source[0],
+                mask=photo[1],
+            )
+        )
+    both = result.add(
         "ImageStitch",
-        at=(RESULT, y),
-        size=(330, 150),
-        title="Left plain, right CAT",
-        image1=plain[0],
+        image1=finished[0][0],
         direction="right",
         match_image_size=True,
         spacing_width=8,
         spacing_color="white",
-        image2=painted.finished[0],
+        image2=finished[1][0],
     )
-    save(graph, both, "cat_compare", width=560)
-    graph.note(
-        """# CAT-Diffusion against plain inpainting
+    save(result, both, "cat_compare", height=330)
+    guide.note(
+        f"""# With CAT-Diffusion and without
 
-The same photo, mask, text, seed and steps, once with Stable Diffusion 1.5 Inpainting alone
-    (lower half) and once with CAT-Diffusion (upper half). Left in the result is plain, right is
-    CAT.
+The same photo, mask, text, seed and steps, once by Stable Diffusion 1.5 inpainting alone, once with
+    CAT-Diffusion. Plain inpainting gets a grey hole, as it was trained, CAT a black one.
 
-Both samplers should have the same seed and steps: change them in both.
+**Model files** as in *cat_weights*.
 
-Plain inpainting gets the masked photo with a grey hole as it was trained, CAT one with a black
-    hole.""",
-        at=(NOTES, 0),
-        size=(390, 400),
+**1** A sample. Your photo: {PAINT}
+
+**2** The seed is for both. Steps and cfg: change them in both samplers.""",
+        height=235,
     )
 
 
 def reference(graph: Graph) -> None:
     """A picture of the object instead of SemInpainter's prediction."""
-    models = stock_models(graph)
-    photo = photo_with_mask(graph)
-    label = object_label(graph)
-    picture = graph.add(
+    steps = page(graph)
+    models = stock_models(steps.models)
+    photo = sample_photo(steps.photo)
+    label = object_label(steps.text)
+    picture = steps.text.add(
         "LoadImage",
-        at=(PROMPTS, 520),
-        size=(300, 400),
-        title="Reference picture of the object",
-        image=PHOTO,
+        height=340,
+        title="Picture of the object",
+        image="example.png",  # in every ComfyUI's input folder
     )
-    visual_prompt = graph.add(
+    visual_prompt = steps.text.add(
         "CATEncodeVisualPrompt",
-        at=(MODEL, 700),
-        size=(290, 80),
+        title="Encode the picture",
         clip_vision=models.clip_vision,
         image=picture[0],
     )
-    graph.add(
-        "CATVisualPromptPreview",
-        at=(MODEL, 850),
-        size=(330, 240),
-        visual_prompt=visual_prompt[0],
-    )
-    painted = on_photo(
-        graph,
-        models,
-        image=photo[0],
-        mask=photo[1],
-        label=label,
-        visual_prompt=visual_prompt,
-    )
-    save(graph, painted.finished, "cat_reference")
-    graph.note(
+    steps.text.add("CATVisualPromptPreview", height=240, visual_prompt=visual_prompt[0])
+    on_photo(steps, models, photo, label, "cat_reference", visual_prompt=visual_prompt)
+    steps.guide.note(
         f"""# A picture instead of a prediction
 
-The visual prompt comes from a **reference picture** of the object instead of SemInpainter. CLIP
-    squeezes it to a square and the RefAdapter sees it as if it were the whole photo: a reference
-    that shows the object at the place and in the size it should have works best.
+The visual prompt is a **reference picture** in place of SemInpainter's prediction. CLIP squeezes it
+    to a square, and RefAdapter takes it for the whole photo: one with the object at its place and
+    in its size works best.
 
-**Photo and mask**: {PAINT}. **Object to paint** still goes to the text prompt.""",
-        at=(NOTES, 0),
-        size=(390, 400),
+**Model files** as in *cat_weights*.
+
+**1** A sample. Your photo: {PAINT}
+
+**2** Name the object, and choose a picture of it.""",
+        height=235,
     )
 
 
 def lora_controlnet(graph: Graph) -> None:
     """Beside other patches and conditionings."""
-    models = stock_models(graph)
-    photo = photo_with_mask(graph)
-    label = object_label(graph)
-    lora = graph.add(
+    steps = page(graph)
+    models = stock_models(steps.models)
+    photo = sample_photo(steps.photo)
+    label = object_label(steps.text)
+    lora = steps.draw.add(
         "LoraLoader",
-        at=(LOADERS, -270),
-        size=(330, 130),
+        height=130,
         model=models.model,
         clip=models.clip,
         lora_name="your_style_lora.safetensors",
         strength_model=0.8,
         strength_clip=0.8,
     )
-    control = _edge_control(graph)
-    painted = on_photo(
-        graph,
+    edges = graph.columns[-1].step("Edges to follow", "photo")
+    on_photo(
+        steps,
         replace(models, model=lora[0], clip=lora[1]),
-        image=photo[0],
-        mask=photo[1],
-        label=label,
-        control=control,
+        photo,
+        label,
+        "cat_lora_controlnet",
+        height=270,
+        control=_edge_control(edges),
+        soft_edge=False,
     )
-    save(graph, painted.finished, "cat_lora_controlnet")
-    graph.note(
-        """# With LoRA and ControlNet
+    steps.guide.note(
+        f"""# With LoRA and ControlNet
 
-CAT-Diffusion is a patch on the model, so everything else goes on working: a **LoRA** before it
-    (SD 1.5), a **ControlNet** on the conditioning.
+CAT-Diffusion is a patch on the model; a **LoRA** goes before it, a **ControlNet** onto the
+    conditioning, both of SD 1.5.
 
-The edges must belong to the photo's frame: best take the photo itself with a rough sketch of the
-    object drawn in. LoRA and ControlNet are for SD 1.5; choose your own LoRA.""",
-        at=(NOTES, 0),
-        size=(390, 400),
+**Model files** as in *cat_weights*, and a LoRA of yours.
+
+**1** A sample. Your photo: {PAINT}
+
+**Edges to follow** must lie in the photo's frame: best the photo with a sketch of the object.""",
+        height=235,
     )
 
 
-def _edge_control(graph: Graph) -> ControlNetOutputs:
+def _edge_control(step: Step) -> ControlNetOutputs:
     """A ControlNet that follows the edges of a picture."""
-    sketch = graph.add(
-        "LoadImage",
-        at=(PROMPTS, 1130),
-        size=(300, 400),
-        title="Picture whose edges to follow",
-        image=PHOTO,
-    )
-    edges = graph.add(
-        "Canny",
-        at=(MODEL, 1030),
-        size=(290, 90),
-        image=sketch[0],
-        low_threshold=0.4,
-        high_threshold=0.8,
-    )
-    net = graph.add(
+    net = step.add(
         "ControlNetLoader",
-        at=(MODEL, 1180),
-        size=(290, 60),
+        title="ControlNet",
         control_net_name="control_v11p_sd15_canny_fp16.safetensors",
     )
+    sketch = step.add(
+        "LoadImage", height=310, title="Picture whose edges to follow", image="example.png"
+    )
+    edges = step.add("Canny", image=sketch[0], low_threshold=0.4, high_threshold=0.8)
+    step.items.insert(0, step.items.pop())
     return ControlNetOutputs(net=net[0], hint=edges[0])
 
 
 def crop(graph: Graph) -> None:
     """A square of a large photo, scaled up, painted, and put back."""
-    models = stock_models(graph)
-    photo = photo_with_mask(graph)
-    label = object_label(graph)
-    left = _pixels(graph, "Left edge of the crop", 64, y=1080)
-    top = _pixels(graph, "Upper edge of the crop", 64, y=1210)
-    side = _pixels(graph, "Side of the crop", 256, y=1340)
-    square = {"x": left, "y": top, "width": side, "height": side}
-    box = graph.add("PrimitiveBoundingBox", at=(LOADERS, 1480), size=(330, 154), **square)
-    part = graph.add(
-        "ImageCropV2",
-        at=(PROMPTS, -440),
-        size=(300, 380),
-        image=photo[0],
-        crop_region=box[0],
+    steps = page(graph)
+    models = stock_models(steps.models)
+    photo = sample_photo(steps.photo)
+    label = object_label(steps.text)
+    square = steps.draw.add(
+        "CATCropAroundMask", height=150, image=photo[0], mask=photo[1], size=512, context=2.0
     )
-    hole = graph.add("CropMask", at=(MODEL, -240), size=(290, 154), mask=photo[1], **square)
-    painted = on_photo(graph, models, image=part[0], mask=hole[0], label=label, result_y=850)
-    whole = graph.add(
-        "ImageCompositeMasked",
-        at=(RESULT, 600),
-        size=(330, 158),
-        title="Put the crop back into the photo",
-        destination=photo[0],
-        source=painted.finished[0],
-        x=left,
-        y=top,
-        resize_source=False,
+    visual_prompt = semantic_inpaint(
+        steps.text, models, image=square[0], mask=square[1], text=label[0]
     )
-    save(graph, whole, "cat_crop", width=560)
-    graph.note(
+    made = cat_diffusion(
+        steps.draw, models, visual_prompt, image=square[0], mask=square[1], label=label[0]
+    )
+    whole = steps.result.add("CATStitch", height=80, crop=square[2], image=made[0], soft_edge=8)
+    save(steps.result, whole, "cat_crop", height=560)
+    steps.guide.note(
         f"""# A small object in a large photo
 
-SD 1.5 works at 512x512. In a large photo a small hole would be only a few cells of CLIP's 16x16
-    grid, and the object would lack detail. So a square around the hole is cropped, scaled up,
-    painted, scaled down and put back.
+SD 1.5 draws at 512x512. A small hole in a large photo is only a few cells of CLIP's grid, so the
+    square around it is cut out, painted, and put back.
 
-1. **Photo and mask**: {PAINT}.
-2. **Left edge**, **upper edge** and **side of the crop**, in pixels of the photo: choose a square
-    two to three times as wide as the hole, inside the photo.
-3. The little grid on *CAT Semantic Inpaint* shows the covered cells after the first run.
+**Model files** as in *cat_weights*.
 
-Everything here but the CAT nodes is ComfyUI's own.""",
-        at=(NOTES, 0),
-        size=(390, 500),
+**1** A sample. Your photo: {PAINT}
+
+**3** *context*: how many times as long as the mask the square is. **4** *soft edge* in pixels.""",
+        height=235,
     )
 
 
-def _pixels(graph: Graph, title: str, value: int, *, y: int) -> Output:
-    """A number of pixels to type in, among the loaders."""
-    node = graph.add("PrimitiveInt", at=(LOADERS, y), size=(330, 82), title=title, value=value)
-    return node[0]
+def custom_checkpoint(graph: Graph) -> None:
+    """A checkpoint for text to picture, made one for inpainting, with CAT-Diffusion last."""
+    steps = page(graph)
+    models = _custom_models(steps)
+    photo = sample_photo(steps.photo)
+    label = object_label(steps.text)
+    on_photo(steps, models, photo, label, "cat_custom_checkpoint")
+    steps.guide.note(
+        f"""# Your SD 1.5 checkpoint, for inpainting
+
+**3** Subtract takes SD 1.5 from SD 1.5 *inpainting*; Add puts your checkpoint to what is left.
+    **Keep the order**: model1 has the nine channels. The log's SHAPE MISMATCH of one layer is
+    right. RefAdapter comes last.
+
+**Model files** as in *cat_weights*; yours and SD 1.5 in **3**.
+
+**1** A sample. Your photo: {PAINT}""",
+        height=235,
+    )
+
+
+def _custom_models(steps: Page) -> LoaderOutputs:
+    """One's own checkpoint + (SD 1.5 inpainting - SD 1.5), by ComfyUI's own nodes."""
+    stock = stock_models(steps.models)
+    custom = steps.draw.add(
+        "CheckpointLoaderSimple", title="Your checkpoint", ckpt_name=CUSTOM_FILE
+    )
+    plain = steps.draw.add("CheckpointLoaderSimple", title="SD 1.5", ckpt_name=PLAIN_FILE)
+    difference = steps.draw.add(
+        "ModelMergeSubtract",
+        title="Inpainting - SD 1.5",
+        model1=stock.model,
+        model2=plain[0],
+        multiplier=1.0,
+    )
+    merged = steps.draw.add(
+        "ModelMergeAdd", title="... + yours", model1=difference[0], model2=custom[0]
+    )
+    return replace(stock, model=merged[0], clip=custom[1], vae=custom[2])

@@ -2,21 +2,17 @@
 
 from dataclasses import dataclass
 
-from release.graph import Graph, Output, PlacedNode
+from release.graph import Graph, Output, PlacedNode, Step
 
-# Columns of the canvas, from left to right: where their nodes begin.
-NOTES = -440
-LOADERS = 0
-PROMPTS = 390
-MODEL = 780
-SAMPLER = 1150
-RESULT = 1540
-
-PAINT = "right-click it, *Open in Mask Editor*, paint where the object goes, save"
-CAT_FILE = "cat_diffusion.safetensors"
+CAT_CHECKPOINT = "cat_full_checkpoint.safetensors"
+CAT_WEIGHTS = "cat_weights.safetensors"
 BASE_FILE = "sd-v1-5-inpainting.ckpt"
 CLIP_VISION_FILE = "clip_vit_large_patch14.safetensors"
-PHOTO = "example.png"  # in every ComfyUI's input folder
+SAMPLE_PHOTO = "cat_sample_photo.png [temp]"
+PAINT = (
+    "upload yours, right-click it, *Open in MaskEditor*, paint where the object goes. "
+    "(*Load Image* does the same.)"
+)
 
 
 @dataclass(frozen=True)
@@ -39,17 +35,36 @@ class ControlNetOutputs:
 
 
 @dataclass(frozen=True)
-class PaintedPhoto:
-    """What `on_photo` leaves on the canvas."""
+class Page:
+    """The steps of a workflow, which fill a screen of 1440x900 from left to right."""
 
-    scaled: PlacedNode  # the photo in the size that was painted
-    soft_mask: PlacedNode
-    finished: PlacedNode  # the picture in the photo's own size
+    guide: Step
+    photo: Step
+    text: Step
+    models: Step
+    draw: Step
+    result: Step
 
 
-def full_checkpoint(graph: Graph, file: str) -> LoaderOutputs:
+def page(graph: Graph, *, photo: str = "Photo and mask") -> Page:
+    """The steps in their columns."""
+    first = graph.column(310)
+    second = graph.column(320)
+    third = graph.column(290)
+    last = graph.column(430)
+    return Page(
+        guide=first.step(),
+        models=first.step("Model files"),
+        photo=first.step(f"1 {photo}", "photo"),
+        text=second.step("2 What goes there", "text"),
+        draw=third.step("3 Draw", "draw"),
+        result=last.step("4 Result", "result"),
+    )
+
+
+def full_checkpoint(step: Step, file: str, *, height: int | None = None) -> LoaderOutputs:
     """All models from one file."""
-    loader = graph.add("CATLoadCheckpoint", at=(LOADERS, 0), size=(330, 170), checkpoint=file)
+    loader = step.add("CATLoadCheckpoint", height=height, checkpoint=file)
     return LoaderOutputs(
         model=loader[0],
         clip=loader[1],
@@ -59,45 +74,32 @@ def full_checkpoint(graph: Graph, file: str) -> LoaderOutputs:
     )
 
 
-def stock_models(graph: Graph) -> LoaderOutputs:
+def stock_models(step: Step) -> LoaderOutputs:
     """ComfyUI's own loaders, and the CAT weights."""
-    base = graph.add(
-        "CheckpointLoaderSimple", at=(LOADERS, 0), size=(330, 100), ckpt_name=BASE_FILE
-    )
-    vision = graph.add(
-        "CLIPVisionLoader", at=(LOADERS, 220), size=(330, 60), clip_name=CLIP_VISION_FILE
-    )
-    cat = graph.add("CATLoadWeights", at=(LOADERS, 380), size=(330, 60), weights=CAT_FILE)
+    base = step.add("CheckpointLoaderSimple", title="SD 1.5 inpainting", ckpt_name=BASE_FILE)
+    vision = step.add("CLIPVisionLoader", title="CLIP vision", clip_name=CLIP_VISION_FILE)
+    cat = step.add("CATLoadWeights", title="CAT weights", weights=CAT_WEIGHTS)
     return LoaderOutputs(
         model=base[0], clip=base[1], vae=base[2], clip_vision=vision[0], cat_model=cat[0]
     )
 
 
-def photo_with_mask(graph: Graph) -> PlacedNode:
-    """The photo, below ComfyUI's own loaders."""
-    return graph.add(
-        "LoadImage", at=(LOADERS, 540), size=(330, 330), title="Photo and mask", image=PHOTO
-    )
+def sample_photo(step: Step, *, height: int = 335) -> PlacedNode:
+    """A photo with a mask, which one replaces by one's own."""
+    return step.add("CATSamplePhoto", height=height, title="Photo and mask", image=SAMPLE_PHOTO)
 
 
-def object_label(graph: Graph) -> PlacedNode:
-    """The object's name, below the photo."""
-    return text(graph, "Object to paint (type its name)", "spoon", y=940)
+def object_label(step: Step, value: str = "spoon", title: str = "Object to paint") -> PlacedNode:
+    """The object's name."""
+    return step.add("PrimitiveString", height=60, title=f"{title} (type its name)", value=value)
 
 
-def text(graph: Graph, title: str, value: str, *, y: int) -> PlacedNode:
-    """A text to type in, among the loaders."""
-    return graph.add("PrimitiveString", at=(LOADERS, y), size=(330, 70), title=title, value=value)
-
-
-def prompt(graph: Graph, title: str, clip: Output, words: Output | str, *, y: int) -> PlacedNode:
+def prompt(step: Step, title: str, clip: Output, words: Output | str) -> PlacedNode:
     """A text prompt."""
-    return graph.add(
-        "CLIPTextEncode", at=(PROMPTS, y), size=(300, 102), title=title, clip=clip, text=words
-    )
+    return step.add("CLIPTextEncode", title=title, clip=clip, text=words)
 
 
-def sample(graph: Graph, *, y: int, title: str | None = None, **inputs) -> PlacedNode:
+def sample(step: Step, *, title: str | None = None, height: int | None = 270, **inputs):
     """KSampler as the paper samples, but for the inputs that say otherwise."""
     as_in_paper = {
         "seed": 0,
@@ -107,47 +109,46 @@ def sample(graph: Graph, *, y: int, title: str | None = None, **inputs) -> Place
         "scheduler": "ddim_uniform",
         "denoise": 1.0,
     }
-    return graph.add(
-        "KSampler", at=(SAMPLER, y), size=(330, 270), title=title, **as_in_paper | inputs
-    )
+    return step.add("KSampler", height=height, title=title, **as_in_paper | inputs)
 
 
-def decode(graph: Graph, sampled: PlacedNode, vae: Output, *, y: int) -> PlacedNode:
-    return graph.add("VAEDecode", at=(SAMPLER, y), size=(330, 54), samples=sampled[0], vae=vae)
+def decode(step: Step, sampled: PlacedNode, vae: Output) -> PlacedNode:
+    return step.add("VAEDecode", samples=sampled[0], vae=vae)
 
 
-def put_back(graph: Graph, title: str, *, at: tuple[int, int], **inputs) -> PlacedNode:
+def put_back(step: Step, title: str, **inputs) -> PlacedNode:
     """The `source` over the `destination`, which has another size, where the `mask` is white."""
-    return graph.add(
-        "ImageCompositeMasked",
-        at=at,
-        size=(330, 158),
+    return step.add("ImageCompositeMasked", title=title, x=0, y=0, resize_source=True, **inputs)
+
+
+def save(
+    step: Step, picture: PlacedNode, name: str, *, height: int = 480, first: bool = True
+) -> None:
+    """The finished picture, usually on top of its step; the file's name begins with `name`."""
+    step.add("SaveImage", height=height, images=picture[0], filename_prefix=name)
+    if first:
+        step.items.insert(0, step.items.pop())
+
+
+def semantic_inpaint(
+    step: Step, models: LoaderOutputs, *, height: int = 560, title: str | None = None, **inputs
+) -> PlacedNode:
+    """SemInpainter's prediction for an image, a mask and a text."""
+    return step.add(
+        "CATSemanticInpaint",
+        height=height,
         title=title,
-        x=0,
-        y=0,
-        resize_source=True,
+        cat_model=models.cat_model,
+        clip_vision=models.clip_vision,
+        clip=models.clip,
         **inputs,
     )
 
 
-def save(graph: Graph, picture: PlacedNode, name: str, *, width: int = 440) -> None:
-    """The finished picture; the file's name begins with `name`."""
-    graph.add(
-        "SaveImage",
-        at=(RESULT, 0),
-        size=(width, 540),
-        images=picture[0],
-        filename_prefix=name,
-    )
-
-
-def apply_adapter(
-    graph: Graph, models: LoaderOutputs, visual_prompt: PlacedNode, **place
-) -> PlacedNode:
+def apply_adapter(step: Step, models: LoaderOutputs, visual_prompt: PlacedNode) -> PlacedNode:
     """RefAdapter at full strength throughout."""
-    return graph.add(
+    return step.add(
         "CATApplyRefAdapter",
-        **place,
         model=models.model,
         cat_model=models.cat_model,
         visual_prompt=visual_prompt[0],
@@ -158,58 +159,40 @@ def apply_adapter(
 
 
 def cat_diffusion(
-    graph: Graph,
+    step: Step,
     models: LoaderOutputs,
+    visual_prompt: PlacedNode,
     *,
     image: Output,
     mask: Output,
     label: Output,
-    scaled: Output,
-    visual_prompt: PlacedNode | None = None,
     control: ControlNetOutputs | None = None,
     **sampling,
 ) -> PlacedNode:
-    """Prompts, visual prompt, conditioning, sampler, decoder; returns the decoder.
+    """Prompts, adapter, conditioning, sampler, decoder; returns the decoder.
 
     Args:
-        image: what CLIP sees, with its `mask`.
-        scaled: the same picture in the size that is painted.
-        visual_prompt: instead of SemInpainter's prediction.
+        image: in the size that is painted, with its `mask`.
         sampling: KSampler's inputs, where they are not the paper's.
     """
-    positive = prompt(graph, "Positive prompt", models.clip, label, y=0)
-    negative = prompt(graph, "Negative prompt", models.clip, "", y=170)
-    if visual_prompt is None:
-        visual_prompt = graph.add(
-            "CATSemanticInpaint",
-            at=(PROMPTS, 500),
-            size=(330, 560),
-            cat_model=models.cat_model,
-            clip_vision=models.clip_vision,
-            clip=models.clip,
-            image=image,
-            mask=mask,
-            text=label,
-        )
-    adapted = apply_adapter(graph, models, visual_prompt, at=(MODEL, 0), size=(310, 182))
-    inputs = graph.add(
+    positive = prompt(step, "Positive prompt", models.clip, label)
+    negative = prompt(step, "Negative prompt", models.clip, "")
+    adapted = apply_adapter(step, models, visual_prompt)
+    inputs = step.add(
         "CATInpaintConditioning",
-        at=(MODEL, 250),
-        size=(310, 194),
+        title="CAT Conditioning",
         positive=positive[0],
         negative=negative[0],
         vae=models.vae,
-        image=scaled,
+        image=image,
         mask=mask,
         fill="black",
         noise_mask=False,
     )
     conditions = inputs
     if control:
-        conditions = graph.add(
+        conditions = step.add(
             "ControlNetApplyAdvanced",
-            at=(MODEL, 510),
-            size=(310, 190),
             positive=inputs[0],
             negative=inputs[1],
             control_net=control.net,
@@ -219,82 +202,72 @@ def cat_diffusion(
             end_percent=0.8,
         )
     sampled = sample(
-        graph,
-        y=0,
+        step,
         model=adapted[0],
         positive=conditions[0],
         negative=conditions[1],
         latent_image=inputs[2],
         **sampling,
     )
-    return decode(graph, sampled, models.vae, y=340)
+    return decode(step, sampled, models.vae)
 
 
 def on_photo(
-    graph: Graph,
+    steps: Page,
     models: LoaderOutputs,
-    *,
-    image: Output,
-    mask: Output,
+    photo: PlacedNode,
     label: PlacedNode,
-    result_y: int = 600,
+    name: str,
+    *,
+    height: int = 480,
     visual_prompt: PlacedNode | None = None,
     control: ControlNetOutputs | None = None,
-) -> PaintedPhoto:
-    """CAT-Diffusion on a photo of any size, put back with a soft edge by a node at `result_y`."""
-    scaled = graph.add(
+    soft_edge: bool = True,
+) -> None:
+    """CAT-Diffusion on a photo of any size, put back where its mask is, and saved.
+
+    Args:
+        name: what the file's name begins with.
+        height: of the picture on the canvas.
+        visual_prompt: instead of SemInpainter's prediction.
+        soft_edge: fade over a few pixels inside the mask.
+    """
+    if visual_prompt is None:
+        visual_prompt = semantic_inpaint(
+            steps.text, models, image=photo[0], mask=photo[1], text=label[0]
+        )
+    scaled = steps.draw.add(
         "ImageScaleToTotalPixels",
-        at=(PROMPTS, 320),
-        size=(300, 114),
-        title="Scale to the size of SD 1.5",
-        image=image,
+        title="Scale to 512x512",
+        image=photo[0],
         upscale_method="lanczos",
         megapixels=0.25,
         resolution_steps=8,
     )
     made = cat_diffusion(
-        graph,
+        steps.draw,
         models,
-        image=image,
-        mask=mask,
+        visual_prompt,
+        image=scaled[0],
+        mask=photo[1],
         label=label[0],
-        scaled=scaled[0],
-        visual_prompt=visual_prompt,
         control=control,
     )
-    soft_mask = _soft_edge(graph, mask)
+    mask = _soft_edge(steps.result, photo[1])[0] if soft_edge else photo[1]
     finished = put_back(
-        graph,
-        "Put it back into the photo",
-        at=(RESULT, result_y),
-        destination=image,
+        steps.result,
+        "Put it back",
+        destination=photo[0],
         source=made[0],
-        mask=soft_mask[0],
+        mask=mask,
     )
-    return PaintedPhoto(scaled=scaled, soft_mask=soft_mask, finished=finished)
+    save(steps.result, finished, name, height=height)
 
 
-def _soft_edge(graph: Graph, mask: Output) -> PlacedNode:
+def _soft_edge(step: Step, mask: Output) -> PlacedNode:
     """A mask that fades over a few pixels, inside the one given."""
     # Corners stay square, since the blur is a square, too.
-    shrunk = graph.add(
-        "GrowMask",
-        at=(SAMPLER, 450),
-        size=(330, 86),
-        title="Soft edge, inwards",
-        mask=mask,
-        expand=-4,
-        tapered_corners=False,
-    )
-    picture = graph.add("MaskToImage", at=(SAMPLER, 610), size=(330, 30), mask=shrunk[0])
-    blurred = graph.add(
-        "ImageBlur",
-        at=(SAMPLER, 710),
-        size=(330, 86),
-        image=picture[0],
-        blur_radius=4,
-        sigma=2.0,
-    )
-    return graph.add(
-        "ImageToMask", at=(SAMPLER, 860), size=(330, 60), image=blurred[0], channel="red"
-    )
+    shrunk = step.add("GrowMask", title="Soft edge", mask=mask, expand=-4, tapered_corners=False)
+    picture = step.add("MaskToImage", title="Mask to image", mask=shrunk[0])
+    blurred = step.add("ImageBlur", image=picture[0], blur_radius=4, sigma=2.0)
+    return step.add("ImageToMask", title="Image to mask", image=blurred[0], channel="red")

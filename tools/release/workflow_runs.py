@@ -18,6 +18,7 @@ SHOWN = {
     "cat_reference": ("green circle",),
     "cat_lora_controlnet": ("blue cross",),
     "cat_crop": ("yellow circle",),
+    "cat_custom_checkpoint": ("pink crescent",),
 }
 # No thumbnail: the demo model draws nearly the same with RefAdapter and without.
 NOT_SHOWN = {"cat_compare"}
@@ -36,9 +37,10 @@ _INPUTS = {
     "ImageScaleToTotalPixels": {"megapixels": 128 * 128 / 1024**2},
     "GrowMask": {"expand": -1},
     "ImageBlur": {"blur_radius": 1, "sigma": 1.0},
+    "CATCropAroundMask": {"size": 128},
+    "CATStitch": {"soft_edge": 0},
     "KSampler": {"steps": 20, "cfg": 3.0},
 }
-_CROP = {"Left edge of the crop": 0, "Upper edge of the crop": 28, "Side of the crop": 100}
 # Nodes for which there are no files: for each of their outputs, the input to pass on instead.
 _PASSED_ON = {
     "LoraLoader": ("model", "clip"),
@@ -61,7 +63,7 @@ def on_demo(prompt: dict, label: str = "red star", scene: str = "square hole") -
 
 def _node_on_demo(node: dict, prompt: dict, label: str, scene: str) -> dict:
     kind = node["class_type"]
-    if kind == "LoadImage":
+    if kind in ("LoadImage", "CATSamplePhoto"):
         return node | {"class_type": "CATDemoScene", "inputs": {"scene": scene}}
     if kind == "InpaintModelConditioning":
         node = _filled_black(node)
@@ -71,8 +73,6 @@ def _node_on_demo(node: dict, prompt: dict, label: str, scene: str) -> dict:
     inputs |= _INPUTS.get(kind, {})
     if kind == "PrimitiveString" and inputs["value"] == "spoon":
         inputs["value"] = label
-    if kind == "PrimitiveInt":
-        inputs["value"] = _CROP[node["_meta"]["title"]]
     return node | {"inputs": inputs}
 
 

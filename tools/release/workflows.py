@@ -25,6 +25,7 @@ WORKFLOWS = {
     "cat_lora_controlnet": photo_workflows.lora_controlnet,
     "cat_two_objects": demo_workflows.two_objects,
     "cat_crop": photo_workflows.crop,
+    "cat_custom_checkpoint": photo_workflows.custom_checkpoint,
     "cat_train": training_workflow.training,
 }
 

@@ -39,6 +39,7 @@ const SENTENCES = {
 const FILES = {
     LoadImage: (value) => picture(value("image"), "alpha"),
     LoadImageMask: (value) => picture(value("image"), value("channel")),
+    CATSamplePhoto: (value) => picture(value("image"), "alpha"),
     CATDemoScene: (value) => {
         const url = new URL(`../scenes/${encodeURIComponent(value("scene"))}.png`, import.meta.url).href;
         return { url, opaque: url, channel: "alpha" };

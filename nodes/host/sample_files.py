@@ -1,0 +1,36 @@
+"""The host's folder for pictures that the page shows, where the sample photograph is laid."""
+
+import logging
+import os
+
+import folder_paths
+from PIL import Image
+
+from . import symbols
+
+log = logging.getLogger(__name__)
+
+
+def lay_out(name: str, picture: Image.Image) -> None:
+    """Write a picture into the host's temporary folder, so that the page can show it.
+
+    The input folder is the user's, and this one the host empties whenever it starts.
+    """
+    folder = folder_paths.get_temp_directory()
+    try:
+        os.makedirs(folder, exist_ok=True)
+        picture.save(os.path.join(folder, name), compress_level=1)
+    except OSError as error:
+        log.warning("CAT-Diffusion: cannot write %s into %s (%s).", name, folder, error)
+
+
+def path_of(annotated: str) -> str:
+    """Where a picture lies that a loader names, such as "a.png [temp]"; "" if it is nowhere."""
+    if not folder_paths.exists_annotated_filepath(annotated):
+        return ""
+    return folder_paths.get_annotated_filepath(annotated)
+
+
+def load_picture(annotated: str) -> tuple:
+    """IMAGE and MASK of a picture, as the host's Load Image reads them."""
+    return symbols.run_stock_node("LoadImage", image=annotated)
