@@ -224,7 +224,7 @@ def lora_controlnet(graph: Graph) -> None:
         photo,
         label,
         "cat_lora_controlnet",
-        height=270,
+        height=200,
         control=_edge_control(edges),
         soft_edge=False,
     )
