@@ -210,7 +210,7 @@ def lora_controlnet(graph: Graph) -> None:
     label = object_label(steps.text)
     lora = steps.draw.add(
         "LoraLoader",
-        height=130,
+        height=175,
         model=models.model,
         clip=models.clip,
         lora_name="your_style_lora.safetensors",
