@@ -28,7 +28,8 @@ def path_of(annotated: str) -> str:
     """Where a picture lies that a loader names, such as "a.png [temp]"; "" if it is nowhere."""
     if not folder_paths.exists_annotated_filepath(annotated):
         return ""
-    return folder_paths.get_annotated_filepath(annotated)
+    path = folder_paths.get_annotated_filepath(annotated)
+    return path if os.path.isfile(path) else ""
 
 
 def load_picture(annotated: str) -> tuple:

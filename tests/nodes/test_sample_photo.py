@@ -1,4 +1,4 @@
-"""CAT Sample Photo: it is there without any file of the user's, and takes theirs like Load Image."""
+"""CAT Sample Photo: it needs no file of the user's, and takes theirs as Load Image does."""
 
 import folder_paths
 import numpy as np

@@ -9,7 +9,7 @@ from paths import ROOT
 from PIL import Image
 from safetensors.torch import save_file
 
-from release import workflow_runs, workflows
+from release import blueprints, workflow_runs, workflows
 
 FOLLOWED = {  # by control_after_generate or upload
     ("KSampler", "seed"),
@@ -104,6 +104,30 @@ def test_models_that_can_be_downloaded_are_named(server):
                 assert model["url"].startswith("https://huggingface.co/")
                 assert model["url"].endswith((".safetensors", ".ckpt"))
                 assert model["directory"] in kinds
+
+
+def test_blueprints_are_listed_and_are_what_the_tool_writes(server):
+    """One node, whose inputs are those of its subgraph, and every link ends where it says."""
+    info = server.get("/object_info")
+    offered = server.get("/global_subgraphs")
+    ids = {one["name"]: id for id, one in offered.items() if one["source"] == "custom_node"}
+    assert set(ids) == set(blueprints.ALL)
+    for name, id in ids.items():
+        served = json.loads(server.get(f"/global_subgraphs/{id}")["data"])
+        written = blueprints.blueprint(name, info)
+        (outer,) = served["nodes"]
+        (subgraph,) = served["definitions"]["subgraphs"]
+        inputs = [slot["name"] for slot in outer["inputs"]]
+        assert inputs == [port["name"] for port in subgraph["inputs"]]
+        assert inputs == [slot["name"] for slot in written["nodes"][0]["inputs"]]
+        ends = {node["id"]: node for node in subgraph["nodes"]}
+        for link in subgraph["links"]:
+            if link["target_id"] in ends:
+                slot = ends[link["target_id"]]["inputs"][link["target_slot"]]
+                assert slot["link"] == link["id"]
+            if link["origin_id"] in ends:
+                slot = ends[link["origin_id"]]["outputs"][link["origin_slot"]]
+                assert link["id"] in slot["links"]
 
 
 # Running them ---------------------------------------------------------------------------------

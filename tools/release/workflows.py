@@ -3,7 +3,8 @@
     python tools/run.py release.workflows [--thumbnails] [--only NAME ...]
 
 Asks a real ComfyUI for the nodes' inputs, so that links and widgets are in the order that it
-expects. --thumbnails also runs every workflow on the demo model and keeps the picture.
+expects. Writes the blueprints of subgraphs as well. --thumbnails also runs every workflow on the
+demo model and keeps the picture.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from comfyui.local_server import LocalServer, make_base
-from release import demo_workflows, photo_workflows, training_workflow
+from release import blueprints, demo_workflows, photo_workflows, training_workflow
 from release.graph import Graph
 from release.workflow_runs import FOLDER, NOT_SHOWN, examples, thumbnail
 
@@ -49,6 +50,9 @@ def main() -> int:
                 write(name, info)
                 if arguments.thumbnails and name not in NOT_SHOWN:
                     thumbnail(server, name)
+                print(name, flush=True)
+            for name in blueprints.ALL:
+                blueprints.write_blueprint(name, info)
                 print(name, flush=True)
     return 0
 
