@@ -210,7 +210,6 @@ def lora_controlnet(graph: Graph) -> None:
     label = object_label(steps.text)
     lora = steps.draw.add(
         "LoraLoader",
-        height=175,
         model=models.model,
         clip=models.clip,
         lora_name="your_style_lora.safetensors",
