@@ -19,7 +19,7 @@ from pathlib import Path
 from comfyui import launch  # which makes the checkout known as cat_diffusion
 
 # isort: split
-from cat_diffusion.cat_core.training.stages import STAGES
+from cat_diffusion.cat_core.training.stages import PICTURES, STAGES
 
 
 def main() -> int:
@@ -51,15 +51,16 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
     """End with an error for what can be told wrong before anything is installed or read."""
     if arguments.stage not in STAGES:
         parser.error(f"unknown stage {arguments.stage}; choose from {', '.join(STAGES)}")
-    for name in ("size", "steps", "batch_size", "micro_batch_size", "save_every"):
+    counts = ("size", "steps", "batch_size", "micro_batch_size", "save_every")
+    for name in (*counts, "checkpoints_total_limit", "validation_samples"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected 1 up")
-    for name in ("warmup", "samples_every", "dataloader_num_workers"):
+    for name in ("warmup", "samples_every", "validate_every", "dataloader_num_workers"):
         if (getattr(arguments, name) or 0) < 0:
             parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected 0 up")
     if not (arguments.rates > 0 and math.isfinite(arguments.rates)):
         parser.error(f"--rates is {arguments.rates}, expected a number above 0")
-    for name in ("final_rate", "ema_decay"):
+    for name in ("final_rate", "ema_decay", "caption_share"):
         if not 0 <= (getattr(arguments, name) or 0) <= 1:
             found = getattr(arguments, name)
             parser.error(f"--{name.replace('_', '-')} is {found}, expected 0 to 1")
@@ -74,6 +75,8 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
             f"batch_size {arguments.batch_size} is not a multiple of micro_batch_size "
             f"{arguments.micro_batch_size}. Change one of them."
         )
+    if arguments.random_flip and arguments.pictures != "crop":
+        parser.error("--random-flip mirrors crops: give --pictures crop, or leave it out")
     if arguments.masked and arguments.stage != "sem-inpainter":
         parser.error(f"--masked is a loss of sem-inpainter, the stage is {arguments.stage}")
     for path in arguments.base:
@@ -124,6 +127,25 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--size", type=int, default=512, help="side of the pictures for the VAE, in pixels"
+    )
+    parser.add_argument(
+        "--pictures",
+        choices=PICTURES,
+        default="crop",
+        help="crop: the short side to 512 pixels and a square around the object, as the official "
+        "training does, at another place in each epoch, or with --cache at one place a record; "
+        "squash: all of the picture, without its proportion, as evaluation does",
+    )
+    parser.add_argument(
+        "--random-flip", action="store_true", help="mirror half of the crops; not for letters"
+    )
+    parser.add_argument(
+        "--caption-share",
+        type=float,
+        metavar="SHARE",
+        help="of the samples that have label and caption, those that are described by the caption "
+        "(default: the official 0.2 with crops; with squashed pictures SemInpainter reads all "
+        "labels, and the U-Net all captions)",
     )
     parser.add_argument("--steps", type=int, default=40_000)
     parser.add_argument("--batch-size", type=int, default=128, help="over all processes")
@@ -209,6 +231,27 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 def add_outputs(parser: argparse.ArgumentParser) -> None:
     """What is written, and the machine."""
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+    parser.add_argument(
+        "--checkpoints-total-limit",
+        type=int,
+        default=2,
+        metavar="N",
+        help="checkpoints that are kept, the latest ones",
+    )
+    parser.add_argument(
+        "--validate-every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="measure the loss, and for sem-inpainter the cosines in the hole, on held-out records "
+        "every N steps: RUN/validation.csv, with the same timesteps and noise each time; 0 = never",
+    )
+    parser.add_argument(
+        "--validation-split", default="validation", help="which records of the manifest those are"
+    )
+    parser.add_argument(
+        "--validation-samples", type=int, default=64, metavar="N", help="how many of them"
+    )
     parser.add_argument(
         "--samples-every",
         type=int,

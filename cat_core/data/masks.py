@@ -64,7 +64,7 @@ def load(record: Record, folder: str | os.PathLike) -> tuple[Image.Image, Image.
         check_shape(mask, image.size, turned)
         if mask.size != image.size:
             mask = mask.resize(image.size, Image.Resampling.BICUBIC)
-    if _object_box(mask) is None:
+    if object_box(mask) is None:
         raise SampleError(
             "empty mask",
             f"{record.mask or record.box} reaches {mask.getextrema()[1]} of 255 at the image's "
@@ -158,7 +158,7 @@ def training_mask(mask: Image.Image | None, variant: str) -> Image.Image:
     if mask is None:
         return hole
     mask_512 = mask.resize(hole.size, Image.Resampling.BICUBIC)
-    box = _object_box(mask_512)
+    box = object_box(mask_512)
     if box is None:
         raise SampleError(
             "empty mask",
@@ -166,7 +166,7 @@ def training_mask(mask: Image.Image | None, variant: str) -> Image.Image:
             "is too small",
         )
     if variant == "segment":
-        return _dilated(mask_512)
+        return dilated(mask_512)
     hole.paste(255, box)
     return hole
 
@@ -204,7 +204,7 @@ def official_box(box: Box) -> Image.Image:
     return hole
 
 
-def _dilated(mask: Image.Image) -> Image.Image:
+def dilated(mask: Image.Image) -> Image.Image:
     """Each pixel as the lightest of the 5x5 around it.
 
     As ImageFilter.MaxFilter(5), along one axis after the other, which takes a fraction of its time.
@@ -221,7 +221,7 @@ def _dilated(mask: Image.Image) -> Image.Image:
     return Image.fromarray(levels)
 
 
-def _object_box(mask: Image.Image) -> tuple[int, int, int, int] | None:
+def object_box(mask: Image.Image) -> tuple[int, int, int, int] | None:
     """What a mask masks, in pixels."""
     return mask.point(BINARY).getbbox()
 

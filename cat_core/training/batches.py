@@ -20,7 +20,7 @@ from ..errors import CatError
 from .encoding import Sample, stack
 from .objectives import Batch
 from .settings import TrainingError
-from .stores import SampleStore
+from .stores import SampleStore, chance_of
 
 TIMESTEPS = 1000  # of Stable Diffusion's noise schedule
 # Share of samples that lose text and visual prompt together, for classifier-free guidance.
@@ -68,7 +68,8 @@ class PreparedSamples(Dataset):
         try:
             for position in positions:
                 number = step * self.batch_size + position
-                index, sample = self._usable(number, draw_variant(self.generator(number)))
+                variant = draw_variant(self.generator(number))
+                index, sample = self._usable(number, variant)
                 indices.append(index)
                 samples.append(sample)
         except CatError as error:
@@ -92,9 +93,10 @@ class PreparedSamples(Dataset):
 
     def _usable(self, number: int, variant: str) -> tuple[int, Sample]:
         """The record of a sample's number, or the next one that can be used, and its sample."""
+        chance = chance_of(f"{self.seed} sample {number}")
         for attempt in range(len(self.store)):
             index = self._index(number + attempt)
-            sample = self.store.sample(index, variant)
+            sample = self.store.sample(index, variant, chance)
             if sample is not None:
                 return index, sample
         raise ManifestError("Not one record of the manifest can be used; see the report.")

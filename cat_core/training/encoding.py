@@ -1,6 +1,7 @@
 """From a record's files to what the objectives read: pictures prepared, frozen networks run."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 from .. import preprocess
 from ..data import masks
+from ..data.crops import Chance, cropped
 from ..data.manifest import Record
 from .objectives import Batch
 
@@ -41,47 +43,69 @@ class Encoders(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """How samples are made of records."""
+
+    objective: str = "diffusion"  # or distillation
+    size: int = 512  # side of the picture that the VAE encodes, in pixels
+    cell: int = 8  # pixels along one side of a latent cell
+    pictures: str = "squash"  # one of stages.PICTURES
+    flip: bool = False  # mirror half of the pictures; crops only
+    # Share of the samples whose caption, where they have one, takes the label's place everywhere,
+    # as in the official training. None: SemInpainter reads labels, the U-Net captions.
+    caption_share: float | None = None
+
+
 def prepare(
-    record: Record, folder: Path, variant: str, size: int, cell: int, objective: str = "diffusion"
+    record: Record,
+    folder: Path,
+    variant: str,
+    how: Preparation,
+    chance: Chance,
 ) -> Sample:
     """Everything that the encoders see of one record for an objective, in 8 bits.
 
     Args:
         folder: the manifest's.
         variant: how the hole is made of the object's mask, one of masks.VARIANTS.
-        size: side of the picture that the VAE encodes, in pixels.
-        cell: pixels along one side of a latent cell.
     Raises:
         masks.SampleError: the files cannot be used.
     """
     picture, mask = masks.load(record, folder)
-    hole = masks.training_mask(mask, variant)
+    if how.pictures == "crop":
+        picture, hole = cropped(record, picture, mask, variant, chance, how.flip)
+    else:
+        hole = masks.training_mask(mask, variant)
     working_size = (masks.HOLE_SIZE, masks.HOLE_SIZE)
     picture_512 = picture.resize(working_size, Image.Resampling.BICUBIC)
     seen = preprocess.clip_input_of_pictures(picture_512, hole)
+    is_captioned = chance.caption < (how.caption_share or 0)
     prepared = {
         "whole": seen.image[0],
         "seen": seen.masked_image[0],
         "patch_mask": seen.patch_mask[0],
+        "captioned": torch.tensor(is_captioned),
     }
-    if objective == "diffusion":
-        hole_at_size = hole.resize((size, size), Image.Resampling.BICUBIC)
-        is_working_size = size == masks.HOLE_SIZE
+    if how.objective == "diffusion":
+        hole_at_size = hole.resize((how.size, how.size), Image.Resampling.BICUBIC)
+        is_working_size = how.size == masks.HOLE_SIZE
+        latent_mask = preprocess.levels_of(hole_at_size, how.size // how.cell) > 0
         prepared |= {
-            "picture": preprocess.levels_of(picture_512 if is_working_size else picture, size),
+            "picture": preprocess.levels_of(picture_512 if is_working_size else picture, how.size),
             "hole": preprocess.levels_of(hole_at_size),
-            "latent_mask": (preprocess.levels_of(hole_at_size, size // cell) > 0).float(),
+            "latent_mask": latent_mask.float(),
         }
     return prepared
 
 
-def encode(records: Sequence[Record], inputs: Batch, encoders: Encoders, objective: str) -> Batch:
+def encode(records: Sequence[Record], inputs: Batch, encoders: Encoders, how: Preparation) -> Batch:
     """Run the frozen networks over samples made by `prepare`, stacked.
 
     The batch's keys are what the objective, distillation or diffusion, wants (see objectives.py).
     """
-    holes = encode_holes(inputs, encoders, objective)
-    return holes | encode_whole(records, inputs, encoders, objective)
+    holes = encode_holes(inputs, encoders, how.objective)
+    return holes | encode_whole(records, inputs, encoders, how)
 
 
 def encode_holes(inputs: Batch, encoders: Encoders, objective: str) -> Batch:
@@ -100,21 +124,35 @@ def encode_holes(inputs: Batch, encoders: Encoders, objective: str) -> Batch:
 
 
 def encode_whole(
-    records: Sequence[Record], inputs: Batch, encoders: Encoders, objective: str
+    records: Sequence[Record], inputs: Batch, encoders: Encoders, how: Preparation
 ) -> Batch:
     """What does not depend on the mask."""
     patches, image = encoders.image(inputs["whole"])
-    names = [record.label or record.caption or "" for record in records]
+    names = []
+    descriptions = []
+    for record, is_captioned in zip(records, inputs["captioned"].tolist(), strict=True):
+        name, description = _texts(record, is_captioned, how.caption_share is not None)
+        names.append(name)
+        descriptions.append(description)
     batch = {
         "teacher_patches": patches,
         "teacher_image": image,
         "text": encoders.text(names),
     }
-    if objective == "diffusion":
-        descriptions = [record.caption or record.label or "" for record in records]
+    if how.objective == "diffusion":
         batch["latent"] = encoders.latent(inputs["picture"])
         batch["context"] = encoders.context(descriptions)
     return {key: value.float() for key, value in batch.items()}
+
+
+def _texts(record: Record, is_captioned: bool, is_one_text: bool) -> tuple[str, str]:
+    """What SemInpainter and the U-Net read of a record."""
+    label = record.label or record.caption or ""
+    caption = record.caption or record.label or ""
+    if not is_one_text:
+        return label, caption
+    text = caption if is_captioned else label
+    return text, text
 
 
 def stack(samples: Sequence[Sample]) -> Batch:

@@ -15,11 +15,13 @@ import torch
 from ..config import Tensors
 from ..data.manifest import Record
 from ..weights import Checkpoint
+from .encoding import Preparation
 
 Facts = Mapping[str, str | int | float | bool]
 
 # Counts up whenever another sample is made of the same files (preprocess.py, data, encoding.py).
 PREPROCESSING = 1
+PREPROCESSING_CROPS = 2  # of the pictures that are cut instead of squashed
 SHOWN = 12  # digits of a digest
 CHUNK = 1 << 20  # bytes of a file that are read at once
 
@@ -56,6 +58,16 @@ def of_sizes(records: Sequence[Record], folder: Path) -> dict[str, str]:
         for name in files_of(record):
             digest.update(f"{size_of(folder / name)}\n".encode())
     return {"sizes of picture and mask files": _short(digest)}
+
+
+def of_preparation(how: Preparation) -> dict[str, str | float | bool]:
+    """How samples are cut and described; what older versions did is left unsaid."""
+    facts: dict[str, str | float | bool] = {}
+    if how.pictures != "squash":
+        facts |= {"preprocessing": PREPROCESSING_CROPS, "pictures": how.pictures, "flip": how.flip}
+    if how.caption_share is not None:
+        facts["caption_share"] = how.caption_share
+    return facts
 
 
 def of_parts(file: Checkpoint, parts: Iterable[str]) -> dict[str, str]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 NEW = 1e-4  # the official learning rate of parts that start from nothing
 PRETRAINED = 1e-5  # the official learning rate of parts that know something already
 
+PICTURES = ("crop", "squash")  # how training pictures of any proportion become square: crops.py
+
 
 @dataclass(frozen=True)
 class Stage:

@@ -7,6 +7,7 @@ sample holds is the store's own affair. `unusable` says which records were found
 sample that holds NaN. Worker processes get a store without its networks, and open files anew.
 """
 
+import hashlib
 import json
 import math
 from collections import OrderedDict
@@ -22,12 +23,22 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
+from ..data.crops import Chance
 from ..data.manifest import ManifestError, Record
 from ..data.masks import VARIANTS, SampleError
 from ..data.tally import Tally
 from ..files import InUseError, locked, remove_leftovers, replacing, write_text
 from . import identity
-from .encoding import Encoders, Sample, encode, encode_holes, encode_whole, prepare, stack
+from .encoding import (
+    Encoders,
+    Preparation,
+    Sample,
+    encode,
+    encode_holes,
+    encode_whole,
+    prepare,
+    stack,
+)
 from .objectives import Batch
 from .settings import TrainingError
 
@@ -72,8 +83,7 @@ class FreshSamples:
         folder: the manifest's.
         encoders: None where samples are prepared and no more.
         objective: distillation or diffusion.
-        size: side of the picture that the VAE encodes, in pixels.
-        cell: pixels along one side of a latent cell.
+        size, cell, pictures, flip, caption_share: see encoding.Preparation.
         tally: counts the records that cannot be used.
     """
 
@@ -86,6 +96,9 @@ class FreshSamples:
         objective: str,
         size: int = 512,
         cell: int = 8,
+        pictures: str = "squash",
+        flip: bool = False,
+        caption_share: float | None = None,
         tally: Tally | None = None,
     ):
         self.records = records
@@ -94,17 +107,24 @@ class FreshSamples:
         self.objective = objective
         self.size = size
         self.cell = cell
+        self.how = Preparation(objective, size, cell, pictures, flip, caption_share)
         self.tally = tally or Tally()
         self.unusable: dict[int, str] = {}  # record -> why
 
     def __len__(self):
         return len(self.records)
 
-    def sample(self, index: int, variant: str) -> Sample | None:
-        """The prepared sample, or None if its files cannot be used, which is counted once."""
+    def sample(self, index: int, variant: str, chance: Chance | None = None) -> Sample | None:
+        """The prepared sample, or None if its files cannot be used, which is counted once.
+
+        Args:
+            chance: None means the record's own, which is always the same.
+        """
         record = self.records[index]
         try:
-            return prepare(record, self.folder, variant, self.size, self.cell, self.objective)
+            return prepare(
+                record, self.folder, variant, self.how, chance or chance_of(f"record {index}")
+            )
         except SampleError as error:
             self.skip(index, error.reason)
             return None
@@ -118,7 +138,7 @@ class FreshSamples:
     def batch(self, indices: Sequence[int], inputs: Batch, device: torch.device) -> Batch:
         """Run the frozen networks over prepared samples."""
         records = [self.records[index] for index in indices]
-        batch = encode(records, inputs, self.encoders, self.objective)
+        batch = encode(records, inputs, self.encoders, self.how)
         return {key: value.to(device) for key, value in batch.items()}
 
     def __getstate__(self):
@@ -153,8 +173,11 @@ class KeptSamples:
         """What to do about a sample that is no number."""
         return self.fresh.remedy(index)
 
-    def sample(self, index: int, variant: str) -> Sample | None:
-        """The encoded sample, or None if its files cannot be used."""
+    def sample(self, index: int, variant: str, chance: Chance | None = None) -> Sample | None:
+        """The encoded sample, or None if its files cannot be used.
+
+        It was cut by the record's own chance, once for all.
+        """
         if (index, variant) not in self.kept:
             self.kept[index, variant] = self._encoded(index, variant)
         return self.kept[index, variant]
@@ -213,6 +236,7 @@ class ShardedSamples:
         }
         if fresh.objective == "diffusion":
             wanted |= {"size": fresh.size, "cell": fresh.cell}
+        wanted |= identity.of_preparation(fresh.how)
         path = folder / "cache.json"
         facts = self._facts(path) if path.exists() else wanted
         # A diffusion stage's cache holds all that distillation needs.
@@ -394,7 +418,7 @@ class ShardedSamples:
             holes.append(encode_holes(inputs, encoders, objective))
             if variant == VARIANTS[0]:
                 records = [self.fresh.records[index] for index in usable[rows]]
-                wholes.append(encode_whole(records, inputs, encoders, objective))
+                wholes.append(encode_whole(records, inputs, encoders, self.fresh.how))
         tensors = self._rows(usable, variant, holes)
         if variant == VARIANTS[0]:
             tensors |= self._rows(usable, BOTH, wholes)
@@ -418,8 +442,11 @@ class ShardedSamples:
             tensors[f"{kind}.{key}"] = small.contiguous()
         return tensors
 
-    def sample(self, index: int, variant: str) -> Sample | None:
-        """The encoded sample in half precision, or None if its files could not be used."""
+    def sample(self, index: int, variant: str, chance: Chance | None = None) -> Sample | None:
+        """The encoded sample in half precision, or None if its files could not be used.
+
+        It was cut by the record's own chance, once for all.
+        """
         number = index // self.per_shard
         try:
             return self._opened(number).sample(index, variant)
@@ -494,6 +521,12 @@ class Shard:
 
 
 SampleStore = FreshSamples | KeptSamples | ShardedSamples
+
+
+def chance_of(name: str) -> Chance:
+    """The chance of a name, always the same."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return Chance(*(int.from_bytes(digest[i : i + 6], "big") / 2**48 for i in (0, 6, 12, 18)))
 
 
 def _stamp(path: Path) -> Stamp:

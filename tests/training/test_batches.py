@@ -13,13 +13,15 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from cat_diffusion.cat_core import preprocess
 from cat_diffusion.cat_core.data import masks
+from cat_diffusion.cat_core.data.crops import Chance
 from cat_diffusion.cat_core.data.manifest import ManifestError, Record
 from cat_diffusion.cat_core.pictures.tensors import channels_first
 from cat_diffusion.cat_core.training.batches import Batches, Stream, default_workers
-from cat_diffusion.cat_core.training.encoding import prepare
+from cat_diffusion.cat_core.training.encoding import Preparation, prepare
 from cat_diffusion.cat_core.training.settings import TrainingError
 from cat_diffusion.cat_core.training.stores import FreshSamples, ShardedSamples
 
+MIDDLE = Chance(0.5, 0.5, 0.5, 0.5)
 CPU = torch.device("cpu")
 REQUESTS = [(step, range(start, start + 2)) for step in range(3) for start in (0, 2)]
 
@@ -87,7 +89,7 @@ def equal(one, other):
 @pytest.mark.parametrize("variant", masks.VARIANTS)
 def test_samples_in_8_bits_have_the_values_that_floats_gave(folder, records, size, variant):
     for record in records[:-1]:
-        prepared = prepare(record, folder, variant, size, 8)
+        prepared = prepare(record, folder, variant, Preparation(size=size), MIDDLE)
         picture, mask = masks.load(record, folder)
         image = channels_first(picture)
         hole = channels_first(masks.training_mask(mask, variant))
@@ -156,7 +158,7 @@ def test_what_a_started_worker_gets_needs_no_networks(fresh):
 
 
 def test_a_worker_that_dies_is_one_sentence(fresh):
-    def die(index, variant):
+    def die(index, variant, chance):
         os.kill(os.getpid(), signal.SIGKILL)
 
     source = batches(fresh, 1)

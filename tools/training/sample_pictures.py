@@ -18,9 +18,9 @@ from cat_diffusion.cat_core.features import masked_cosine
 from cat_diffusion.cat_core.files import replacing
 from cat_diffusion.cat_core.pictures import plots
 from cat_diffusion.cat_core.pictures.tensors import channels_last, to_picture
-from cat_diffusion.cat_core.training.encoding import encode, prepare, stack
+from cat_diffusion.cat_core.training.encoding import Preparation, encode, prepare, stack
 from cat_diffusion.cat_core.training.stages import Stage
-from cat_diffusion.cat_core.training.stores import FreshSamples
+from cat_diffusion.cat_core.training.stores import FreshSamples, chance_of
 from cat_diffusion.cat_core.weights import Checkpoint
 from cat_diffusion.nodes.apply_ref_adapter import apply_ref_adapter
 from cat_diffusion.nodes.conditioning import inpaint_conditioning
@@ -108,10 +108,9 @@ class SamplePictures:
         module = self.modules["sem_inpainter"]
         device = next(module.parameters()).device
         fresh = self.fresh
-        prepared = prepare(
-            sample.record, fresh.folder, "segment", fresh.size, fresh.cell, "distillation"
-        )
-        encoded = encode([sample.record], stack([prepared]), self.encoders, "distillation")
+        how = Preparation("distillation")  # squashed, as inference sees it
+        prepared = prepare(sample.record, fresh.folder, "segment", how, chance_of("sheet"))
+        encoded = encode([sample.record], stack([prepared]), self.encoders, how)
         batch = {key: value.to(device) for key, value in encoded.items()}
         observed = batch["patches"]
         teacher = batch["teacher_patches"]

@@ -25,6 +25,7 @@ from cat_diffusion.cat_core.files import require_writable
 from cat_diffusion.cat_core.training import checkpoints, identity, loop, start
 from cat_diffusion.cat_core.training.assemble import assemble
 from cat_diffusion.cat_core.training.batches import Batches, default_workers
+from cat_diffusion.cat_core.training.encoding import Preparation
 from cat_diffusion.cat_core.training.settings import Settings, TrainingError, TrainingRun
 from cat_diffusion.cat_core.training.stages import STAGES, Stage
 from cat_diffusion.cat_core.training.stores import (
@@ -42,6 +43,9 @@ from cat_diffusion.nodes.host.encoders import HostEncoders
 from cat_diffusion.nodes.host.unet import vae_cell
 
 from .sample_pictures import SamplePictures
+from .validation import Validation, validation_batches
+
+OFFICIAL_CAPTION_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,29 @@ class StageRun:
     split: str = "train"  # of the manifest
     cache: Path | None = None  # folder for encoded samples
     size: int = 512  # side of the pictures for the VAE, in pixels
+    pictures: str = "squash"  # one of stages.PICTURES
+    flip: bool = False  # mirror half of the crops
+    caption_share: float | None = None  # see encoding.Preparation
     masked: bool = False  # the paper's loss for SemInpainter instead of the official code's
     checkpointing: bool = False  # compute activations again
+    validate_every: int = 0  # steps between validations; 0 = never
+    validation_split: str = "validation"  # of the manifest
+    validation_samples: int = 64
     samples_every: int = 0  # steps between sheets of sample pictures; 0 = never
     licence: str = "unknown"  # of the result
     workers: int | None = None  # that prepare samples ahead; None chooses by the cores
     cpu: bool = False  # do not use a GPU
+
+    @property
+    def how(self) -> Preparation:
+        """How samples are made of records."""
+        return Preparation(
+            self.stage.objective,
+            self.size,
+            pictures=self.pictures,
+            flip=self.flip,
+            caption_share=self.caption_share,
+        )
 
 
 def command(arguments) -> int:
@@ -93,6 +114,7 @@ def _described(arguments) -> StageRun:
         precision=arguments.precision,
         seed=arguments.seed,
         save_every=arguments.save_every,
+        keep=arguments.checkpoints_total_limit,
     )
     return StageRun(
         stage=STAGES[arguments.stage].scaled(arguments.rates),
@@ -103,8 +125,14 @@ def _described(arguments) -> StageRun:
         split=arguments.split,
         cache=arguments.cache,
         size=arguments.size,
+        pictures=arguments.pictures,
+        flip=arguments.random_flip,
+        caption_share=caption_share(arguments),
         masked=arguments.masked,
         checkpointing=arguments.checkpointing,
+        validate_every=arguments.validate_every,
+        validation_split=arguments.validation_split,
+        validation_samples=arguments.validation_samples,
         samples_every=arguments.samples_every,
         licence=arguments.licence,
         workers=arguments.dataloader_num_workers,
@@ -117,6 +145,13 @@ def final_rate(arguments) -> float:
     if arguments.final_rate is not None:
         return arguments.final_rate
     return 0.0 if arguments.lr_scheduler == "cosine" else 1.0
+
+
+def caption_share(arguments) -> float | None:
+    """Of the samples, those that captions describe; None leaves each network its own kind."""
+    if arguments.caption_share is None and arguments.pictures == "crop":
+        return OFFICIAL_CAPTION_SHARE
+    return arguments.caption_share
 
 
 def run(described: StageRun) -> Path | None:
@@ -160,6 +195,7 @@ def run(described: StageRun) -> Path | None:
         size=described.size,
         cache=described.cache,
         processes=processes,
+        how=described.how,
     )
     fresh = store.fresh if isinstance(store, ShardedSamples) else store
     workers = described.workers
@@ -177,7 +213,19 @@ def run(described: StageRun) -> Path | None:
             folder=described.folder / "samples",
             seed=described.settings.seed,
         )
-    elif described.cache:
+    validation = None
+    if described.validate_every and processes.process_index == 0:
+        validation = Validation(
+            objective,
+            validation_batches(
+                validation_samples(described, encoders, fresh.cell),
+                batches.empty_context,
+                samples=described.validation_samples,
+                micro_batch_size=described.settings.micro_batch_size,
+            ),
+            described.folder / "validation.csv",
+        )
+    if described.cache and not described.samples_every:
         # The frozen networks have done their work: their memory is wanted.
         del file, encoders, fresh.encoders
         memory.clear_memory()
@@ -186,12 +234,28 @@ def run(described: StageRun) -> Path | None:
     def on_step(step, figures):
         if pictures and step % described.samples_every == 0:
             pictures.draw(step)
+        is_last = step == described.settings.steps
+        if validation and (is_last or step % described.validate_every == 0):
+            validation.measure(step)
 
     try:
         return loop.train(training, batches, cpu=described.cpu, on_step=on_step)
     finally:
         if fresh.tally.skipped:
             print(f"\n{fresh.tally}")
+
+
+def validation_samples(described: StageRun, encoders: HostEncoders, cell: int) -> FreshSamples:
+    """The records that a run is validated on, squashed as evaluation sees them."""
+    return FreshSamples(
+        manifest.read(described.data, described.validation_split),
+        described.data.parent,
+        encoders,
+        objective=described.stage.objective,
+        size=described.size,
+        cell=cell,
+        caption_share=described.caption_share,
+    )
 
 
 def identity_of(
@@ -216,6 +280,7 @@ def identity_of(
         **identity.of_records(records),
         **identity.of_parts(file, dict.fromkeys(parts)),
     }
+    facts |= identity.of_preparation(described.how)
     if stage.diffusion:
         facts["size"] = described.size
     if described.cache is None:
@@ -319,12 +384,15 @@ def encoded_samples(
     size: int = 512,
     cache: Path | None = None,
     processes: Processes | None = None,
+    how: Preparation | None = None,
 ) -> tuple[HostEncoders, SampleStore]:
     """The frozen networks, and the samples that they encode; a cache is filled first.
 
     Args:
         processes: those of the run, which fill the cache together; None means this one alone.
+        how: pictures, flip and captions; None squashes pictures.
     """
+    how = how or Preparation()
     vae = None
     unet = None
     cell = 8
@@ -343,6 +411,9 @@ def encoded_samples(
         objective=objective,
         size=size,
         cell=cell,
+        pictures=how.pictures,
+        flip=how.flip,
+        caption_share=how.caption_share,
     )
     if cache is None:
         return encoders, fresh
