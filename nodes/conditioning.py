@@ -112,7 +112,7 @@ class CATInpaintConditioning(io.ComfyNode):
         check_switch("noise_mask", noise_mask)
         check_choice("posterior", posterior, POSTERIORS)
         check_number("posterior_seed", posterior_seed, 0, MOST_SEED, whole=True)
-        seed = posterior_seed if posterior == "sample" else None
+        seed = int(posterior_seed) if posterior == "sample" else None
         return io.NodeOutput(
             *inpaint_conditioning(positive, negative, vae, image, mask, fill, noise_mask, seed)
         )

@@ -11,6 +11,7 @@ from ..cat_core.training.assemble import assemble
 from ..cat_core.training.settings import Settings
 from ..cat_core.training.stages import STAGES
 from ..cat_core.training.start import ref_adapter_config, sem_inpainter_config
+from .checks import check_choice, check_number, check_switch, check_wires, is_broken, shown
 from .folder_training import EXPECTED, FolderTraining
 from .host import messages, model_files
 from .host.clip import check_clip_vision, clip_vision_sizes, encode_text
@@ -27,6 +28,13 @@ from .host.unet import (
 from .visual_prompt import CLIP_VISION_TOOLTIP
 from .wires import CATEGORY, CatModelWire
 
+MOST_STEPS = 1_000_000
+MOST_EXAMPLES = 1024  # of a batch
+LEAST_RATE = 1e-7
+HIGHEST_RATE = 1e30  # by wire: the loss says which is too high
+LARGEST_SEED = 2**63 - 1
+SMALLEST_SIDE = 64  # pixels
+LARGEST_SIDE = 2048
 MOST_AT_ONCE = 8  # examples that SemInpainter takes at once
 PRECISIONS = {"fp32": "no", "bf16": "bf16"}
 
@@ -36,7 +44,7 @@ def _steps_input() -> io.Int.Input:
         "steps",
         default=300,
         min=1,
-        max=1_000_000,
+        max=MOST_STEPS,
         tooltip="The paper trains for 40,000.",
     )
 
@@ -46,7 +54,7 @@ def _batch_size_input(default: int) -> io.Int.Input:
         "batch_size",
         default=default,
         min=1,
-        max=1024,
+        max=MOST_EXAMPLES,
         tooltip="Examples in each step. The paper has 128.",
     )
 
@@ -55,7 +63,7 @@ def _learning_rate_input() -> io.Float.Input:
     return io.Float.Input(
         "learning_rate",
         default=1e-4,
-        min=1e-7,
+        min=LEAST_RATE,
         max=1.0,
         step=1e-7,
         tooltip="The paper's is 0.0001.",
@@ -76,7 +84,7 @@ def _settings_inputs(prefix: str) -> list:
             "seed",
             default=0,
             min=0,
-            max=2**63 - 1,
+            max=LARGEST_SEED,
             # A seed that changed by itself would start the training again with every prompt.
             control_after_generate=False,
             tooltip="Fixes the new weights, the order of the examples and the noise.",
@@ -172,13 +180,10 @@ class CATTrainSemInpainter(io.ComfyNode):
         licence,
         cat_model=None,
     ) -> io.NodeOutput:
-        settings = Settings(
-            steps=steps,
-            batch_size=batch_size,
-            micro_batch_size=_largest_divisor(batch_size, MOST_AT_ONCE),
-            precision=PRECISIONS[precision],
-            seed=seed,
-        )
+        settings = _checked_settings(steps, batch_size, precision, seed, learning_rate)
+        check_wires(clip_vision=clip_vision, clip=clip)
+        check_switch("masked_loss", masked_loss)
+        _check_texts(folder, filename_prefix, licence, cat_model)
         with messages.plain_errors():
             training = FolderTraining(
                 STAGES["sem-inpainter"],
@@ -237,8 +242,8 @@ class CATTrainRefAdapter(io.ComfyNode):
                 io.Int.Input(
                     "size",
                     default=512,
-                    min=64,
-                    max=2048,
+                    min=SMALLEST_SIDE,
+                    max=LARGEST_SIDE,
                     step=64,
                     tooltip="Side to which every picture is scaled, in pixels. The paper has 512.",
                 ),
@@ -248,7 +253,7 @@ class CATTrainRefAdapter(io.ComfyNode):
                     "micro_batch_size",
                     default=1,
                     min=1,
-                    max=1024,
+                    max=MOST_EXAMPLES,
                     tooltip="Examples that go through the model at once; batch_size must be a "
                     "multiple of it. More is faster and takes more memory, the result is the same.",
                 ),
@@ -294,13 +299,13 @@ class CATTrainRefAdapter(io.ComfyNode):
         licence,
         cat_model=None,
     ) -> io.NodeOutput:
-        settings = Settings(
-            steps=steps,
-            batch_size=batch_size,
-            micro_batch_size=micro_batch_size,
-            precision=PRECISIONS[precision],
-            seed=seed,
+        settings = _checked_settings(
+            steps, batch_size, precision, seed, learning_rate, micro_batch_size
         )
+        check_wires(model=model, clip_vision=clip_vision, clip=clip, vae=vae)
+        check_number("size", size, SMALLEST_SIDE, LARGEST_SIDE, whole=True)
+        check_switch("checkpointing", checkpointing)
+        _check_texts(folder, filename_prefix, licence, cat_model)
         with messages.plain_errors():
             training = FolderTraining(
                 STAGES["ref-adapter"],
@@ -331,6 +336,45 @@ class CATTrainRefAdapter(io.ComfyNode):
                 return assemble(training.stage, modules, denoiser), modules
 
             return training.train(batches, build, config)
+
+
+def _checked_settings(
+    steps, batch_size, precision, seed, learning_rate, micro_batch_size=None
+) -> Settings:
+    """What both nodes ask for, as the loop takes it; raises ValueError for what is out of range.
+
+    Args:
+        micro_batch_size: None for as many examples at once as divide the batch.
+    """
+    check_number("steps", steps, 1, MOST_STEPS, whole=True)
+    check_number("batch_size", batch_size, 1, MOST_EXAMPLES, whole=True)
+    if micro_batch_size is None:
+        micro_batch_size = _largest_divisor(batch_size, MOST_AT_ONCE)
+    check_number("micro_batch_size", micro_batch_size, 1, MOST_EXAMPLES, whole=True)
+    check_number("learning_rate", learning_rate, LEAST_RATE, HIGHEST_RATE)
+    check_choice("precision", precision, list(PRECISIONS))
+    check_number("seed", seed, 0, LARGEST_SEED, whole=True)
+    return Settings(
+        steps=steps,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        precision=PRECISIONS[precision],
+        seed=seed,
+    )
+
+
+def _check_texts(folder, filename_prefix, licence, cat_model) -> None:
+    """Raise ValueError for what is no text, and for another wire than a CAT_MODEL."""
+    for name, value in {"filename_prefix": filename_prefix, "licence": licence}.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{name} is {shown(value)}; expected a text. Type one.")
+    if not isinstance(folder, str) or is_broken(folder) or "\0" in folder:
+        raise ValueError(
+            f"folder is {shown(folder)}; expected one in ComfyUI's input folder. "
+            "Choose it from the list."
+        )
+    if cat_model is not None:
+        check_wires(cat_model=cat_model)
 
 
 def _largest_divisor(number: int, most: int) -> int:

@@ -5,6 +5,7 @@ The host is set up here, before any test module is imported: they import the pac
 
 import sys
 
+import hypothesis
 import pytest
 from paths import COMFYUI, ROOT
 
@@ -24,6 +25,16 @@ launch.start_host()
 from cat_diffusion.cat_core import weights  # noqa: E402 - after the host's settings
 from demo_model import showcase  # noqa: E402
 from demo_model.random_checkpoint import random_checkpoint  # noqa: E402
+
+EVERY_TIME = {
+    "deadline": None,  # contract.bounded has one
+    "database": None,
+    "suppress_health_check": list(hypothesis.HealthCheck),
+}
+# The same draws each time, so that a test which passes once does so again.
+hypothesis.settings.register_profile("same", max_examples=300, derandomize=True, **EVERY_TIME)
+hypothesis.settings.register_profile("soak", max_examples=30000, print_blob=True, **EVERY_TIME)
+hypothesis.settings.load_profile("same")
 
 
 def pytest_addoption(parser):

@@ -88,8 +88,9 @@ def main() -> int:
         except (OSError, ValueError) as error:
             parser.error(f"{arguments.page} cannot take the tables: {error}")
     arguments.cpu = arguments.cpu or not launch.has_cuda()
-    launch.start_host(arguments.cpu)
-    from benchmark import sections
+    with launch.importing():
+        launch.start_host(arguments.cpu)
+        from benchmark import sections
 
     return sections.command(arguments)
 

@@ -71,7 +71,8 @@ def main() -> int:
     if arguments.use_ema:
         arguments.checkpoint = _averages(parser, arguments.checkpoint)
     launch.enter_python(parser, arguments, {"torch": "torch", "safetensors": "safetensors"})
-    from official import conversion
+    with launch.importing():
+        from official import conversion
 
     return conversion.command(arguments)
 

@@ -30,7 +30,8 @@ def main() -> int:
         )
     if launch.COMFYUI not in os.environ:
         return run_in_comfyui(parser, arguments)
-    from demo_model import showcase
+    with launch.importing():
+        from demo_model import showcase
 
     return showcase.command(arguments, out)
 

@@ -26,11 +26,12 @@ def main() -> int:
     launch.enter_comfyui(parser, arguments, optional=("evaluate",))
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when open_clip's and ComfyUI's libraries are imported
     launch.limit_threads(arguments.threads)
-    launch.start_host(arguments.cpu or not launch.has_cuda())
-    if arguments.study or arguments.ratings:
-        from evaluation import user_study as body
-    else:
-        from evaluation import comparison as body
+    with launch.importing():
+        launch.start_host(arguments.cpu or not launch.has_cuda())
+        if arguments.study or arguments.ratings:
+            from evaluation import user_study as body
+        else:
+            from evaluation import comparison as body
 
     return body.command(arguments)
 

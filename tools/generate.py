@@ -32,11 +32,13 @@ def main() -> int:
     if arguments.method == COMFYUI:
         check_servers(parser, arguments)
         launch.enter_python(parser, arguments, modules)
-        from evaluation import generation
+        with launch.importing():
+            from evaluation import generation
     else:
         check_local(parser, arguments)
         launch.enter_python(parser, arguments, {**modules, "torch": "torch"}, stays=True)
-        from evaluation import local_generation as generation
+        with launch.importing():
+            from evaluation import local_generation as generation
 
     return generation.command(arguments)
 

@@ -24,8 +24,9 @@ def main() -> int:
     if not (arguments.goldens / "index.json").is_file():
         parser.error(f"{arguments.goldens} has no index.json; expected a folder of golden tensors")
     launch.enter_comfyui(parser, arguments)
-    launch.start_host()
-    from official import golden_cases
+    with launch.importing():
+        launch.start_host()
+        from official import golden_cases
 
     return golden_cases.command(parser, arguments.goldens)
 

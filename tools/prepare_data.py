@@ -35,10 +35,11 @@ def main() -> int:
     if arguments.source == "coco":
         modules["numpy"] = "numpy"
     launch.enter_python(parser, arguments, modules)
-    if arguments.source == "testset":
-        from training import chosen_test_set as body
-    else:
-        from training import preparation as body
+    with launch.importing():
+        if arguments.source == "testset":
+            from training import chosen_test_set as body
+        else:
+            from training import preparation as body
 
     return body.command(arguments)
 

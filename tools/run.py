@@ -61,11 +61,13 @@ def main() -> int:
         return 2
     tool = TOOLS[arguments.name]
     launch.enter_comfyui(parser, arguments, *tool.requirements)
-    on_cpu = not tool.gpu or "--cpu" in arguments.arguments or not launch.has_gpu()
-    launch.start_host(on_cpu)
+    with launch.importing():
+        on_cpu = not tool.gpu or "--cpu" in arguments.arguments or not launch.has_gpu()
+        launch.start_host(on_cpu)
+        body = importlib.import_module(arguments.name)
     # The tool reads its own command line, and names itself in its --help.
     sys.argv = [f"run.py {arguments.name}", *arguments.arguments]
-    return importlib.import_module(arguments.name).main()
+    return body.main()
 
 
 if __name__ == "__main__":

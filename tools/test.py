@@ -4,6 +4,8 @@
     python tools/test.py --fast       style, core and node tests: for daily work
     python tools/test.py tests/core/test_weights.py::test_x
     python tools/test.py -k word      or --lf, -x and whatever else pytest knows
+    python tools/test.py --release    before a release: the newest ComfyUI there is, public checks
+    python tools/test.py --soak       for hours: other draws, kills, full disks and many prompts
 
 Without arguments of pytest: ruff and pyright, everything on ComfyUI 0.30.0, the node tests again
 with its dynamic VRAM, then node and server tests on 0.16.3. With them: one run, on 0.30.0 or on
@@ -35,6 +37,17 @@ EVERYTHING = [
     (OLDER, ["nodes", "server", "-m", "not full"]),
 ]
 
+# The symbols first: what has moved in a new host is named before all that follows from it.
+RELEASE = [
+    ["nodes/test_host_symbols.py"],
+    ["nodes", "server", "-m", "not full", "--deselect=nodes/test_host_symbols.py"],
+]
+SOAKED = ["-s", "-m", "not full", "--hypothesis-profile=soak"]
+SOAKED += ["core/test_fuzzed_readers.py", "nodes/test_odd_inputs.py", "server/test_soak.py"]
+# Environment variables of tests that run only when they are asked for.
+CHECKS = "CAT_DIFFUSION_CHECKS"  # the folder of install.CHECKS
+SOAK = "CAT_DIFFUSION_SOAK"
+
 
 def main() -> int:
     usage = __doc__.partition("\n\n")
@@ -44,12 +57,32 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--host", choices=install.SOURCES, help="only this ComfyUI release")
+    parser.add_argument(
+        "--release",
+        action="store_true",
+        help="node and server tests on the newest ComfyUI that the package index offers, "
+        "comfy-import-guard and comfy-lint",
+    )
+    parser.add_argument(
+        "--soak",
+        action="store_true",
+        help="the long forms of the tests: fuzzing by chance, kills, full disks, 300 prompts",
+    )
     parser.add_argument("--fast", action="store_true", help="style, core and node tests only")
     arguments, pytest_arguments = parser.parse_known_args()
-    runs = plan(arguments.host, arguments.fast, pytest_arguments)
     failed = []
     try:
-        if not (pytest_arguments or arguments.host) and not style(prepare(install.NEWEST)):
+        if arguments.release:
+            os.environ[CHECKS] = str(install.prepare_checks())
+            newest = install.look_up_newest()
+            runs = [(newest, selection + pytest_arguments) for selection in RELEASE]
+        elif arguments.soak:
+            os.environ[SOAK] = "1"
+            runs = [(arguments.host or install.NEWEST, SOAKED + pytest_arguments)]
+        else:
+            runs = plan(arguments.host, arguments.fast, pytest_arguments)
+        is_part = pytest_arguments or arguments.host or arguments.release or arguments.soak
+        if not is_part and not style(prepare(install.NEWEST)):
             failed.append("style")
         for version, selection in runs:
             if not run_pytest(version, prepare(version), selection):

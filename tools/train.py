@@ -11,8 +11,6 @@ requirements-train.txt. Prepare data with tools/prepare_data.py.
 
 import argparse
 import math
-import os
-import signal
 import sys
 from pathlib import Path
 
@@ -32,19 +30,12 @@ def main() -> int:
     launch.add_host_options(parser)
     arguments = parser.parse_args()
     check(parser, arguments)
-    at_first = signal.signal(signal.SIGINT, stop_at_once)
-    launch.enter_comfyui(parser, arguments, "train")
-    launch.start_host(arguments.cpu or not launch.has_gpu())
-    from training import stage_run
+    with launch.importing():
+        launch.enter_comfyui(parser, arguments, "train")
+        launch.start_host(arguments.cpu or not launch.has_gpu())
+        from training import stage_run
 
-    signal.signal(signal.SIGINT, at_first)
     return stage_run.command(arguments)
-
-
-def stop_at_once(*_) -> None:
-    """End where nothing has begun: an exception would come out of whatever is being imported."""
-    print("\nStopped before anything was read or written.", flush=True)
-    os._exit(130)
 
 
 def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:

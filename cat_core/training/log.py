@@ -75,13 +75,18 @@ def _rows_until(path: Path, step: int) -> list[list[str]]:
         text = line.decode(errors="replace").replace("\0", "\ufffd")
         if text.endswith("\n"):
             rows += csv.reader([text])
-    if rows and rows[0][:1] != ["step"]:
+    if rows and not _is_header(rows[0]):
         aside = path.with_name("damaged-log.csv")
         path.replace(aside)
         print(f"{path.name} has lost its first line. It is kept as {aside.name}; a new one begins.")
         return []
     kept = [row for row in rows[1:] if _is_figures(row, len(rows[0])) and int(row[0]) <= step]
     return [*rows[:1], *kept]
+
+
+def _is_header(row: list[str]) -> bool:
+    """Whether a row names its columns as `add` does."""
+    return row[:1] == ["step"] and all(cell.isidentifier() for cell in row)
 
 
 def _is_figures(row: list[str], columns: int) -> bool:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import IO, Any
 
+from ..errors import quoted
+
 MOST_OPERATIONS = 10_000_000  # a checkpoint with its optimizer's states has about a million
 
 # What these operations carry goes onto the stack as it is.
@@ -22,6 +24,7 @@ _LITERALS = {
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _WITHOUT_EFFECT = {"PROTO", "FRAME", "READONLY_BUFFER"}
 _MARK = object()
+LONGEST_NAME = 80  # letters of a name that a sentence repeats
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class ForeignName:
     name: str
 
     def __str__(self):
-        return f"{self.module}.{self.name}"
+        return quoted(f"{self.module}.{self.name}", LONGEST_NAME)
 
 
 @dataclass(eq=False)

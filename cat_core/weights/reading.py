@@ -22,7 +22,7 @@ from ..config import (
     SemInpainterConfig,
     Tensors,
 )
-from ..errors import few
+from ..errors import few, quoted
 from .checkpoint import Checkpoint, WeightsError, cat_modules, check_keys, check_shape
 from .keys import DTYPES, TITLES, left_over, sort_keys
 from .pickles import open_pickle
@@ -171,7 +171,7 @@ def _read_safetensors(path: Path, reader: Reader | None, mapped: bool) -> Checkp
         header, metadata = _header(path)
     except safetensors.SafetensorError as error:
         raise WeightsError(
-            f"{path.name} is damaged or cut short ({error}). Download or copy it again."
+            f"{path.name} is damaged or cut short ({quoted(error)}). Download or copy it again."
         ) from error
     architecture = _validated(_sorted(header, path.name), metadata, path.name)
     names = _names(header)

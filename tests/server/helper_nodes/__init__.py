@@ -4,6 +4,7 @@ Tiny models of other families, in the host's own classes, and odd pictures.
 """
 
 import copy
+import gc
 import json
 import tempfile
 
@@ -11,6 +12,7 @@ import comfy.cldm.cldm
 import comfy.clip_vision
 import comfy.controlnet
 import comfy.ldm.flux.model
+import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import comfy.sd
@@ -260,9 +262,35 @@ class HelperImage(io.ComfyNode):
         return io.NodeOutput(image)
 
 
+class HelperCount(io.ComfyNode):
+    """How many Python objects, tensors and loaded models there are, after the picture is made."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="HelperCount", inputs=[io.Image.Input("image")], is_output_node=True
+        )
+
+    @classmethod
+    def execute(cls, image):
+        gc.collect()
+        objects = gc.get_objects()
+        tensors = sum(issubclass(type(found), torch.Tensor) for found in objects)
+        models = len(comfy.model_management.current_loaded_models)
+        return io.NodeOutput(ui={"counts": [len(objects), tensors, models]})
+
+
 class Helpers(ComfyExtension):
     async def get_node_list(self):
-        return [HelperModel, HelperClip, HelperClipVision, HelperVae, HelperControlNet, HelperImage]
+        return [
+            HelperModel,
+            HelperClip,
+            HelperClipVision,
+            HelperVae,
+            HelperControlNet,
+            HelperImage,
+            HelperCount,
+        ]
 
 
 async def comfy_entrypoint():
