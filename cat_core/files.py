@@ -20,6 +20,10 @@ else:
     import fcntl
 
 LOCK = "lock"  # the file's name in a locked folder; the file stays, the lock does not
+# Windows' PROCESS_QUERY_LIMITED_INFORMATION, ERROR_ACCESS_DENIED and STILL_ACTIVE.
+QUERY = 0x1000
+DENIED = 5
+STILL_ACTIVE = 259
 SECONDS_A_TRY = 0.5  # of a process that waits for a lock
 
 
@@ -153,11 +157,7 @@ def _try_lock(file: BinaryIO) -> bool:
 def _is_running(process: int) -> bool:
     """Whether there is a process of this number on this machine."""
     if sys.platform == "win32":  # where os.kill would end it
-        query = 0x1000  # PROCESS_QUERY_LIMITED_INFORMATION
-        handle = ctypes.windll.kernel32.OpenProcess(query, False, process)
-        if handle:
-            ctypes.windll.kernel32.CloseHandle(handle)
-        return bool(handle)
+        return _is_running_on_windows(process)
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -165,3 +165,17 @@ def _is_running(process: int) -> bool:
     except (PermissionError, OverflowError):  # another user's; no process has such a number
         return True
     return True
+
+
+def _is_running_on_windows(process: int) -> bool:
+    """The same by Windows' own functions, which know an ended process while others hold it."""
+    if sys.platform != "win32":
+        return False
+    kernel = ctypes.WinDLL("kernel32", use_last_error=True)
+    handle = kernel.OpenProcess(QUERY, False, process)
+    if not handle:
+        return ctypes.get_last_error() == DENIED  # another user's
+    code = ctypes.c_ulong()
+    kernel.GetExitCodeProcess(handle, ctypes.byref(code))
+    kernel.CloseHandle(handle)
+    return code.value == STILL_ACTIVE

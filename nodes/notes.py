@@ -38,3 +38,20 @@ def about_name(knowledge: Knowledge, label: str) -> list[Sentence]:
             nearest=", ".join(nearest),
         )
     ]
+
+
+def about_length(left_out: int) -> list[Sentence]:
+    """What CLIP does not read of a text.
+
+    Args:
+        left_out: how many of its tokens.
+    """
+    if not left_out:
+        return []
+    return [
+        sentence(
+            "CLIP reads 75 words and signs of a text: {left_out} at the end of this one are left "
+            "out. Type the object's name alone.",
+            left_out=left_out,
+        )
+    ]

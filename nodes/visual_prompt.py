@@ -10,9 +10,9 @@ from ..cat_core.pictures import preview
 from .checks import check_wires, object_name
 from .host import memory
 from .host.cat_model import require_part, run_sem_inpainter
-from .host.clip import check_clip_vision, encode_image, encode_text, text_similarity
+from .host.clip import check_clip_vision, encode_image, encode_text, left_out, text_similarity
 from .host.messages import say, sentence
-from .notes import about_cells, about_name
+from .notes import about_cells, about_length, about_name
 from .wires import CATEGORY, CatModelWire, VisualPromptWire, common_batch, to_core
 
 CLIP_VISION_TOOLTIP = (
@@ -231,7 +231,11 @@ def predict(
         observation = _first_object(clip_vision, photo, hole)
     else:
         observation = _next_object(clip_vision, photo, hole, previous, config.hidden_size)
-    say(*about_name(cat_model.knowledge, label), *about_cells(observation.patch_mask))
+    say(
+        *about_name(cat_model.knowledge, label),
+        *about_length(left_out(clip, label)),
+        *about_cells(observation.patch_mask),
+    )
     predicted = run_sem_inpainter(
         cat_model,
         observation.patches,

@@ -77,7 +77,7 @@ def main() -> int:
             newest = install.look_up_newest()
             runs = [(newest, selection + pytest_arguments) for selection in RELEASE]
         elif arguments.soak:
-            os.environ[SOAK] = "1"
+            os.environ.setdefault(SOAK, "1")
             runs = [(arguments.host or install.NEWEST, SOAKED + pytest_arguments)]
         else:
             runs = plan(arguments.host, arguments.fast, pytest_arguments)

@@ -124,10 +124,21 @@ def plain_tokens(clip, text: str) -> dict[str, list]:
 
     No weights, no embeddings, no escapes, which the host would read in it.
     """
+    _require_clip_l(clip)
+    return {"l": [[(token, 1.0) for token in symbols.token_ids(clip, text)]]}
+
+
+def left_out(clip, text: str) -> int:
+    """How many tokens of a text plain_tokens has no room for."""
+    _require_clip_l(clip)
+    return symbols.tokens_left_out(clip, text)
+
+
+def _require_clip_l(clip) -> None:
+    """Raise ValueError unless this is the CLIP of an SD 1.5 checkpoint."""
     encoders = symbols.text_encoders(clip)
     if encoders != {"l"}:
         raise ValueError(
             f"This CLIP is not SD 1.5's: it has the text encoders {', '.join(sorted(encoders))}, "
             "expected l (CLIP ViT-L/14) alone. Use the CLIP of an SD 1.5 checkpoint."
         )
-    return {"l": [[(token, 1.0) for token in symbols.token_ids(clip, text)]]}

@@ -803,6 +803,11 @@ def test_token_ids(models):
     assert len(set(ids)) > len(set(plain))
 
 
+def test_tokens_left_out(models):
+    assert symbols.tokens_left_out(models.clip, "cat " * 75) == 0
+    assert symbols.tokens_left_out(models.clip, "cat " * 78) == 3
+
+
 def test_unprojected_feature(models, monkeypatch):
     """Of an encoder that projects: the tiny one's projection is made of zeros."""
     tokens = models.clip.tokenize("spoon")

@@ -192,6 +192,12 @@ def test_a_name_that_the_model_does_not_know_is_said_once_and_goes_on(demo, pict
     assert both.endswith(f". {only_empty}")
 
 
+def test_a_text_that_clip_cannot_hold_is_said(models, picture, said):
+    visual_prompt.predict(models.cat_model, models.clip_vision, models.clip, *picture, "cat " * 78)
+    (sentence,) = said()
+    assert "3 at the end of this one are left out. Type the object's name alone." in sentence
+
+
 # Previews -------------------------------------------------------------------------------------
 
 

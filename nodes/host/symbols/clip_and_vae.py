@@ -264,6 +264,14 @@ def token_ids(clip, text: str) -> list[int]:
     return tokenizer(text, padding="max_length", truncation=True, max_length=77)["input_ids"]
 
 
+def tokens_left_out(clip, text: str) -> int:
+    """How many tokens of a text do not fit into the 77 of `token_ids`, by the same tokenizer.
+
+    comfy/sd1_clip.py:696 (tokenizer). Without it what is left out of a label is not said.
+    """
+    return max(len(clip.tokenizer.clip_l.tokenizer(text)["input_ids"]) - 77, 0)
+
+
 def context(clip, tokens: dict) -> torch.Tensor:
     """What cross-attention reads of a text, (1, 77, T).
 
