@@ -26,8 +26,8 @@ def check(program, *arguments):
 
 def test_the_host_has_every_symbol_that_the_pack_names(tmp_path):
     """comfy-import-guard reads a host out of a git repository, the pack out of an installation."""
-    shutil.copytree(COMFYUI, tmp_path / "ComfyUI", ignore=shutil.ignore_patterns(".git", "models"))
-    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "host"]):
+    shutil.copytree(COMFYUI, tmp_path / "ComfyUI", ignore=shutil.ignore_patterns(".git"))
+    for command in (["init", "-q"], ["add", "-A", "-f"], ["commit", "-qm", "host"]):
         names = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
         subprocess.run(["git", *names, *command], cwd=tmp_path / "ComfyUI", check=True)
     make_base(tmp_path / "installation")
