@@ -11,7 +11,7 @@ from .checks import check_wires, object_name
 from .host import memory
 from .host.cat_model import require_part, run_sem_inpainter
 from .host.clip import check_clip_vision, encode_image, encode_text, left_out, text_similarity
-from .host.messages import say, sentence
+from .host.messages import language, say, sentence
 from .notes import about_cells, about_length, about_name
 from .wires import CATEGORY, CatModelWire, VisualPromptWire, common_batch, to_core
 
@@ -353,7 +353,7 @@ def draw(prompt: features.VisualPrompt, clip=None, clip_vision=None) -> torch.Te
     similarity = None
     if prompt.text and clip and clip_vision:
         similarity = text_similarity(clip, clip_vision, prompt)
-    return preview.preview_rows(prompt, similarity)
+    return preview.preview_rows(prompt, similarity, language())
 
 
 def _first(prompt: features.VisualPrompt, count: int) -> features.VisualPrompt:

@@ -11,15 +11,19 @@ from PIL import Image, ImageDraw
 
 from .. import preprocess
 from .axis import Axis
-from .captions import one_line, shortened
+from .captions import SMALL, one_line, shortened, width_of, write
 from .tensors import to_picture
 
 WIDTH = 640  # pixels of a panel
-PANEL = 240  # its height
-LEFT = 56  # inside of it, the frame of a curve or a histogram
-RIGHT = WIDTH - 12
-TOP = 28
-BOTTOM = PANEL - 24
+PANEL = 320  # its height, where it is alone
+HALF = 226  # the height of each of two: a node shows pictures some 180 pixels high
+# A node shows a panel some 260 pixels wide: its text is 11 pixels high there.
+FONT = 28  # pixels
+LEFT = 96  # inside of it, the frame of a curve or a histogram
+RIGHT = WIDTH - 24
+TOP = 44
+BOTTOM = PANEL - 40
+BELOW = PANEL - BOTTOM  # the line below the frame
 LINE = 20  # height of a line of text on a sheet
 
 RED = (200, 60, 40)
@@ -55,13 +59,14 @@ def curves(history: Sequence[Mapping[str, float]], steps: int) -> Image.Image:
         predicted = _smooth(_column(history, "cosine"))
         panels.append(
             [
-                Curve("cosine in the hole, observed", observed, GREY),
+                Curve("cosine observed", observed, GREY),
                 Curve("predicted", predicted, BLUE),
             ]
         )
-    picture = Image.new("RGB", (WIDTH, PANEL * len(panels)), "white")
+    height = PANEL if len(panels) == 1 else HALF
+    picture = Image.new("RGB", (WIDTH, height * len(panels)), "white")
     for i, panel in enumerate(panels):
-        _draw_curves(ImageDraw.Draw(picture), i * PANEL, panel, steps)
+        _draw_curves(ImageDraw.Draw(picture), i * height, height, panel, steps)
     return picture
 
 
@@ -80,7 +85,9 @@ def _smooth(values: list[float]) -> list[float]:
     return means
 
 
-def _draw_curves(draw: ImageDraw.ImageDraw, top: int, panel: Sequence[Curve], steps: int) -> None:
+def _draw_curves(
+    draw: ImageDraw.ImageDraw, top: int, height: int, panel: Sequence[Curve], steps: int
+) -> None:
     """One panel: a legend above, three lines of the grid, and the curves."""
     values = []
     for curve in panel:
@@ -88,13 +95,14 @@ def _draw_curves(draw: ImageDraw.ImageDraw, top: int, panel: Sequence[Curve], st
     low = min(values, default=0.0)
     spread = (max(values, default=0.0) - low) or abs(low) or 1.0
     x = Axis(0, max(steps, 1), LEFT, RIGHT)
-    y = Axis(low, low + spread, top + BOTTOM, top + TOP)
-    _legend(draw, top + 14, [(curve.name, curve.colour) for curve in panel])
+    bottom = top + height - BELOW
+    y = Axis(low, low + spread, bottom, top + TOP)
+    _legend(draw, top + 22, [(curve.name, curve.colour) for curve in panel])
     for value in (low, low + spread / 2, low + spread):
         draw.line((LEFT, y(value), RIGHT, y(value)), fill=GRID)
-        draw.text((4, y(value) - 6), f"{value:.3g}", fill="black")
+        _beside(draw, y(value), _number(value))
     for step in (0, steps // 2, steps):
-        _centred(draw, (x(step), top + BOTTOM + 6), str(step))
+        _centred(draw, (x(step), bottom + 6), str(step))
     for curve in panel:
         points = []
         for step, value in enumerate(curve.values, 1):
@@ -108,18 +116,37 @@ def _draw_curves(draw: ImageDraw.ImageDraw, top: int, panel: Sequence[Curve], st
 def _legend(
     draw: ImageDraw.ImageDraw, y: float, entries: Iterable[tuple[str, tuple[int, int, int]]]
 ) -> None:
-    """Names side by side, each behind a stroke of its colour."""
+    """Names side by side, each behind a stroke of its colour; smaller where they are many."""
+    entries = list(entries)
+    size = FONT
+    while size > SMALL and sum(44 + width_of(name, size) for name, _ in entries) > WIDTH - LEFT:
+        size -= 1
     x = LEFT
     for name, colour in entries:
-        draw.line((x, y, x + 14, y), fill=colour, width=3)
-        draw.text((x + 18, y - 6), name, fill="black")
-        x += 34 + int(draw.textlength(name))
+        draw.line((x, y, x + 20, y), fill=colour, width=6)
+        write(draw, (x + 26, y - size / 2 - 2), name, size, fill="black")
+        x += 44 + int(width_of(name, size))
 
 
 def _centred(draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str) -> None:
-    """A text below a point."""
+    """A text below a point, moved inwards where it would not fit into the panel."""
     x, y = place
-    draw.text((x - draw.textlength(text) / 2, y), text, fill="black")
+    width = width_of(text, FONT)
+    write(draw, (min(x - width / 2, WIDTH - 4 - width), y), text, FONT, fill="black")
+
+
+def _number(value: float) -> str:
+    """As many digits as fit beside the frame."""
+    for digits in (3, 2):
+        text = f"{value:.{digits}g}"
+        if width_of(text, FONT) <= LEFT - 12:
+            return text
+    return f"{value:.0e}"
+
+
+def _beside(draw: ImageDraw.ImageDraw, y: float, text: str) -> None:
+    """A number left of the frame."""
+    write(draw, (LEFT - 8 - width_of(text, FONT), y - FONT / 2 - 2), text, FONT, fill="black")
 
 
 def histogram(series: Mapping[str, Sequence[float]], bins: int = 40) -> Image.Image:
@@ -152,12 +179,12 @@ def histogram(series: Mapping[str, Sequence[float]], bins: int = 40) -> Image.Im
         mean = sum(values) / len(values)
         for dash in range(TOP, BOTTOM, 8):
             draw.line((x(mean), dash, x(mean), dash + 4), fill=colour, width=2)
-        entries.append((f"{name}, mean {mean:.3f}", colour))
-    _legend(draw, 14, entries)
+        entries.append((f"{name} {mean:.3f}", colour))
+    _legend(draw, 22, entries)
     for value in (low, low + 0.5 * (high - low), high):
         _centred(draw, (x(value), BOTTOM + 6), f"{value:.2f}")
     for share in (0, most):
-        draw.text((4, y(share) - 6), f"{share:.1%}", fill="black")
+        _beside(draw, y(share), f"{share:.0%}")
     return picture
 
 
@@ -184,12 +211,12 @@ def sheet(
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     for column, title in enumerate(titles):
-        draw.text((column * side + 4, 4), shortened(title, side - 8), fill="black")
+        write(draw, (column * side + 4, 2), shortened(title, side - 8), fill="black")
     for row, (text, pictures) in enumerate(rows):
         top = LINE + row * (side + LINE)
         for column, picture in enumerate(pictures):
             cell = picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
             canvas.paste(cell, (column * side, top))
         line = shortened(one_line(text), canvas.width - 8)
-        draw.text((4, top + side + 4), line, fill="black")
+        write(draw, (4, top + side + 2), line, fill="black")
     return canvas

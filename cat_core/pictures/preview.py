@@ -12,46 +12,60 @@ from torch.nn import functional as F
 
 from .. import preprocess
 from ..features import VisualPrompt
-from .captions import one_line, shortened, width_of
+from .captions import has_letters_of, shortened, write
 from .tensors import channels_last, to_picture
 
 SIDE = preprocess.CLIP_SIZE  # pixels of a panel
 GAP = 8  # pixels between panels
-TITLE = 18  # pixels of the line above them
+# Four panels are shown some 260 pixels wide on a node, a quarter of their size.
+FONT = 40  # pixels of the captions
+TITLE = 52  # pixels of the line above the panels, in which they stand
 _INK = (32, 32, 32)
 _PAPER = (244, 244, 244)
 _LINE = (255, 255, 255)
 _HIDDEN = (226, 62, 62)  # cells of the hole
 
+# What stands above the panels: short enough to be read there.
+CAPTIONS = {
+    "en": {"cells": "{hidden} of {all}", "before": "before", "after": "after"},
+    "zh": {"cells": "{hidden}/{all}", "before": "补全前", "after": "补全后"},
+}
+
 Panel = tuple[str, Image.Image]  # a title and what is below it
 
 
-def preview_rows(prompt: VisualPrompt, similarity: torch.Tensor | None = None) -> torch.Tensor:
+def preview_rows(
+    prompt: VisualPrompt, similarity: torch.Tensor | None = None, language: str = "en"
+) -> torch.Tensor:
     """One row of panels for each visual prompt of a batch.
 
-    The photo as CLIP saw it with its grid and the hidden cells; features before and after as
-    colours, their first three principal components on axes common to both; and how similar each
-    cell is to the text.
+    The photo as CLIP saw it with its grid and the hidden cells, which are counted above; features
+    before and after as colours, their first three principal components on axes common to both; and
+    how similar each cell is to the text, with the least cosine and the greatest.
 
     Args:
         similarity: (B, G*G), cosines in [-1, 1]; the last panel is left out without it.
+        language: of the captions: en, or zh where the machine has a font for it.
     Returns:
         (B, H, W, 3) float in [0, 1].
     """
+    captions = CAPTIONS.get(language, CAPTIONS["en"])
+    if not all(map(has_letters_of, captions.values())):
+        captions = CAPTIONS["en"]
     rows = []
     for i in range(len(prompt.tokens)):
         cells = prompt.patch_mask[i, 0].bool().cpu()
         before, after = colours(prompt.before[i], prompt.after[i])
         panels = [
             (
-                f"{int(cells.sum())} of {cells.numel()} cells hidden",
+                captions["cells"].format(hidden=int(cells.sum()), all=cells.numel()),
                 _grid(prompt.picture[i], cells),
             ),
-            ("features before", _outlined(_enlarged(before), cells)),
-            ("features after", _outlined(_enlarged(after), cells)),
+            (captions["before"], _outlined(_enlarged(before), cells)),
+            (captions["after"], _outlined(_enlarged(after), cells)),
         ]
         if similarity is not None:
-            panels.append(_similarity_panel(prompt.text, similarity[i].cpu(), cells))
+            panels.append(_similarity_panel(similarity[i].cpu(), cells))
         rows.append(_row(panels))
     return channels_last(rows)
 
@@ -78,16 +92,13 @@ def colours(before: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, to
     return colours_before, colours_after
 
 
-def _similarity_panel(text: str, cosines: torch.Tensor, cells: torch.Tensor) -> Panel:
-    """(G*G,) -> a panel of greys between the least and the most similar cell."""
+def _similarity_panel(cosines: torch.Tensor, cells: torch.Tensor) -> Panel:
+    """(G*G,) -> a panel of greys: black is the least similar cell, white the most similar one."""
     low = cosines.min().item()
     high = cosines.max().item()
     grey = (cosines - low) / max(high - low, 1e-6)
     panel = _enlarged(grey.reshape(*cells.shape, 1).expand(-1, -1, 3))
-    legend = f'": {low:.2f} black, {high:.2f} white'
-    # What is shortened is the text: the numbers are why one looks here.
-    name = shortened(f'"{one_line(text)}', SIDE - width_of(legend))
-    return name + legend, _outlined(panel, cells)
+    return f"{low:.2f} to {high:.2f}", _outlined(panel, cells)
 
 
 def _enlarged(cells: torch.Tensor) -> Image.Image:
@@ -140,6 +151,6 @@ def _row(panels: Sequence[Panel]) -> Image.Image:
     draw = ImageDraw.Draw(row)
     for number, (title, panel) in enumerate(panels):
         x = GAP + number * (SIDE + GAP)
-        draw.text((x, 3), title, fill=_INK)
+        write(draw, (x, 2), shortened(title, SIDE, FONT), FONT, fill=_INK)
         row.paste(panel, (x, TITLE))
     return row

@@ -47,6 +47,11 @@ def say(*sentences: Sentence) -> None:
     symbols.show_on_node(gap.join(each.in_language(locale) for each in sentences))
 
 
+def language() -> str:
+    """The language of the user's canvas, such as "en" or "zh"."""
+    return symbols.locale_of_user().partition("-")[0]
+
+
 @lru_cache
 def _translations(language: str) -> dict[str, str]:
     """English template -> the same in another language; empty where there are none."""

@@ -42,7 +42,7 @@ def test_the_numbers_are_mean_cosines_in_the_hole(compare, truth, picture, promp
     assert 0 < hole.sum() < 256
     for found, features in ((observed, prompt.before), (predicted, prompt.after)):
         assert found == pytest.approx(cosine(features[0], truth[0])[hole].mean(), abs=1e-5)
-    assert histogram.shape == (1, 240, 640, 3)
+    assert histogram.shape == (1, 320, 640, 3)
     assert 0 <= histogram.min() < histogram.max() <= 1
 
 

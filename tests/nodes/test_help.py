@@ -82,10 +82,16 @@ def test_every_node_has_both_pages_and_nothing_else_has(nodes, pages, chinese):
         assert page.text.startswith(f"# {title}\n"), page.path
 
 
+def test_every_page_says_what_to_look_at_when_the_result_is_poor(pages):
+    for page in pages:
+        heading = "When the result is poor" if page.is_english else "效果不好时"
+        assert f"\n## {heading}\n\n" in page.text, page.path
+
+
 def test_pictures_exist_and_are_small(pages):
     """ComfyUI takes relative addresses as relative to docs/, for NODE/zh.md too.
 
-    It does so for pictures only.
+    It does so for pictures only. GitHub takes them as relative to NODE/, where a copy lies.
     """
     used = set()
     for page in pages:
@@ -93,6 +99,9 @@ def test_pictures_exist_and_are_small(pages):
         assert pictures, f"{page.path} has no picture"
         for picture in pictures:
             used.add(DOCS / picture)
+            on_github = page.path.parent / picture
+            used.add(on_github)
+            assert on_github.read_bytes() == (DOCS / picture).read_bytes(), picture
             assert (DOCS / picture).stat().st_size <= 60 * 1024, picture
             assert Image.open(DOCS / picture).width <= 640, picture
         links = re.findall(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)", page.text)

@@ -182,7 +182,7 @@ def test_sem_inpainter_is_what_the_loop_makes_and_learns(sem, direct, place):
     assert file.metadata["license"] == "CC0"
     provenance = "trained in ComfyUI on folder things; stage sem-inpainter, 6 steps"
     assert file.metadata["provenance"] == provenance
-    assert plot.shape == (1, 480, 640, 3)
+    assert plot.shape == (1, 2 * plots.HALF, 640, 3)
     assert 0.5 < plot.mean() < 1
     assert plot.std() > 0.05
 
@@ -197,7 +197,7 @@ def test_ref_adapter_is_what_the_loop_makes_and_the_model_stays(ref, direct, wri
     expected, losses = direct("ref-adapter", REF, 1)
     assert equal(written("ref_00001_", "ref_adapter"), expected)
     assert len(losses) == 3
-    assert plot.shape == (1, 240, 640, 3)
+    assert plot.shape == (1, 320, 640, 3)
     assert cat_model.sem_inpainter is None
 
 
@@ -289,7 +289,7 @@ def test_cancel_keeps_what_was_learned_and_the_next_run_works(sem, place, monkey
     assert "sem_00001_" in caplog.text
     sem(steps=1)
     _, picture, _ = previews[-1]
-    assert picture.size == (640, 480)
+    assert picture.size == (640, 2 * plots.HALF)
 
 
 def test_without_accelerate_the_node_says_what_to_install(sem, monkeypatch, place):
@@ -480,7 +480,7 @@ def test_text_features_are_remembered_up_to_a_size(models, monkeypatch):
 @pytest.mark.parametrize("values", [[1.0], [2.0, float("nan"), 1.0], [3.0] * 50])
 def test_curves_of_odd_runs(values):
     history = [{"loss": value, "cosine": 0.1, "cosine_observed": 0.0} for value in values]
-    assert plots.curves(history, 50).size == (640, 480)
+    assert plots.curves(history, 50).size == (640, 2 * plots.HALF)
 
 
 def copies(tensors):

@@ -205,7 +205,7 @@ def test_the_preview_shows_the_grid_and_common_colours(predict, picture, second)
     image, mask = picture
     prompt = predict(image, torch.cat((mask, second)))
     shown = preview.preview_rows(prompt)
-    assert shown.shape == (2, 250, 704, 3)
+    assert shown.shape == (2, 284, 704, 3)
     assert shown.min() >= 0
     assert shown.max() <= 1
     assert torch.equal(shown, preview.preview_rows(prompt))
@@ -216,7 +216,8 @@ def test_the_preview_shows_the_grid_and_common_colours(predict, picture, second)
     assert torch.equal(before[outside], after[outside])
     assert (before[~outside] != after[~outside]).any()
 
-    panel = shown[0, 18:242, 8:232] * 255
+    top = preview.TITLE
+    panel = shown[0, top : top + 224, 8:232] * 255
     change = (panel - prompt.picture[0].movedim(0, -1)).abs().mean(2)
     cells = prompt.patch_mask[0, 0].bool().repeat_interleave(14, 0).repeat_interleave(14, 1)
     assert change[cells].mean() > 5 * change[~cells].mean()  # hidden cells are tinted
@@ -248,8 +249,8 @@ def test_similarity_to_the_text(demo, predict, picture, models):
 
     (with_similarity,) = CATVisualPromptPreview.execute(prompt, demo.clip, demo.clip_vision).args
     (without,) = CATVisualPromptPreview.execute(prompt).args
-    assert with_similarity.shape == (1, 250, 936, 3)
-    assert without.shape == (1, 250, 704, 3)
+    assert with_similarity.shape == (1, 284, 936, 3)
+    assert without.shape == (1, 284, 704, 3)
     assert text_similarity(models.clip, models.clip_vision, predict(*picture)) is None
 
 

@@ -262,7 +262,7 @@ def test_features_are_compared_on_the_node(prompt, run, picture):
     numbers = f"in the hole: observed {observed:.3f}, predicted {predicted:.3f} ("
     assert numbers in result.texts["compare"]
     histogram = picture(result, "compare")
-    assert histogram.shape == (240, 640, 3)
+    assert histogram.shape == (320, 640, 3)
     assert (picture(result, "plot") == histogram).all()
     assert "compare" in with_progress
 

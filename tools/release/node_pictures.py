@@ -28,7 +28,7 @@ from demo_model import scenes
 DOCS = ROOT / "web/docs"
 LANGUAGES = {"en": "{node}.png", "zh": "{node}/zh.png"}
 WIDTH = 600  # pixels, of a finished picture at most
-COLOURS = 128  # of its palette
+COLOURS = 96  # of its palette
 SCALE = 2  # device pixels a pixel of the page
 NODE_WIDTH = 300  # pixels of the page
 APART = 1500  # pixels between the nodes, so that none lies over another
@@ -213,6 +213,8 @@ async def draw(url: str, nodes: Collection[str], folder: Path) -> None:
                 target = folder / name.format(node=node)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 save(await photograph(page, node), target)
+                if language != "en":
+                    copy_for_github(target)
                 print(f"{target}: {target.stat().st_size / 1024:.0f} kB", flush=True)
             await page.close()
         await browser.close()
@@ -253,6 +255,13 @@ def save(png: bytes, target: Path) -> None:
         height = round(picture.height * WIDTH / picture.width)
         picture = picture.resize((WIDTH, height), Image.Resampling.LANCZOS)
     picture.quantize(COLOURS, dither=Image.Dither.NONE).save(target, optimize=True)
+
+
+def copy_for_github(picture: Path) -> None:
+    """GitHub takes addresses in NODE/zh.md as relative to NODE/, ComfyUI as relative to docs/."""
+    copy = picture.parent / picture.parent.name / picture.name
+    copy.parent.mkdir(exist_ok=True)
+    shutil.copyfile(picture, copy)
 
 
 def main() -> int:
