@@ -151,7 +151,7 @@ def prompt(example):
     It also saves the latent.
     """
     example.inputs("CATLoadCheckpoint")["checkpoint"] = "tiny.safetensors"
-    example.inputs("LoadImage")["image"] = "photo.png"
+    example.inputs("CATSamplePhoto")["image"] = "photo.png"
     example.inputs("ImageScaleToTotalPixels")["megapixels"] = 0.01
     example.inputs("KSampler")["steps"] = 2
     example.add("latent", "SaveLatent", samples=["10", 0], filename_prefix="latent")

@@ -13,7 +13,7 @@ def photo(base, name):
 
 @pytest.mark.parametrize("name", ["photo.png", "odd.png", "large.png"])
 def test_the_example_workflow_changes_the_hole_and_nothing_else(base, prompt, run, picture, name):
-    prompt.inputs("LoadImage")["image"] = name
+    prompt.inputs("CATSamplePhoto")["image"] = name
     result, _ = run(prompt)
     made = picture(result)
     original, alpha = photo(base, name)
@@ -98,9 +98,9 @@ def test_a_photo_is_scaled_whole(prompt, run, picture, width, height):
     size = {"width": width, "height": height}
     image = prompt.add("sized", "EmptyImage", batch_size=1, color=255, **size)
     prompt.inputs("ImageScaleToTotalPixels")["image"] = image
-    for number in set(prompt) - {"4", "sized"}:
+    for number in set(prompt) - {"5", "sized"}:
         del prompt[number]
-    prompt.add("save", "SaveImage", images=["4", 0], filename_prefix="scaled")
+    prompt.add("save", "SaveImage", images=["5", 0], filename_prefix="scaled")
     result, _ = run(prompt)
     scaled = picture(result, "save")
     assert scaled.shape[0] % 8 == 0

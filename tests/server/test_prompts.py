@@ -24,7 +24,7 @@ def test_queueing_again_reproduces_and_a_new_strength_reloads_nothing(prompt, ru
     changed, other = run(prompt)
     assert not torch.equal(other, latent)
     assert {"8", "10"} <= set(changed.seconds)
-    assert not {"1", "7", "9"} & set(changed.seconds)
+    assert not {"1", "4", "9"} & set(changed.seconds)
 
 
 class Heard:
@@ -134,7 +134,7 @@ def test_lora_controlnet_and_two_adapters_on_one_model(prompt, run):
         positive=["9", 0],
         negative=["9", 1],
         control_net=prompt.add("control", "HelperControlNet", demo=False),
-        image=["4", 0],
+        image=["5", 0],
         strength=1.0,
         start_percent=0.0,
         end_percent=1.0,
@@ -177,7 +177,7 @@ def test_the_features_go_on_to_a_stock_node(prompt, run):
     output = prompt.add(
         "output",
         "CATVisualPromptToClipVision",
-        visual_prompt=["7", 0],
+        visual_prompt=["4", 0],
         clip_vision=["1", 3],
     )
     prompt.inputs("KSampler")["positive"] = prompt.add(
@@ -231,17 +231,17 @@ def test_a_mask_of_another_size(prompt, run):
     for name in CAT_NODES:
         prompt.inputs(name)["mask"] = mask
     result, _ = run(prompt)
-    assert "covers everything" in result.texts["7"]
+    assert "covers everything" in result.texts["4"]
 
 
 def test_an_empty_mask_is_said_and_goes_on(prompt, run):
-    prompt.inputs("LoadImage")["image"] = "opaque.png"
+    prompt.inputs("CATSamplePhoto")["image"] = "opaque.png"
     result, _ = run(prompt)
     sentence = "The mask is empty. Paint it white where the object goes."
-    assert result.texts["7"].startswith(sentence)
-    prompt.inputs("LoadImage")["image"] = "photo.png"
+    assert result.texts["4"].startswith(sentence)
+    prompt.inputs("CATSamplePhoto")["image"] = "photo.png"
     result, _ = run(prompt)
-    assert "7" not in result.texts
+    assert "4" not in result.texts
 
 
 def test_features_are_compared_on_the_node(prompt, run, picture):
@@ -270,7 +270,7 @@ def test_features_are_compared_on_the_node(prompt, run, picture):
 @pytest.mark.parametrize("photo, context", [("large.png", 1.0), ("odd.png", 8.0)])
 def test_a_crop_is_drawn_and_put_back(prompt, run, server, base, photo, context):
     """A square scaled down, and the largest of a photo that is no multiple of 8."""
-    prompt.inputs("LoadImage")["image"] = photo
+    prompt.inputs("CATSamplePhoto")["image"] = photo
     prompt.add(
         "crop",
         "CATCropAroundMask",
@@ -302,7 +302,7 @@ def test_a_crop_is_drawn_and_put_back(prompt, run, server, base, photo, context)
 
 
 def test_an_empty_mask_is_said_on_the_crop(prompt, run):
-    prompt.inputs("LoadImage")["image"] = "opaque.png"
+    prompt.inputs("CATSamplePhoto")["image"] = "opaque.png"
     prompt.add("crop", "CATCropAroundMask", image=["2", 0], mask=["2", 1], size=64, context=1.5)
     prompt.inputs("CATSemanticInpaint").update(image=["crop", 0], mask=["crop", 1])
     result, _ = run(prompt)
@@ -360,7 +360,7 @@ def test_cancel_stops_a_long_batch_in_semantic_inpaint(server, prompt):
     shares = []  # of the batch that were done
 
     def cancel(kind, data):
-        if kind == "progress" and data.get("node") == "7":
+        if kind == "progress" and data.get("node") == "4":
             if not shares:
                 interrupt(server)
             shares.append(data["value"] / data["max"])
