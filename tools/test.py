@@ -1,15 +1,15 @@
 """Run the tests on real ComfyUI releases, installing them into a cache on first use.
 
-    python tools/test.py              everything: style, all tests, again on the older ComfyUI
+    python tools/test.py              style, the tests, again on the older ComfyUI
     python tools/test.py --fast       style, core and node tests: for daily work
     python tools/test.py tests/core/test_weights.py::test_x
     python tools/test.py -k word      or --lf, -x and whatever else pytest knows
-    python tools/test.py --release    before a release: the newest ComfyUI there is, public checks
+    python tools/test.py --release    before a release: what takes minutes, newest ComfyUI, checks
     python tools/test.py --soak       for hours: other draws, kills, full disks and many prompts
 
-Without arguments of pytest: ruff and pyright, everything on ComfyUI 0.30.0, the node tests again
-with its dynamic VRAM, then node and server tests on 0.16.3. With them: one run, on 0.30.0 or on
---host.
+Without arguments of pytest: ruff and pyright, all tests on ComfyUI 0.30.0 that do not need minutes
+(those marked `full` wait for a release), the node tests again with its dynamic VRAM, then node and
+server tests on 0.16.3. With them: one run, on 0.30.0 or on --host.
 """
 
 import argparse
@@ -29,20 +29,22 @@ DYNAMIC_VRAM = [
     "--ignore=nodes/test_bench.py",
     "--ignore=nodes/test_demo_model.py",
 ]
+NOT_FULL = ["-m", "not full"]
 NOT_SLOW = ["-m", "not slow"]
 FAST = ["core", "nodes", *NOT_SLOW]
 EVERYTHING = [
-    (install.NEWEST, []),
+    (install.NEWEST, NOT_FULL),
     (install.NEWEST, DYNAMIC_VRAM),
-    (OLDER, ["nodes", "server", "-m", "not full"]),
+    (OLDER, ["nodes", "server", *NOT_FULL]),
 ]
 
 # The symbols first: what has moved in a new host is named before all that follows from it.
 RELEASE = [
     ["nodes/test_host_symbols.py"],
-    ["nodes", "server", "-m", "not full", "--deselect=nodes/test_host_symbols.py"],
+    ["nodes", "server", *NOT_FULL, "--deselect=nodes/test_host_symbols.py"],
+    ["-m", "full"],
 ]
-SOAKED = ["-s", "-m", "not full", "--hypothesis-profile=soak"]
+SOAKED = ["-s", *NOT_FULL, "--hypothesis-profile=soak"]
 SOAKED += ["core/test_fuzzed_readers.py", "nodes/test_odd_inputs.py", "server/test_soak.py"]
 # Environment variables of tests that run only when they are asked for.
 CHECKS = "CAT_DIFFUSION_CHECKS"  # the folder of install.CHECKS
@@ -60,8 +62,8 @@ def main() -> int:
     parser.add_argument(
         "--release",
         action="store_true",
-        help="node and server tests on the newest ComfyUI that the package index offers, "
-        "comfy-import-guard and comfy-lint",
+        help="node and server tests on the newest ComfyUI that the package index offers, the "
+        "tests that take minutes, comfy-import-guard and comfy-lint",
     )
     parser.add_argument(
         "--soak",

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from paths import ROOT
 from PIL import Image
 
@@ -18,6 +19,7 @@ def stamps(folder):
     return {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
+@pytest.mark.full
 def test_one_command_from_scenes_to_table(tmp_path):
     command = [sys.executable, ROOT / "tools/run.py", "demo_model.ablation", "--work", tmp_path]
     command += ["--shorter", "250", "--cpu", "--threads", "1"]

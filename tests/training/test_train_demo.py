@@ -15,6 +15,7 @@ from cat_diffusion.cat_core import preprocess, weights
 from demo_model import networks, pretraining, score
 
 pytest.importorskip("accelerate")
+pytestmark = pytest.mark.full
 
 STAGES = ["clip", "vae", "sem-inpainter", "unet", "ref-adapter-unet", "cascade"]
 
