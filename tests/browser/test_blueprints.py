@@ -1,8 +1,50 @@
-"""The blueprints: found by search as a user does, and put onto the canvas."""
+"""The blueprints: found by search as a user does, put onto the canvas, and run."""
 
+import numpy as np
 import pytest
+from paths import ROOT
+from PIL import Image
 
 from release.blueprints import ALL
+
+# The demo model's outputs in place of each loader's.
+LOADERS = {"CheckpointLoaderSimple": [0, 1, 2], "CLIPVisionLoader": [3], "CATLoadWeights": [4]}
+# A scene goes in and a picture comes out; what a user chooses is chosen on the blueprint's node.
+AROUND = """(chosen) => {
+    const blueprint = app.graph.nodes.find((node) => node.isSubgraphNode());
+    const [scene, save] = ["CATDemoScene", "SaveImage"].map((type) => LiteGraph.createNode(type));
+    [scene, save].forEach((node) => app.graph.add(node));
+    scene.pos = [-500, 0];
+    save.pos = [700, 0];
+    scene.widgets[0].value = "square hole";
+    scene.connect(0, blueprint, blueprint.findInputSlot("image"));
+    scene.connect(1, blueprint, blueprint.findInputSlot("mask"));
+    blueprint.connect(0, save, 0);
+    Object.entries(chosen).forEach(([name, value]) => {
+        blueprint.widgets.find((widget) => widget.name === name).value = value;
+    });
+    return save.id;
+}"""
+# Inside, the demo model for the files that users bring; it draws squares of 128 pixels.
+ON_DEMO = """(loaders) => {
+    const {subgraph} = app.graph.nodes.find((node) => node.isSubgraphNode());
+    const demo = LiteGraph.createNode("CATLoadCheckpoint");
+    const readers = [];  // [output of the demo model, node, its input]
+    for (const node of subgraph.nodes) {
+        node.inputs.forEach(({link}, input) => {
+            const {origin_id, origin_slot} = subgraph.getLink(link) ?? {};
+            const outputs = loaders[subgraph.getNodeById(origin_id)?.type];
+            if (outputs) readers.push([outputs[origin_slot], node, input]);
+        });
+    }
+    subgraph.add(demo);
+    demo.widgets[0].value = "cat_demo_model.safetensors";
+    readers.forEach(([output, node, input]) => demo.connect(output, node, input));
+    [...subgraph.nodes].filter(({type}) => loaders[type]).forEach((one) => subgraph.remove(one));
+    const crop = subgraph.nodes.find(({type}) => type === "CATCropAroundMask");
+    crop.widgets.find(({name}) => name === "size").value = 128;
+    return readers.length;
+}"""
 
 
 @pytest.fixture
@@ -33,3 +75,20 @@ def test_is_found_and_dropped(canvas, dropped, name):
     assert {"text", "strength", "clip_name", "weights"} <= set(widgets)
     assert canvas.page.locator(".p-toast-message-error").count() == 0
     canvas.screenshot(f"blueprint_{name}")
+
+
+def test_cat_inpaint_draws(canvas, dropped, server):
+    dropped("CAT Inpaint")
+    save = canvas.run(AROUND, {"text": "red star", "steps": 20})
+    assert canvas.run(ON_DEMO, LOADERS) == 9
+    canvas.queue()
+    image = canvas.run("(id) => app.nodeOutputs[id].images[0]", save)
+    canvas.screenshot("blueprint_ran")
+    scene = np.asarray(Image.open(ROOT / "web/scenes/square hole.png").convert("RGBA")).astype(int)
+    hole = scene[..., 3] < 255
+    picture = np.asarray(Image.open(server.image_path(image)).convert("RGB")).astype(int)
+    changed = (picture != scene[..., :3]).any(2)
+    assert changed[hole].all()
+    assert not changed[~hole].any()
+    red = (picture[..., 0] > 150) & (picture[..., 1] < 110) & (picture[..., 2] < 110)
+    assert red[hole].mean() > 0.1
