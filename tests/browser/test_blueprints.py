@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 from paths import ROOT
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from release.blueprints import ALL
 
 # The demo model's outputs in place of each loader's.
 LOADERS = {"CheckpointLoaderSimple": [0, 1, 2], "CLIPVisionLoader": [3], "CATLoadWeights": [4]}
+SOFT_EDGE = 8  # pixels, of the blueprint's CATStitch
 # A scene goes in and a picture comes out; what a user chooses is chosen on the blueprint's node.
 AROUND = """(chosen) => {
     const blueprint = app.graph.nodes.find((node) => node.isSubgraphNode());
@@ -88,7 +89,8 @@ def test_cat_inpaint_draws(canvas, dropped, server):
     hole = scene[..., 3] < 255
     picture = np.asarray(Image.open(server.image_path(image)).convert("RGB")).astype(int)
     changed = (picture != scene[..., :3]).any(2)
-    assert changed[hole].all()
-    assert not changed[~hole].any()
+    assert changed[hole].mean() > 0.9
+    near = Image.fromarray(hole).convert("L").filter(ImageFilter.MaxFilter(2 * SOFT_EDGE + 1))
+    assert not changed[np.asarray(near) == 0].any()
     red = (picture[..., 0] > 150) & (picture[..., 1] < 110) & (picture[..., 2] < 110)
     assert red[hole].mean() > 0.1
