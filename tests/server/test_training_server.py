@@ -90,8 +90,8 @@ def test_a_workflow_trains_and_uses_what_it_trained(server, base, both, run, thi
     assert latent.isfinite().all()
     encoded = 6  # three examples, two masks each
     for node, plot_size, total in (
-        ("sem", (640, 480), encoded + 4),
-        ("ref", (640, 240), encoded + 2),
+        ("sem", (640, 452), encoded + 4),
+        ("ref", (640, 320), encoded + 2),
     ):
         plot = server.image_path(result.outputs[node]["images"][0])
         assert Image.open(plot).size == plot_size

@@ -97,6 +97,17 @@ def uninterrupted(tiny_file, data, tmp_path_factory):
     return run
 
 
+SQUASHED = ("--pictures", "squash")
+
+
+@pytest.fixture(scope="module")
+def whole_pictures(tiny_file, data, tmp_path_factory):
+    """The same with whole pictures, of which a cache holds what every step sees."""
+    run = tmp_path_factory.mktemp("runs") / "whole_pictures"
+    train("sem-inpainter", tiny_file, data, run, "--steps", 6, *SQUASHED)
+    return run
+
+
 def test_stage_1_learns_and_writes_cat_weights(uninterrupted):
     values = losses(uninterrupted)
     assert len(values) == 6
@@ -148,11 +159,11 @@ def test_ctrl_c_saves_and_leaves(uninterrupted, tiny_file, data, tmp_path):
     assert losses(run)[:both] == losses(uninterrupted)[:both]
 
 
-def test_two_processes_give_the_losses_of_one(uninterrupted, tiny_file, data, tmp_path):
+def test_two_processes_give_the_losses_of_one(whole_pictures, tiny_file, data, tmp_path):
     run = tmp_path / "two"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     _, *arguments = command(
-        "sem-inpainter", tiny_file, data, run, "--steps", "6", "--micro-batch-size", "1"
+        "sem-inpainter", tiny_file, data, run, "--steps", "6", "--micro-batch-size", "1", *SQUASHED
     )
     # torchrun reads what is before its script alone, but finds --run in there ambiguous.
     arguments[arguments.index("--run")] = "--output-dir"
@@ -165,33 +176,34 @@ def test_two_processes_give_the_losses_of_one(uninterrupted, tiny_file, data, tm
     assert done.returncode == 0, done.stderr[-3000:]
     for number in (1, 2):
         assert f"Process {number} of 2: encodes on cpu, trains on cpu" in done.stdout
-    assert losses(run) == pytest.approx(losses(uninterrupted), rel=1e-2)  # the cache rounds
+    assert losses(run) == pytest.approx(losses(whole_pictures), rel=1e-2)  # the cache rounds
 
 
 def test_the_cache_is_filled_once_and_gives_the_same_losses(
-    uninterrupted, tiny_file, data, tmp_path
+    whole_pictures, tiny_file, data, tmp_path
 ):
     cache = tmp_path / "cache"
-    first = train("sem-inpainter", tiny_file, data, tmp_path / "a", "--steps", 2, "--cache", cache)
+    more = ["--steps", 2, "--cache", cache, *SQUASHED]
+    first = train("sem-inpainter", tiny_file, data, tmp_path / "a", *more)
     assert "corrupt image: 1 (s7)" in first.stdout
     shards = stamps(cache)
     assert shards
-    assert losses(tmp_path / "a") == pytest.approx(losses(uninterrupted)[:2], rel=1e-2)
+    assert losses(tmp_path / "a") == pytest.approx(losses(whole_pictures)[:2], rel=1e-2)
     picture = data.parent / "3.png"
     hidden = picture.rename(data.parent / "hidden.png")  # pictures are not opened again
     try:
-        train("sem-inpainter", tiny_file, data, tmp_path / "b", "--steps", 2, "--cache", cache)
+        train("sem-inpainter", tiny_file, data, tmp_path / "b", *more)
     finally:
         hidden.rename(picture)
     assert losses(tmp_path / "b") == losses(tmp_path / "a")
     assert stamps(cache) == shards
 
 
-def test_stage_1_can_use_a_diffusion_stages_cache(uninterrupted, tiny_file, data, tmp_path):
-    more = ["--steps", 2, "--cache", tmp_path / "cache"]
+def test_stage_1_can_use_a_diffusion_stages_cache(whole_pictures, tiny_file, data, tmp_path):
+    more = ["--steps", 2, "--cache", tmp_path / "cache", *SQUASHED]
     train("unet", tiny_file, data, tmp_path / "unet", *more)
     train("sem-inpainter", tiny_file, data, tmp_path / "sem", *more)
-    assert losses(tmp_path / "sem") == pytest.approx(losses(uninterrupted)[:2], rel=1e-2)
+    assert losses(tmp_path / "sem") == pytest.approx(losses(whole_pictures)[:2], rel=1e-2)
     next((tmp_path / "cache").glob("shard-*")).unlink()
     broken = train("sem-inpainter", tiny_file, data, tmp_path / "broken", *more, code=1)
     assert "is not complete. Start that stage first" in broken.stderr
