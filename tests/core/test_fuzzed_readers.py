@@ -19,7 +19,8 @@ from cat_diffusion.cat_core.data.masks import SampleError
 from cat_diffusion.cat_core.errors import CatError
 from cat_diffusion.cat_core.training.log import TrainingLog
 from cat_diffusion.cat_core.training.settings import Settings
-from cat_diffusion.cat_core.training.stores import FreshSamples, ShardedSamples
+from cat_diffusion.cat_core.training.shards import ShardedSamples
+from cat_diffusion.cat_core.training.stores import FreshSamples
 
 SIZES = st.sampled_from([0, 1, 2, 3, 32, 256, 1 << 31, 1 << 40, -1]) | st.integers()
 SCALARS = st.none() | st.booleans() | st.floats() | SIZES | st.text(max_size=20)

@@ -19,7 +19,8 @@ from cat_diffusion.cat_core.pictures.tensors import channels_first
 from cat_diffusion.cat_core.training.batches import Batches, Stream, default_workers
 from cat_diffusion.cat_core.training.encoding import Preparation, prepare
 from cat_diffusion.cat_core.training.settings import TrainingError
-from cat_diffusion.cat_core.training.stores import FreshSamples, ShardedSamples
+from cat_diffusion.cat_core.training.shards import ShardedSamples
+from cat_diffusion.cat_core.training.stores import FreshSamples
 
 MIDDLE = Chance(0.5, 0.5, 0.5, 0.5)
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ from cat_diffusion.cat_core.data.masks import SampleError
 from cat_diffusion.cat_core.training import identity
 from cat_diffusion.cat_core.training.batches import Batches, Stream
 from cat_diffusion.cat_core.training.encoding import Preparation
-from cat_diffusion.cat_core.training.stores import FreshSamples, ShardedSamples, chance_of
+from cat_diffusion.cat_core.training.shards import ShardedSamples
+from cat_diffusion.cat_core.training.stores import FreshSamples, chance_of
 
 CPU = torch.device("cpu")
 WHOLE = Record("a", "a.png", mask="a_mask.png", label="cup", caption="a cup of tea")

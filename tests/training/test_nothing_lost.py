@@ -17,12 +17,13 @@ from torch import nn
 from cat_diffusion.cat_core.data.manifest import ManifestError, Record
 from cat_diffusion.cat_core.files import locked
 from cat_diffusion.cat_core.models.sem_inpainter import SemInpainter
-from cat_diffusion.cat_core.training import checkpoints, identity, loop, stores
+from cat_diffusion.cat_core.training import checkpoints, identity, loop, shards
 from cat_diffusion.cat_core.training.batches import Batches
 from cat_diffusion.cat_core.training.log import TrainingLog
 from cat_diffusion.cat_core.training.settings import Settings, TrainingError, TrainingRun
+from cat_diffusion.cat_core.training.shards import Alone, ShardedSamples
 from cat_diffusion.cat_core.training.stages import STAGES
-from cat_diffusion.cat_core.training.stores import Alone, FreshSamples, ShardedSamples
+from cat_diffusion.cat_core.training.stores import FreshSamples
 from cat_diffusion.cat_core.weights import Checkpoint
 
 pytest.importorskip("accelerate")
@@ -347,7 +348,7 @@ def test_processes_fill_a_cache_together_each_its_share(make_cache):
 
 
 def test_few_shards_are_open_at_a_time(make_cache, monkeypatch):
-    monkeypatch.setattr(stores, "MOST_OPEN", 1)
+    monkeypatch.setattr(shards, "MOST_OPEN", 1)
     store = make_cache(fill=False)
     store.per_shard = 1
     store.fill()

@@ -27,14 +27,9 @@ from cat_diffusion.cat_core.training.assemble import assemble
 from cat_diffusion.cat_core.training.batches import Batches, default_workers
 from cat_diffusion.cat_core.training.encoding import Preparation
 from cat_diffusion.cat_core.training.settings import Settings, TrainingError, TrainingRun
+from cat_diffusion.cat_core.training.shards import Alone, Processes, ShardedSamples
 from cat_diffusion.cat_core.training.stages import STAGES, Stage
-from cat_diffusion.cat_core.training.stores import (
-    Alone,
-    FreshSamples,
-    Processes,
-    SampleStore,
-    ShardedSamples,
-)
+from cat_diffusion.cat_core.training.stores import FreshSamples, SampleStore
 from cat_diffusion.cat_core.weights import Checkpoint
 from cat_diffusion.nodes.host import memory
 from cat_diffusion.nodes.host.build import build_clip, build_clip_vision, build_unet, build_vae
