@@ -46,7 +46,8 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
     for name in (*counts, "checkpoints_total_limit", "validation_samples"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected 1 up")
-    for name in ("warmup", "samples_every", "validate_every", "dataloader_num_workers"):
+    at_least_0 = ("warmup", "samples_every", "validate_every", "patience")
+    for name in (*at_least_0, "dataloader_num_workers"):
         if (getattr(arguments, name) or 0) < 0:
             parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected 0 up")
     if not (arguments.rates > 0 and math.isfinite(arguments.rates)):
@@ -66,6 +67,11 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
             f"batch_size {arguments.batch_size} is not a multiple of micro_batch_size "
             f"{arguments.micro_batch_size}. Change one of them."
         )
+    for name in ("keep_best", "patience"):
+        if getattr(arguments, name) and not arguments.validate_every:
+            parser.error(
+                f"--{name.replace('_', '-')} judges by held-out records: give --validate-every too"
+            )
     if arguments.random_flip and arguments.pictures != "crop":
         parser.error("--random-flip mirrors crops: give --pictures crop, or leave it out")
     if arguments.masked and arguments.stage != "sem-inpainter":
@@ -228,6 +234,26 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
         default=2,
         metavar="N",
         help="checkpoints that are kept, the latest ones",
+    )
+    parser.add_argument(
+        "--keep-best",
+        action="store_true",
+        help="keep the checkpoint of the lowest validation loss besides; RUN/best.json names it. "
+        "Needs --validate-every",
+    )
+    parser.add_argument(
+        "--patience",
+        type=int,
+        default=0,
+        metavar="N",
+        help="end the run when N validations in a row were no better than one before; 0 = never",
+    )
+    parser.add_argument(
+        "--report-to",
+        choices=("tensorboard", "wandb"),
+        default="",
+        help="show the figures there as well: TensorBoard reads RUN/tensorboard, wandb needs an "
+        "account, or WANDB_MODE=offline; the package is to be installed",
     )
     parser.add_argument(
         "--validate-every",

@@ -1,23 +1,26 @@
 """A run's checkpoints: <folder>/checkpoint-00000500/{weights.safetensors, state.pt}.
 
-With a moving average also ema.safetensors, like the weights.
+With a moving average also ema.safetensors, like the weights. best.json beside them names the one of
+the lowest validation loss, where it is kept.
 
 Each is whole or not there: a folder written under a temporary name and renamed.
 """
 
+import json
 import pickle
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import weights
 from ..config import Tensors
-from ..files import replacing_folder
+from ..files import replacing_folder, write_text
 from . import identity
 from .average import MovingAverage
 from .settings import Settings, TrainingError, TrainingRun
@@ -25,6 +28,7 @@ from .settings import Settings, TrainingError, TrainingRun
 WEIGHTS = "weights.safetensors"
 EMA = "ema.safetensors"
 STATE = "state.pt"
+BEST = "best.json"
 FIXED = {
     "batch_size",
     "warmup",
@@ -64,9 +68,21 @@ class Resumed:
     sentences: Sequence[str] = ()  # that the user should read
 
 
+class Validated(NamedTuple):
+    """A step, and the loss that was measured after it on held-out records."""
+
+    step: int
+    loss: float
+
+
 def newest(folder: Path | None) -> Path | None:
     """The latest checkpoint; None where there is none yet, and without a folder."""
     return max(_all(folder), default=None)
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """The checkpoint of a run's first `step` steps, whether it is there or not."""
+    return folder / f"checkpoint-{step:08d}"
 
 
 def newest_name(folder: Path | None) -> str:
@@ -102,7 +118,7 @@ def write(
     scaler,
     average: MovingAverage | None = None,
 ) -> None:
-    """Write the checkpoint of a run's first `step` steps; old ones go.
+    """Write the checkpoint of a run's first `step` steps.
 
     `scaler` is fp16's, or None.
 
@@ -110,7 +126,7 @@ def write(
         TrainingError: the disk is full or read-only; the message names the newest checkpoint.
     """
     assert run.folder is not None
-    target = run.folder / f"checkpoint-{step:08d}"
+    target = path_of(run.folder, step)
     state = {
         "step": step,
         "stage": run.stage.name,
@@ -138,8 +154,25 @@ def write(
             f"{newest_name(run.folder)}. Free disk space and start the same command again; "
             "it continues from there."
         ) from error
+
+
+def remove_old(run: TrainingRun, best: Validated | None = None) -> None:
+    """Remove all checkpoints but the latest ones and the best one, which best.json then names.
+
+    Args:
+        best: that of the lowest validation loss, None where there is none or none is kept.
+    """
+    assert run.folder is not None
+    kept = None
+    if best:
+        kept = path_of(run.folder, best.step)
+        facts = {"checkpoint": kept.name, "step": best.step, "validation_loss": best.loss}
+        # A disk that is full is told by what is written next.
+        with suppress(OSError):
+            write_text(run.folder / BEST, json.dumps(facts, indent=1) + "\n")
     for old in _all(run.folder)[: -run.settings.keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old != kept:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_weights(

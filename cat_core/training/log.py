@@ -1,4 +1,4 @@
-"""What a run says of itself: a CSV file, and a line on the terminal."""
+"""What a run says of itself: CSV files, and a line on the terminal."""
 
 import csv
 import math
@@ -13,19 +13,16 @@ from .settings import Settings, TrainingError
 SHOWN = ("loss", "cosine_observed", "cosine")  # figures on the terminal, if there are such
 
 
-class TrainingLog:
-    """A CSV line a step; a resumed run drops the lines after its checkpoint first.
+class FigureTable:
+    """A CSV file, a line of figures for each of some steps; a resumed run drops what is to come.
 
     Args:
         path: of the CSV file.
-        first: steps that the run has done already.
+        first: steps that the run has done already; lines after that step go.
     """
 
-    def __init__(self, path: Path, first: int, settings: Settings):
+    def __init__(self, path: Path, first: int):
         self.path = path
-        self.first = first
-        self.steps = settings.steps
-        self.start = time.monotonic()
         try:
             rows = _rows_until(path, first) if first and path.exists() else []
             with replacing(path) as partial, open(partial, "w", newline="") as file:
@@ -33,9 +30,10 @@ class TrainingLog:
         except OSError as error:
             raise self._cannot_write(error) from error
         self.columns = rows[0] if rows else []
+        self.rows = rows[1:]  # that were there
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
-        """Write a step's figures, and print some of them."""
+        """Write a step's figures."""
         try:
             with open(self.path, "a", newline="") as file:
                 writer = csv.writer(file)
@@ -47,7 +45,6 @@ class TrainingLog:
                 writer.writerow([step, *row])
         except OSError as error:
             raise self._cannot_write(error) from error
-        print(f"\r{self._line(step, figures)} ", end="", flush=True)
 
     def _cannot_write(self, error: OSError) -> TrainingError:
         return TrainingError(
@@ -55,6 +52,21 @@ class TrainingLog:
             f"{newest_name(self.path.parent)}. Free disk space, check permissions, and start the "
             "same command again; it continues from there."
         )
+
+
+class TrainingLog(FigureTable):
+    """A run's figures of each step, some of which are printed."""
+
+    def __init__(self, path: Path, first: int, settings: Settings):
+        super().__init__(path, first)
+        self.first = first
+        self.steps = settings.steps
+        self.start = time.monotonic()
+
+    def add(self, step: int, figures: Mapping[str, float]) -> None:
+        """Write a step's figures, and print some of them."""
+        super().add(step, figures)
+        print(f"\r{self._line(step, figures)} ", end="", flush=True)
 
     def _line(self, step: int, figures: Mapping[str, float]) -> str:
         shown = "  ".join(f"{name} {figures[name]:.4g}" for name in SHOWN if name in figures)
@@ -76,7 +88,7 @@ def _rows_until(path: Path, step: int) -> list[list[str]]:
         if text.endswith("\n"):
             rows += csv.reader([text])
     if rows and not _is_header(rows[0]):
-        aside = path.with_name("damaged-log.csv")
+        aside = path.with_name(f"damaged-{path.name}")
         path.replace(aside)
         print(f"{path.name} has lost its first line. It is kept as {aside.name}; a new one begins.")
         return []

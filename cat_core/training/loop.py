@@ -20,12 +20,13 @@ import torch
 from torch import nn
 
 from ..files import InUseError, locked, remove_leftovers
-from . import checkpoints
+from . import checkpoints, trackers
 from .average import MovingAverage
 from .batches import BatchSource, Request, Stream
 from .log import TrainingLog
 from .objectives import Batch, combine
 from .settings import Settings, TrainingError, TrainingRun
+from .validation import Validation, ValidationLog
 
 MOST_SKIPPED = 10  # steps in a row
 MOST_SKIPPED_FP16 = 20  # its scaler halves a scale of 65536 until numbers bear it
@@ -34,29 +35,42 @@ OnStep = Callable[[int, Mapping[str, float]], None]
 
 
 def train(
-    run: TrainingRun, source: BatchSource, *, cpu: bool = False, on_step: OnStep | None = None
+    run: TrainingRun,
+    source: BatchSource,
+    *,
+    cpu: bool = False,
+    validation: Validation | None = None,
+    on_step: OnStep | None = None,
 ) -> Path | None:
     """Train until the last step, from the newest complete checkpoint in the folder if there is one.
 
     Args:
         cpu: do not use a GPU even if there is one.
+        validation: of the main process, for a run with a folder; None measures nothing.
         on_step: called in the main process after each step, with the number of steps done and their
             figures; what it raises ends the run between two steps.
     Returns:
         the CAT weights file of the last checkpoint, None without a folder.
     Raises:
         TrainingError: loss or gradients not finite for long, disk full, or settings that do not fit
-            the folder, in which another process may also be at work.
+            the machine, or the folder, in which another process may also be at work.
     """
-    accelerator = _accelerator(run.settings, cpu)
+    accelerator = _accelerator(run, cpu)
     check_batch_size(run.settings, accelerator.num_processes)
-    if run.folder is None or not accelerator.is_main_process:
-        return _train(run, source, accelerator, on_step)
-    with _own_folder(run.folder):
-        return _train(run, source, accelerator, on_step)
+    with ExitStack() as stack:
+        if run.folder and accelerator.is_main_process:
+            stack.enter_context(_own_folder(run.folder))
+        stack.callback(trackers.finish, accelerator)
+        return _train(run, source, accelerator, validation, on_step)
 
 
-def _train(run: TrainingRun, source: BatchSource, accelerator, on_step: OnStep | None):
+def _train(
+    run: TrainingRun,
+    source: BatchSource,
+    accelerator,
+    validation: Validation | None,
+    on_step: OnStep | None,
+) -> Path | None:
     """`train`, where nobody else trains in the folder."""
     settings = run.settings
     _freeze_others(run)
@@ -73,10 +87,18 @@ def _train(run: TrainingRun, source: BatchSource, accelerator, on_step: OnStep |
     if accelerator.scaler is not None and resumed.scaler:
         accelerator.scaler.load_state_dict(resumed.scaler)
     log = None
+    judge = None
     accelerator.wait_for_everyone()  # until all have read what is renamed now
     if run.folder and accelerator.is_main_process:
         checkpoints.set_aside(run, resumed)
         log = TrainingLog(run.folder / "log.csv", first, settings)
+        trackers.start(accelerator, run, first)
+        if validation:
+            judge = ValidationLog(run.folder, first, settings)
+    (ended,) = _anywhere(accelerator, judge is not None and judge.is_out_of_patience())
+    if ended:
+        _say_ended(accelerator, settings, first)
+        return _newest_weights(run)
 
     with _Interrupt() as interrupt:
         for step in range(first, settings.steps):
@@ -85,7 +107,9 @@ def _train(run: TrainingRun, source: BatchSource, accelerator, on_step: OnStep |
             share = [next(batches) for _ in requests.of_step(step)]
             figures = optimisation.step(step, share)
             _check_progress(run, step, figures, optimisation)
-            if average and not optimisation.skipped_in_a_row:
+            # Not while gradients are no numbers: the weights may be at fault, good ones would go.
+            is_good = not optimisation.skipped_in_a_row
+            if average and is_good:
                 average.update(step + 1)
             seconds = time.monotonic() - start
             figures["images_per_second"] = settings.batch_size / seconds
@@ -93,19 +117,37 @@ def _train(run: TrainingRun, source: BatchSource, accelerator, on_step: OnStep |
             done = step + 1
             if log:
                 log.add(done, figures)
-            stops = _asked_anywhere(interrupt, accelerator)
+                _track(accelerator, "", done, figures)
+            is_best = False
+            ends = False
+            # Before the checkpoint, so that a run which goes on from it knows what was measured.
+            if validation and judge and validation.is_due(done, settings.steps):
+                measured = validation.measure(done)
+                judge.add(done, measured)
+                _track(accelerator, "validation/", done, measured)
+                is_best = settings.keep_best and judge.is_best
+                ends = judge.is_out_of_patience()
+            stops, is_best, ends = _anywhere(accelerator, interrupt.asked, is_best, ends)
             is_due = done % settings.save_every == 0 or done == settings.steps
-            # Not while gradients are no numbers: the weights may be at fault, good ones would go.
-            is_good = not optimisation.skipped_in_a_row
-            if run.folder and is_good and (is_due or stops):
+            if run.folder and is_good and (is_due or stops or is_best or ends):
                 accelerator.wait_for_everyone()
                 if accelerator.is_main_process:
                     checkpoints.write(run, done, optimiser, accelerator.scaler, average)
+                    best = judge.best() if judge and settings.keep_best else None
+                    checkpoints.remove_old(run, best)
                 accelerator.wait_for_everyone()
             if on_step and accelerator.is_main_process:
                 on_step(done, figures)
             if stops:
                 raise KeyboardInterrupt
+            if ends:
+                _say_ended(accelerator, settings, done)
+                break
+    return _newest_weights(run)
+
+
+def _newest_weights(run: TrainingRun) -> Path | None:
+    """The weights file of the latest checkpoint, None where there is none."""
     checkpoint = checkpoints.newest(run.folder)
     return checkpoint / checkpoints.WEIGHTS if checkpoint else None
 
@@ -269,18 +311,39 @@ def _add(sums: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
     sums[name] = sums.get(name, 0) + value.detach().float()
 
 
-def _accelerator(settings: Settings, cpu: bool):
+def _accelerator(run: TrainingRun, cpu: bool):
     require_accelerate()
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
+    settings = run.settings
+    check_precision(settings.precision, cpu)
+    trackers.require(settings.report_to)
     # The diffusion stages have no use for SemInpainter's post_layernorm.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     return Accelerator(
         cpu=cpu,
         mixed_precision=settings.precision,
         dynamo_backend=settings.dynamo_backend,
+        log_with=settings.report_to or None,
+        project_dir=run.folder,
         kwargs_handlers=[unused],
     )
+
+
+def check_precision(precision: str, cpu: bool) -> None:
+    """Raise TrainingError for a precision that the machine does not compute in."""
+    has_cuda = torch.cuda.is_available() and not cpu
+    has_mps = torch.backends.mps.is_available() and not cpu
+    if precision == "fp16" and not (has_cuda or has_mps):
+        raise TrainingError(
+            "--precision fp16 needs a GPU, and there is none, or it is not used. Give bf16, or "
+            "leave the option out to compute in fp32."
+        )
+    if precision == "bf16" and has_cuda and not torch.cuda.is_bf16_supported():
+        raise TrainingError(
+            f"--precision bf16 is nothing that {torch.cuda.get_device_name()} computes in. Give "
+            "fp16, or leave the option out to compute in fp32."
+        )
 
 
 def check_batch_size(settings: Settings, processes: int = 1) -> None:
@@ -367,7 +430,24 @@ class _Interrupt:
             signal.signal(number, handler)
 
 
-def _asked_anywhere(interrupt: _Interrupt, accelerator) -> bool:
-    """Whether any process was asked to stop; all of them then stop after the same step."""
-    asked = torch.tensor(float(interrupt.asked), device=accelerator.device)
-    return accelerator.reduce(asked).item() > 0
+def _anywhere(accelerator, *flags: bool) -> list[bool]:
+    """Which flags any process has raised; all processes then do the same after the same step."""
+    raised = torch.tensor([float(flag) for flag in flags], device=accelerator.device)
+    return (accelerator.reduce(raised) > 0).tolist()
+
+
+def _track(accelerator, prefix: str, step: int, figures: Mapping[str, float]) -> None:
+    """Tell the trackers what a step's figures are."""
+    if accelerator.trackers:
+        named = {f"{prefix}{name}": value for name, value in figures.items()}
+        accelerator.log(named, step=step)
+
+
+def _say_ended(accelerator, settings: Settings, step: int) -> None:
+    """Say that a run is over before its last step."""
+    if accelerator.is_main_process:
+        print(
+            f"\nThe last {settings.patience} validations were no better than one before: the run "
+            f"ends after step {step}. A larger --patience, or none, goes on from there.",
+            flush=True,
+        )

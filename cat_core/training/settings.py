@@ -36,7 +36,10 @@ class Settings:
     precision: str = "no"  # "no" (fp32), "bf16" or "fp16"
     seed: int = 0
     save_every: int = 500
-    keep: int = 2  # complete checkpoints
+    keep: int = 2  # complete checkpoints, the latest ones
+    keep_best: bool = False  # besides, that of the lowest validation loss
+    patience: int = 0  # validations without a lower loss that end the run; 0 = none do
+    report_to: str = ""  # one of trackers.TRACKERS, or none
 
 
 @dataclass(frozen=True)
@@ -57,3 +60,4 @@ class TrainingRun:
     architecture: Architecture = field(default_factory=Architecture)  # for the weights' headers
     provenance: str = ""
     licence: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)  # what a model card says of it

@@ -1,6 +1,9 @@
 """A run measured on held-out records: the same ones, with the same chance, and no trace in it."""
 
 import csv
+import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -9,11 +12,16 @@ import torch
 from paths import ROOT
 from PIL import Image, ImageDraw
 
+from cat_diffusion.cat_core import weights
 from cat_diffusion.cat_core.data import manifest
 from cat_diffusion.cat_core.data.manifest import ManifestError
+from cat_diffusion.cat_core.models.sem_inpainter import SemInpainter
+from cat_diffusion.cat_core.training import loop
 from cat_diffusion.cat_core.training.objectives import combine
+from cat_diffusion.cat_core.training.settings import Settings, TrainingError, TrainingRun
+from cat_diffusion.cat_core.training.stages import STAGES
 from cat_diffusion.cat_core.training.stores import FreshSamples
-from training.validation import losses, validation_batches
+from cat_diffusion.cat_core.training.validation import losses, validation_batches
 
 pytest.importorskip("accelerate")
 
@@ -47,9 +55,11 @@ def rows(path):
 
 
 def test_held_out_records_are_measured_and_training_does_not_notice(tiny_file, data, tmp_path):
-    more = ["--steps", 4, "--validate-every", 2]
+    more = ["--steps", 4, "--validate-every", 2, "--keep-best", "--patience", 3]
     done = train(tiny_file, data, tmp_path / "with", *more)
     assert done.returncode == 0, done.stderr
+    best = tmp_path / "with/checkpoint-00000004/weights.safetensors"
+    assert re.search(rf"Lowest validation loss, [\d.]+: {re.escape(str(best))}", done.stdout)
     measured = rows(tmp_path / "with/validation.csv")
     assert [row["step"] for row in measured] == ["2", "4"]
     assert float(measured[1]["loss"]) < float(measured[0]["loss"])
@@ -116,3 +126,172 @@ def test_the_loss_of_parts_is_the_loss_of_the_whole(data):
     with pytest.raises(ManifestError, match="There is nothing to validate on"):
         empty = FreshSamples([], data.parent, PlainEncoders(), objective="distillation")
         validation_batches(empty, None, samples=64, micro_batch_size=2)
+
+
+# Best checkpoint and early end --------------------------------------------------------------------
+
+
+class FixedValidation:
+    """Stands for held-out records whose losses are known by heart."""
+
+    def __init__(self, losses_by_step):
+        self.losses = losses_by_step
+        self.measured = []
+
+    def is_due(self, step, last):
+        return step in self.losses
+
+    def measure(self, step):
+        self.measured.append(step)
+        return {"loss": self.losses[step]}
+
+
+LOSSES = {1: 0.5, 2: 0.25, 3: float("nan"), 4: 0.75, 5: 0.5, 6: 0.5}
+
+
+@pytest.fixture
+def train_plain(tiny, tmp_path):
+    """Train a tiny SemInpainter for some steps, judged by losses known by heart."""
+
+    def train_plain(name="run", measured=LOSSES, **changes):
+        _, architecture = tiny
+        torch.manual_seed(0)
+        module = SemInpainter(architecture.sem_inpainter)
+        defaults = {"steps": 6, "batch_size": 1, "micro_batch_size": 1, "save_every": 1, "keep": 1}
+        run = TrainingRun(
+            STAGES["sem-inpainter"],
+            {"sem_inpainter": module},
+            DrawnObjective(module),
+            Settings(**defaults | {"keep_best": True} | changes),
+            folder=tmp_path / name,
+            architecture=architecture,
+        )
+        validation = FixedValidation(measured)
+        last = loop.train(run, one_target, cpu=True, validation=validation)
+        return run.folder, validation.measured, last.parent.name
+
+    return train_plain
+
+
+class DrawnObjective(PlainObjective):
+    """Draws the mean of a SemInpainter's weights to what the batch says."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def weights(self, batch):
+        return {"distance": torch.ones(len(batch["target"]))}
+
+    def forward(self, batch):
+        total = sum(parameter.mean() for parameter in self.module.parameters())
+        return {"distance": (total - batch["target"]) ** 2 + 0 * self.value}, {}
+
+
+def one_target(step, positions):
+    return {"target": torch.full((len(positions),), float(step))}
+
+
+def checkpoints_in(folder):
+    return sorted(int(path.name[-8:]) for path in folder.glob("checkpoint-*"))
+
+
+def test_the_best_checkpoint_stays_beside_the_last_ones(train_plain):
+    folder, _, _ = train_plain()
+    assert checkpoints_in(folder) == [2, 6]
+    best = json.loads((folder / "best.json").read_text())
+    assert best == {"checkpoint": "checkpoint-00000002", "step": 2, "validation_loss": 0.25}
+    weights.read(folder / best["checkpoint"] / "weights.safetensors").require("sem_inpainter")
+    folder, _, _ = train_plain("plain", keep_best=False)
+    assert checkpoints_in(folder) == [6]
+    assert not (folder / "best.json").exists()
+
+
+def test_a_better_step_is_kept_even_where_none_was_to_be_saved(train_plain):
+    folder, _, _ = train_plain(save_every=100)
+    assert checkpoints_in(folder) == [2, 6]
+
+
+def test_a_run_that_goes_on_knows_its_best_step(train_plain):
+    train_plain("twice", steps=4)
+    folder, measured, _ = train_plain("twice")
+    assert measured == [5, 6]
+    assert checkpoints_in(folder) == [2, 6]
+    whole, _, _ = train_plain("whole")
+    for name in ("validation.csv", "best.json"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_lines_after_the_newest_checkpoint_are_measured_again(train_plain):
+    folder, _, _ = train_plain(steps=4, keep=9)
+    shutil.rmtree(folder / "checkpoint-00000003")
+    shutil.rmtree(folder / "checkpoint-00000004")
+    (folder / "checkpoint-00000002/weights.safetensors").write_bytes(b"")
+    _, measured, _ = train_plain(measured=LOSSES | {2: 0.375})
+    assert measured == [2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows(folder / "validation.csv")] == list("123456")
+    assert json.loads((folder / "best.json").read_text())["validation_loss"] == 0.375
+
+
+def test_a_run_ends_when_patience_does_and_stays_ended(train_plain, capsys):
+    folder, measured, last = train_plain(patience=2, save_every=100)
+    assert measured == [1, 2, 3, 4]
+    assert last == "checkpoint-00000004"
+    assert checkpoints_in(folder) == [2, 4]
+    assert "The last 2 validations were no better than one before" in capsys.readouterr().out
+    _, measured, last = train_plain(patience=2, save_every=100)
+    assert (measured, last) == ([], "checkpoint-00000004")
+    assert "the run ends after step 4" in capsys.readouterr().out.replace("\n", " ")
+    _, measured, last = train_plain(patience=9, save_every=100)
+    assert (measured, last) == ([5, 6], "checkpoint-00000006")
+
+
+def test_what_judges_needs_records_to_judge_by(tiny_file, data, tmp_path):
+    done = train(tiny_file, data, tmp_path / "run", "--keep-best")
+    assert done.returncode == 2
+    assert "--keep-best judges by held-out records: give --validate-every" in done.stderr
+    done = train(tiny_file, data, tmp_path / "run", "--patience", 2)
+    assert "--patience judges by held-out records" in done.stderr
+
+
+# Trackers -----------------------------------------------------------------------------------------
+
+
+def test_tensorboard_has_each_step_once_after_a_run_that_went_on(train_plain):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, _, _ = train_plain(report_to="tensorboard", steps=4, keep=9)
+    for step in (3, 4):
+        shutil.rmtree(folder / f"checkpoint-{step:08d}")
+    train_plain(report_to="tensorboard")
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    logged = events.Scalars("loss")
+    assert [event.step for event in logged] == [1, 2, 3, 4, 5, 6]
+    written = [float(row["loss"]) for row in rows(folder / "log.csv")]
+    assert [event.value for event in logged] == pytest.approx(written)
+    validated = {event.step: event.value for event in events.Scalars("validation/loss")}
+    assert validated == pytest.approx(LOSSES, nan_ok=True)
+
+
+def test_wandb_goes_on_with_the_same_run(train_plain, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder, _, _ = train_plain(report_to="wandb", steps=4)
+    number = (folder / "wandb-run.txt").read_text()
+    train_plain(report_to="wandb")
+    assert (folder / "wandb-run.txt").read_text() == number
+    runs = [path.name.rpartition("-")[2] for path in (folder / "wandb").glob("offline-run-*")]
+    assert runs == [number, number]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_one_sentence(train_plain, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)  # as where it is not installed
+    with pytest.raises(TrainingError, match=rf"--report-to {name} needs {name}.*pip install"):
+        train_plain(report_to=name)
+
+
+def test_fp16_without_a_gpu_is_one_sentence(train_plain):
+    with pytest.raises(TrainingError, match="--precision fp16 needs a GPU, and there is none"):
+        train_plain(precision="fp16")

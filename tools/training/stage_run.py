@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from cat_diffusion.cat_core.config import (
 from cat_diffusion.cat_core.data import manifest
 from cat_diffusion.cat_core.errors import CatError
 from cat_diffusion.cat_core.files import require_writable
-from cat_diffusion.cat_core.training import checkpoints, identity, loop, start
+from cat_diffusion.cat_core.training import checkpoints, identity, loop, start, trackers
 from cat_diffusion.cat_core.training.assemble import assemble
 from cat_diffusion.cat_core.training.batches import Batches, default_workers
 from cat_diffusion.cat_core.training.encoding import Preparation
@@ -30,6 +31,7 @@ from cat_diffusion.cat_core.training.settings import Settings, TrainingError, Tr
 from cat_diffusion.cat_core.training.shards import Alone, Processes, ShardedSamples
 from cat_diffusion.cat_core.training.stages import STAGES, Stage
 from cat_diffusion.cat_core.training.stores import FreshSamples, SampleStore
+from cat_diffusion.cat_core.training.validation import Validation, validation_batches
 from cat_diffusion.cat_core.weights import Checkpoint
 from cat_diffusion.nodes.host import memory
 from cat_diffusion.nodes.host.build import build_clip, build_clip_vision, build_unet, build_vae
@@ -38,7 +40,6 @@ from cat_diffusion.nodes.host.encoders import HostEncoders
 from cat_diffusion.nodes.host.unet import vae_cell
 
 from .sample_pictures import SamplePictures
-from .validation import Validation, validation_batches
 
 OFFICIAL_CAPTION_SHARE = 0.2
 
@@ -84,6 +85,7 @@ def command(arguments) -> int:
     """Run the stage that the arguments name; returns the exit code."""
     try:
         print(f"\nCAT weights: {run(_described(arguments))}")
+        _print_best(arguments.run / checkpoints.BEST)
     except KeyboardInterrupt:
         print(f"\nStopped. The same command continues from {arguments.run}.")
         return 130
@@ -91,6 +93,14 @@ def command(arguments) -> int:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _print_best(path: Path) -> None:
+    """Say which checkpoint is the best one, where it is kept."""
+    if path.is_file():
+        best = json.loads(path.read_text(encoding="utf-8"))
+        file = path.with_name(best["checkpoint"]) / checkpoints.WEIGHTS
+        print(f"Lowest validation loss, {best['validation_loss']:.4g}: {file}")
 
 
 def _described(arguments) -> StageRun:
@@ -110,6 +120,9 @@ def _described(arguments) -> StageRun:
         seed=arguments.seed,
         save_every=arguments.save_every,
         keep=arguments.checkpoints_total_limit,
+        keep_best=arguments.keep_best,
+        patience=arguments.patience,
+        report_to=arguments.report_to,
     )
     return StageRun(
         stage=STAGES[arguments.stage].scaled(arguments.rates),
@@ -210,16 +223,13 @@ def run(described: StageRun) -> Path | None:
         )
     validation = None
     if described.validate_every and processes.process_index == 0:
-        validation = Validation(
-            objective,
-            validation_batches(
-                validation_samples(described, encoders, fresh.cell),
-                batches.empty_context,
-                samples=described.validation_samples,
-                micro_batch_size=described.settings.micro_batch_size,
-            ),
-            described.folder / "validation.csv",
+        held_out = validation_batches(
+            validation_samples(described, encoders, fresh.cell),
+            batches.empty_context,
+            samples=described.validation_samples,
+            micro_batch_size=described.settings.micro_batch_size,
         )
+        validation = Validation(objective, held_out, described.validate_every)
     if described.cache and not described.samples_every:
         # The frozen networks have done their work: their memory is wanted.
         del file, encoders, fresh.encoders
@@ -229,12 +239,11 @@ def run(described: StageRun) -> Path | None:
     def on_step(step, figures):
         if pictures and step % described.samples_every == 0:
             pictures.draw(step)
-        is_last = step == described.settings.steps
-        if validation and (is_last or step % described.validate_every == 0):
-            validation.measure(step)
 
     try:
-        return loop.train(training, batches, cpu=described.cpu, on_step=on_step)
+        return loop.train(
+            training, batches, cpu=described.cpu, validation=validation, on_step=on_step
+        )
     finally:
         if fresh.tally.skipped:
             print(f"\n{fresh.tally}")
@@ -294,6 +303,8 @@ def frozen_parts(objective: str) -> list[str]:
 def _require_all_it_takes(described: StageRun, processes: int) -> None:
     """Raise TrainingError for what would end the run after hours of encoding."""
     loop.check_batch_size(described.settings, processes)
+    loop.check_precision(described.settings.precision, described.cpu)
+    trackers.require(described.settings.report_to)
     for folder in (described.folder, described.cache):
         if folder is None:
             continue
