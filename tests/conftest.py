@@ -3,6 +3,8 @@
 The host is set up here, before any test module is imported: they import the pack at their tops.
 """
 
+import os
+import signal
 import sys
 
 import hypothesis
@@ -17,8 +19,14 @@ import utils.install_util  # noqa: F401 - as main.py: the host's nodes put comfy
 
 from comfyui import launch
 
-# Before the host's settings are read, which is at the first import of its parts.
+# Started in the background, Python ignores Ctrl-C, and so would the tools that tests stop with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+# Before the host's settings are read, which is at the first import of its parts. The processes of
+# pytest-xdist do not see the command line, but the environment.
+DYNAMIC_VRAM = "CAT_DIFFUSION_TEST_DYNAMIC_VRAM"
 if "--dynamic-vram" in sys.argv:
+    os.environ[DYNAMIC_VRAM] = "1"
+if DYNAMIC_VRAM in os.environ:
     dynamic_vram.turn_on()
 launch.start_host()
 

@@ -29,6 +29,7 @@ DYNAMIC_VRAM = [
     "--ignore=nodes/test_bench.py",
     "--ignore=nodes/test_demo_model.py",
 ]
+MOST_LANES = 4  # each with a ComfyUI of its own, which takes up to 3 GB
 NOT_FULL = ["-m", "not full"]
 NOT_SLOW = ["-m", "not slow"]
 FAST = ["core", "nodes", *NOT_SLOW]
@@ -83,11 +84,12 @@ def main() -> int:
             runs = [(arguments.host or install.NEWEST, SOAKED + pytest_arguments)]
         else:
             runs = plan(arguments.host, arguments.fast, pytest_arguments)
+        lanes = 1 if pytest_arguments or arguments.soak else min(os.cpu_count() or 1, MOST_LANES)
         is_part = pytest_arguments or arguments.host or arguments.release or arguments.soak
         if not is_part and not style(prepare(install.NEWEST)):
             failed.append("style")
         for version, selection in runs:
-            if not run_pytest(version, prepare(version), selection):
+            if not run_pytest(version, prepare(version), selection, lanes):
                 failed.append(version)
     except install.SetupError as error:
         parser.error(str(error))
@@ -145,13 +147,17 @@ def style(host: install.Host) -> bool:
     return clean
 
 
-def run_pytest(version: str, host: install.Host, selection: list[str]) -> bool:
-    """Run the selected tests on a host; whether they passed."""
+def run_pytest(version: str, host: install.Host, selection: list[str], lanes: int = 1) -> bool:
+    """Run the selected tests on a host, files side by side in lanes; whether they passed."""
     print(f"\n===== ComfyUI {version}: pytest {' '.join(selection)} =====", flush=True)
     start = time.monotonic()
     cache = f"cache_dir={install.cache_dir() / f'pytest-{version}'}"  # for --lf
     command = [host.python, "-m", "pytest", "-o", cache, *selection]
     environment = {**os.environ, launch.COMFYUI: str(host.path)}
+    if lanes > 1:
+        command += ["-n", str(lanes), "--dist", "loadfile"]
+        threads = max((os.cpu_count() or 1) // lanes, 1)
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
     code = subprocess.run(command, cwd=TESTS, env=environment).returncode
     result = "passed" if code == 0 else f"FAILED ({code})"
     print(f"===== ComfyUI {version}: {result} in {time.monotonic() - start:.0f} s =====")
