@@ -8,7 +8,7 @@ Shapes: B pictures, K things of a picture (the target first), S the side of a pi
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,25 +17,26 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from cat_diffusion.cat_core.files import replacing
 from demo_model.world_sources import STYLES, is_held_out
 
-SIZE = 128  # pixels, side of a picture
+SIZE = 192  # pixels, side of a picture
 MOST_THINGS = 4  # in a picture
 NO_THING = -1
-_THING = 96  # pixels, side of a thing's drawing; half of what is fetched
-_SMALL = 0.36  # share of the side below which a thing is drawn from a half-size drawing
-_LEAST = 0.2  # longer side of a thing, as a share of the picture's
-_MOST = 0.62
+_THING = 192  # pixels, side of a thing's drawing
+_TARGET_SIZES = (0.42, 0.7)  # longer side of the target, as a share of the picture's
+_OTHER_SIZES = (0.28, 0.46)  # of the things around it, which are drawn from half-size drawings
 _PHOTO_HEIGHT = 640  # pixels that are kept of a photograph
 _PHOTO_WIDTH = 960
 _TRIES = 12  # places that are tried for each further thing
 _SHADING = 0.22  # how much brighter a thing is at its edge towards the light
 _SHADOW = 0.45
 _SHADOW_SHIFT = 0.06  # away from the light, as a share of a thing's size
-_SHADOW_BLUR = 5  # pixels
-_FINE = 4  # places a row and a column of each pixel that a photograph is read at
+_SHADOW_BLUR = 7  # pixels
+_FINE = 3  # places a row and a column of each pixel that a photograph is read at
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class World:
     """What pictures are made of.
 
     Attributes:
-        drawings: (3, N, 4, 96, 96) uint8, premultiplied RGBA by style and thing.
+        drawings: (3, N, 4, 192, 192) uint8, premultiplied RGBA by style and thing.
         small_drawings: the same at half the size.
         names: English and Chinese name of each thing.
         photographs: (P, 640, 960, 3) uint8.
@@ -97,15 +98,14 @@ def load(folder: Path) -> World:
     """The world of a folder that `world_sources.fetch` filled."""
     facts = json.loads((folder / "things.json").read_text("utf-8"))
     facts.sort(key=lambda fact: fact["index"])
-    fetched = 2 * _THING
-    drawings = np.empty((len(STYLES), len(facts), fetched, fetched, 4), np.uint8)
+    drawings = np.empty((len(STYLES), len(facts), _THING, _THING, 4), np.uint8)
     for style_number, style in enumerate(STYLES):
         paths = [folder / f"things/{style}/{number:03}.png" for number in range(len(facts))]
         with ThreadPoolExecutor() as threads:
             for number, drawing in enumerate(threads.map(_rgba, paths)):
                 drawings[style_number, number] = drawing
     straight = rearrange(torch.from_numpy(drawings), "s n h w c -> s n c h w")
-    premultiplied = _halved(_premultiplied(straight))
+    premultiplied = _premultiplied(straight)
     pictures = json.loads((folder / "photographs.json").read_text("utf-8"))
     shape = (len(pictures), _PHOTO_HEIGHT, _PHOTO_WIDTH, 3)
     photographs = torch.zeros(shape, dtype=torch.uint8)
@@ -246,7 +246,7 @@ class Painter:
 
         And their shadows (B, 1, S, S).
         """
-        source = self.world.small_drawings if plan.small else self.world.drawings
+        source = self.world.small_drawings if slot else self.world.drawings
         thing = self._index(np.maximum(plan.things[:, slot], 0))
         drawings = source[self._index(plan.style), thing].float() / 255
         drawings *= self._numbers(plan.things[:, slot] >= 0).view(-1, 1, 1, 1)
@@ -282,24 +282,30 @@ class Gallery:
     """Pictures painted once and shown again and again, half of the time mirrored.
 
     Args:
-        count: how many; 12 kB each at 128 pixels, on the device.
+        count: how many; 0.4 MB each at 192 pixels, on the device.
+        folder: where they are kept as well, see draw_once.
     """
 
-    def __init__(self, painter: Painter, count: int, seed: int, at_once: int = 256):
+    def __init__(
+        self,
+        painter: Painter,
+        count: int,
+        seed: int,
+        at_once: int = 256,
+        folder: Path | None = None,
+    ):
         self.device = painter.device
-        self.kept: dict[str, torch.Tensor] = {}
-        for first in range(0, count, at_once):
-            pictures = painter.paint(min(at_once, count - first), seed + first)
-            for field in fields(Pictures):
-                self._keep(field.name, getattr(pictures, field.name), first, count)
 
-    def _keep(self, name: str, values: torch.Tensor, first: int, count: int) -> None:
-        if values.ndim == 4:
-            values = (values * 255).round().to(torch.uint8)
-        if name not in self.kept:
-            shape = (count, *values.shape[1:])
-            self.kept[name] = torch.empty(shape, dtype=values.dtype, device=values.device)
-        self.kept[name][first : first + len(values)] = values
+        def paint(first: int, number: int) -> Mapping[str, torch.Tensor]:
+            pictures = painter.paint(number, seed + first)
+            rows = {}
+            for field in fields(Pictures):
+                values = getattr(pictures, field.name)
+                is_picture = values.ndim == 4
+                rows[field.name] = (values * 255).round().to(torch.uint8) if is_picture else values
+            return rows
+
+        self.kept = draw_once(paint, count, at_once, folder)
 
     def paint(self, count: int, seed: int) -> Pictures:
         """Some of the pictures; the same seed shows the same."""
@@ -317,6 +323,39 @@ class Gallery:
         return Pictures(**rows)
 
 
+def draw_once(
+    draw: Callable[[int, int], Mapping[str, torch.Tensor]],
+    count: int,
+    at_once: int,
+    folder: Path | None = None,
+) -> dict[str, torch.Tensor]:
+    """Samples by name, drawn some at a time.
+
+    Args:
+        draw: (number of the first, how many) -> their tensors, the sample first.
+        folder: keeps what is drawn, so that a stopped run goes on. It does not know how they were
+            drawn: whoever changes that uses another one.
+    """
+    kept: dict[str, torch.Tensor] = {}
+    for first in range(0, count, at_once):
+        path = folder / f"{first:06}.safetensors" if folder else None
+        if path and path.exists():
+            rows = load_file(path)
+        else:
+            drawn = draw(first, min(at_once, count - first))
+            rows = {name: values.contiguous() for name, values in drawn.items()}
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as partial:
+                    save_file(rows, partial)
+        for name, values in rows.items():
+            if name not in kept:
+                shape = (count, *values.shape[1:])
+                kept[name] = torch.empty(shape, dtype=values.dtype, device=values.device)
+            kept[name][first : first + len(values)] = values
+    return kept
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What stands where; lengths are shares of the picture's side, places are in [-1, 1]."""
@@ -330,14 +369,11 @@ class _Plan:
     light: np.ndarray  # (B, 2), towards it
     brightness: np.ndarray  # (B,)
     order: list[int]  # of the slots, from the back to the front
-    small: bool
 
     @classmethod
     def draw(cls, rng: np.random.Generator, count: int, names: int, targets: str) -> "_Plan":
-        small = rng.random() < 0.5
-        least, most = (_LEAST, _SMALL) if small else (_SMALL, _MOST)
-        scale = np.exp(rng.uniform(np.log(least), np.log(most), (count, 1)))
-        sizes = np.clip(scale * rng.uniform(0.85, 1.15, (count, MOST_THINGS)), _LEAST, _MOST)
+        sizes = np.exp(rng.uniform(*np.log(_OTHER_SIZES), (count, MOST_THINGS)))
+        sizes[:, 0] = np.exp(rng.uniform(*np.log(_TARGET_SIZES), count))
         centres = _centres(rng, sizes)
         things, style = _pairs(rng, count, names, targets)
         number_of_things = rng.choice([1, 2, 3, 4], count, p=[0.3, 0.25, 0.25, 0.2])
@@ -355,7 +391,6 @@ class _Plan:
             light=np.stack((np.cos(direction), np.sin(direction)), axis=1),
             brightness=rng.uniform(0.78, 1.08, count),
             order=[2, 3, 0, 1] if in_front else [1, 2, 3, 0],
-            small=bool(small),
         )
 
     def placement(self, slot: int, shift: float = 0.0) -> np.ndarray:
@@ -464,13 +499,13 @@ def box_holes(pictures: Pictures, rng: np.random.Generator) -> torch.Tensor:
 def blob_holes(pictures: Pictures, seed: int) -> torch.Tensor:
     """(B, 1, S, S), 1 = repaint: about the target, as one paints with a broad brush."""
     target = pictures.target
-    covered = F.max_pool2d((target > 0.1).float(), 5, 1, 2)
+    covered = F.max_pool2d((target > 0.1).float(), 7, 1, 3)
     generator = torch.Generator(target.device).manual_seed(seed)
     noise = torch.randn(len(target), 1, 10, 10, device=target.device, generator=generator)
     noise = F.interpolate(noise, (SIZE, SIZE), mode="bicubic")
     near = covered
     for _ in range(2):
-        near = F.avg_pool2d(near, 11, 1, 5)
+        near = F.avg_pool2d(near, 17, 1, 8)
     return torch.maximum(covered, (near + 0.12 * noise * (near > 0.02) > 0.2).float())
 
 

@@ -7,11 +7,13 @@ Every stage continues where it was stopped; what is done is not done again.
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -67,8 +69,20 @@ PLANS = {
     "ref-adapter-unet": StagePlan(STAGES["ref-adapter-unet"], 6000, 128, 2e-3),
     "cascade": StagePlan(STAGES["cascade"], 3000, 128, 2e-3),
 }
+# What two CPU cores do in hours.
+CPU_PLANS = {
+    "clip": dataclasses.replace(PLANS["clip"], steps=1500, batch_size=32),
+    "vae": dataclasses.replace(PLANS["vae"], steps=2000, batch_size=8),
+    "unet": dataclasses.replace(PLANS["unet"], steps=16_000, batch_size=16),
+    "sem-inpainter": dataclasses.replace(PLANS["sem-inpainter"], steps=3000, batch_size=32),
+    "ref-adapter-unet": dataclasses.replace(PLANS["ref-adapter-unet"], steps=4000, batch_size=16),
+    "cascade": dataclasses.replace(PLANS["cascade"], steps=12_000, batch_size=16),
+}
 PICTURES = 60_000  # that are painted
-POOLS = {"unet": 60_000, "objects": 60_000}  # samples that are encoded
+SAMPLES = 60_000  # of each pool, that are encoded
+CPU_PICTURES = 10_000
+CPU_SAMPLES = 12_000
+POOLS = ("captions", "objects")
 
 
 class Recipe:
@@ -80,7 +94,7 @@ class Recipe:
         self.shorter = arguments.shorter
         self.compile = arguments.compile
         self.precision = "no" if arguments.cpu else "bf16"
-        self.plans = dict(PLANS)
+        self.plans = dict(CPU_PLANS if arguments.cpu else PLANS)
         for setting in arguments.set:
             name, steps, batch_size = setting.split(":")
             plan = self.plans[name]
@@ -91,15 +105,45 @@ class Recipe:
         self.modules = networks.networks(generator, networks.PHOTOGRAPHS)
         self.architecture = networks.architecture(self.modules["unet"], networks.PHOTOGRAPHS)
         if arguments.start:
-            for part, tensors in weights.read(arguments.start).parts.items():
-                self.modules[part].load_state_dict(tensors)
+            self._start(arguments.start)
         self.texts, self.empty = self._texts(arguments.world)
         scenery = world.load(arguments.world).to(self.device)
         trained_on = np.flatnonzero(~scenery.held_out)
-        painter = world.Painter(scenery, trained_on)
-        at_once = 32 if arguments.cpu else 256
-        self.gallery = world.Gallery(painter, PICTURES // self.shorter, 0, at_once)
+        self.painter = world.Painter(scenery, trained_on)
+        self.at_once = 64 if arguments.cpu else 256
+        self.pictures = (CPU_PICTURES if arguments.cpu else PICTURES) // self.shorter
+        self.samples = (CPU_SAMPLES if arguments.cpu else SAMPLES) // self.shorter
         self.pools: dict[str, world_samples.Pool] = {}
+
+    def _start(self, path: Path) -> None:
+        """Take over the parts of a model that have this one's sizes."""
+        for part, tensors in weights.read(path).parts.items():
+            own = self.modules[part].state_dict()
+            if {key: tensor.shape for key, tensor in own.items()} == {
+                key: tensor.shape for key, tensor in tensors.items()
+            }:
+                self.modules[part].load_state_dict(tensors)
+            else:
+                print(f"{part} of {path} has other sizes: it is trained from fresh weights")
+
+    @cached_property
+    def gallery(self) -> world.Gallery:
+        """The pictures that CLIP and VAE learn from."""
+        folder = self._kept("gallery")
+        return world.Gallery(self.painter, self.pictures, 0, self.at_once, folder)
+
+    def _kept(self, name: str, *parts: str) -> Path | None:
+        """Where drawn samples are kept, which differs with the networks that encode them.
+
+        A GPU has drawn them anew before a disk would have taken them.
+        """
+        if self.device.type == "cuda":
+            return None
+        digest = hashlib.sha256(f"{world.SIZE} {self.at_once}".encode())
+        for part in parts:
+            for tensor in self.modules[part].state_dict().values():
+                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return self.work / f"{name}-{digest.hexdigest()[:8]}"
 
     def _texts(self, folder: Path) -> tuple[Texts, torch.Tensor]:
         facts = json.loads((folder / "things.json").read_text("utf-8"))
@@ -129,7 +173,8 @@ class Recipe:
         plan = self.plans["clip"]
         parts = ("clip_text", "clip_vision")
         objective = WorldContrastive(*(self.modules[part] for part in parts), self.texts)
-        source = world_samples.ClipBatches(self.gallery, self.texts, plan.batch_size, seed=1)
+        gallery = None if self._is_done("clip") else self.gallery
+        source = world_samples.ClipBatches(gallery, self.texts, plan.batch_size, seed=1)
         self._train("clip", objective, source, parts)
 
     def _vae(self) -> None:
@@ -148,7 +193,7 @@ class Recipe:
         write(path, {"vae": vae.state_dict()}, self.architecture)
 
     def _unet(self) -> None:
-        self._diffuse("unet", "unet")
+        self._diffuse("unet", "captions")
 
     def _sem_inpainter(self) -> None:
         self._diffuse("sem-inpainter", "objects")
@@ -167,9 +212,9 @@ class Recipe:
         if self.compile:
             objective.denoiser.compile()
         frozen = world_samples.FrozenNetworks(self.modules, self.device)
-        if self._done(name) < plan.steps // self.shorter and pool not in self.pools:
+        if not self._is_done(name) and pool not in self.pools:
             self.pools.clear()  # before the next is made: they fill the memory
-            self.pools[pool] = self._pool(pool, frozen)
+            self.pools[pool] = self.pool(pool)
         source = None
         if self.pools:
             source = world_samples.PoolBatches(
@@ -177,19 +222,26 @@ class Recipe:
             )
         self._train(name, objective, source, plan.stage.parts)
 
-    def _pool(self, name: str, frozen: world_samples.FrozenNetworks) -> world_samples.Pool:
+    def pool(self, name: str, with_features: bool = True) -> world_samples.Pool:
+        """The samples of a pool, "captions" or "objects", the latter with what CLIP sees."""
         start = time.monotonic()
-        drawer = world_samples.SampleDrawer(self.gallery, self.texts, frozen)
-        draw = drawer.of_captions if name == "unet" else drawer.of_objects
-        count = POOLS[name] // self.shorter
-        at_once = 32 if self.device.type == "cpu" else 256
-        pool = world_samples.Pool(draw, count, 5 if name == "unet" else 6, at_once)
-        print(f"{count} samples: {time.monotonic() - start:.0f} s", flush=True)
+        frozen = world_samples.FrozenNetworks(self.modules, self.device)
+        source = self.painter if self.device.type == "cpu" else self.gallery
+        drawer = world_samples.SampleDrawer(source, self.texts, frozen)
+        draws = [drawer.of_captions if name == "captions" else drawer.of_objects]
+        folders = [self._kept(name, "vae")]
+        if name == "objects" and with_features:
+            draws.append(drawer.seen)
+            folders.append(self._kept("seen", "clip_vision"))
+        seed = 5 + POOLS.index(name)
+        pool = world_samples.Pool(draws, self.samples, seed, self.at_once, folders)
+        print(f"{len(pool)} samples: {time.monotonic() - start:.0f} s", flush=True)
         return pool
 
-    def _done(self, name: str) -> int:
+    def _is_done(self, name: str) -> bool:
         folder = newest(self.work / name)
-        return int(folder.name.rpartition("-")[2]) if folder else 0
+        steps = self.plans[name].steps // self.shorter
+        return folder is not None and int(folder.name.rpartition("-")[2]) >= steps
 
     def _train(self, name: str, objective: nn.Module, source, parts: Sequence[str]) -> None:
         plan = self.plans[name]
@@ -200,7 +252,7 @@ class Recipe:
             warmup=plan.warmup,
             final_rate=0.01,
             precision=self.precision,
-            save_every=1000,
+            save_every=500,
             keep=1,
         )
         training = TrainingRun(
@@ -262,6 +314,9 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=ROOT / "runs/world")
     parser.add_argument("--out", type=Path, default=ROOT / "models/cat_demo_model.safetensors")
     parser.add_argument("--only", choices=PLANS, nargs="+", default=list(PLANS))
+    parser.add_argument(
+        "--draw", choices=POOLS, nargs="+", help="only encode samples, which training then finds"
+    )
     parser.add_argument("--shorter", type=int, default=1, metavar="N", help="an Nth of everything")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="STAGE:STEPS:BATCH", help="a stage's numbers"
@@ -281,8 +336,11 @@ def main() -> int:
         torch.backends.cudnn.benchmark = True
     try:
         recipe = Recipe(arguments)
-        recipe.run(arguments.only)
-        recipe.write(arguments.out)
+        for pool in arguments.draw or ():
+            recipe.pool(pool, with_features=False)
+        if not arguments.draw:
+            recipe.run(arguments.only)
+            recipe.write(arguments.out)
     except KeyboardInterrupt:
         print("\nStopped. The same command continues.")
         return 130

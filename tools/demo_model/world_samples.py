@@ -3,7 +3,8 @@
 A batch depends on its step and the seed alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from demo_model.world import (
     Pictures,
     blob_holes,
     box_holes,
+    draw_once,
     random_holes,
     within,
 )
@@ -151,17 +153,29 @@ Draw = Callable[[int, int], Batch]  # (how many samples, seed) -> samples
 
 
 class Pool:
-    """Samples drawn and encoded once, kept on the device; noise is drawn anew for every batch."""
+    """Samples drawn and encoded once, kept on the device; noise is drawn anew for every batch.
 
-    def __init__(self, draw: Draw, count: int, seed: int, at_once: int):
+    Args:
+        draws: give a sample's tensors in parts; the same seed gives the same sample to all.
+        folders: one for each of them, where they are kept as well, see world.draw_once.
+    """
+
+    def __init__(
+        self,
+        draws: Sequence[Draw],
+        count: int,
+        seed: int,
+        at_once: int,
+        folders: Sequence[Path | None],
+    ):
         self.samples: Batch = {}
-        for first in range(0, count, at_once):
-            part = draw(at_once, _seed(seed, first))
-            for key, value in part.items():
-                if key not in self.samples:
-                    shape = (count, *value.shape[1:])
-                    self.samples[key] = torch.empty(shape, dtype=_small(value), device=value.device)
-                self.samples[key][first : first + at_once] = value[: count - first]
+        for draw, folder in zip(draws, folders, strict=True):
+
+            def encode(first: int, number: int, draw: Draw = draw) -> Batch:
+                part = draw(number, _seed(seed, first))
+                return {key: value.to(_small(value)) for key, value in part.items()}
+
+            self.samples |= draw_once(encode, count, at_once, folder)
 
     def __len__(self):
         return len(next(iter(self.samples.values())))
@@ -224,7 +238,10 @@ class PoolBatches:
 
 
 class SampleDrawer:
-    """Draws a pool's samples; `of_captions` for the base U-Net, `of_objects` for CAT's stages."""
+    """Draws a pool's samples.
+
+    `of_captions` for the base U-Net; `of_objects` and `seen` together for CAT's stages.
+    """
 
     def __init__(self, painter: Painter | Gallery, texts: Texts, frozen: FrozenNetworks):
         self.painter = painter
@@ -238,7 +255,7 @@ class SampleDrawer:
         pictures = self.painter.paint(count, _seed(seed, 1))
         device = pictures.whole.device
         hole = random_holes(count, _seed(seed, 2), device)
-        about_target = torch.from_numpy(rng.random(count) < 0.3).to(device).view(-1, 1, 1, 1)
+        about_target = torch.from_numpy(rng.random(count) < 0.6).to(device).view(-1, 1, 1, 1)
         hole = torch.where(about_target, self._holes(pictures, rng, seed), hole)
         tokens = self.texts.captions(pictures.things.numpy(), pictures.style.numpy(), rng)
         unseen = torch.zeros(count, _GRID**2, 1, device=device)  # there is no adapter to see it
@@ -250,20 +267,26 @@ class SampleDrawer:
         """As CAT-Diffusion is trained: the hole is a thing's, the text its name."""
         rng = np.random.default_rng(seed)
         pictures = self.painter.paint(count, _seed(seed, 1))
-        device = pictures.whole.device
+        hole = self._holes(pictures, rng, seed)
+        tokens = self.texts.labels(pictures.things[:, 0].numpy(), rng)
+        batch = self._latents(within(pictures, hole), hole, rng)
+        return batch | {"tokens": tokens.to(hole.device)}
+
+    @torch.no_grad()
+    def seen(self, count: int, seed: int) -> Batch:
+        """What CLIP sees of the samples `of_objects`, with their hole and without."""
+        rng = np.random.default_rng(seed)
+        pictures = self.painter.paint(count, _seed(seed, 1))
         hole = self._holes(pictures, rng, seed)
         picture = within(pictures, hole)
         patches, image = self.frozen.image(clip_pixels(picture, hole))
         teacher_patches, teacher_image = self.frozen.image(clip_pixels(picture))
-        tokens = self.texts.labels(pictures.things[:, 0].numpy(), rng)
-        batch = self._latents(picture, hole, rng)
-        return batch | {
+        return {
             "patches": patches,
             "image": image,
             "patch_mask": patch_mask(hole),
             "teacher_patches": teacher_patches,
             "teacher_image": teacher_image,
-            "tokens": tokens.to(device),
         }
 
     def _holes(self, pictures: Pictures, rng: np.random.Generator, seed: int) -> torch.Tensor:
