@@ -45,6 +45,14 @@ hypothesis.settings.register_profile("soak", max_examples=30000, print_blob=True
 hypothesis.settings.load_profile("same")
 
 
+def pytest_collection_modifyitems(items):
+    """Lanes (tools/test.py) take whole files, and one of them all tests with a browser."""
+    for item in items:
+        path = item.path.relative_to(item.config.rootpath)
+        group = "browser" if path.parts[0] == "browser" else str(path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--dynamic-vram",

@@ -155,7 +155,7 @@ def run_pytest(version: str, host: install.Host, selection: list[str], lanes: in
     command = [host.python, "-m", "pytest", "-o", cache, *selection]
     environment = {**os.environ, launch.COMFYUI: str(host.path)}
     if lanes > 1:
-        command += ["-n", str(lanes), "--dist", "loadfile"]
+        command += ["-n", str(lanes), "--dist", "loadgroup"]
         threads = max((os.cpu_count() or 1) // lanes, 1)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
     code = subprocess.run(command, cwd=TESTS, env=environment).returncode
