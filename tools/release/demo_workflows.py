@@ -4,6 +4,7 @@ from release.graph import Graph, PlacedNode, Step
 from release.workflow_parts import (
     apply_adapter,
     cat_diffusion,
+    chinese_note,
     decode,
     full_checkpoint,
     object_label,
@@ -60,6 +61,7 @@ The grid shows the cells of CLIP's view that the hole covers, and below it what 
     predicts there.
 
 For photographs see *cat_weights*.""",
+        chinese_note("cat_demo"),
         height=300,
     )
 
@@ -151,6 +153,7 @@ SemInpainter runs twice: the second **CAT Semantic Inpaint** gets the first one'
 This runs on the **demo model**, which knows coloured shapes only. With your own weights replace
     the loader, and the scenes by *Load Image* for the first mask and *Load Image (as Mask)* for
     the second.""",
+        chinese_note("cat_two_objects"),
         height=250,
     )
 

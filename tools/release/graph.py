@@ -73,15 +73,20 @@ class PlacedNode:
 
 @dataclass(frozen=True)
 class Note:
-    """A text on the canvas, in Markdown."""
+    """A text on the canvas, in Markdown.
+
+    web/js/language.js opens the one in the page's language.
+    """
 
     height: int
     text: str
+    language: str
+    is_open: bool
 
     @property
     def below(self) -> int:
         """How far below its title's upper edge the next node begins."""
-        return TITLE + self.height + BETWEEN
+        return TITLE + self.height + BETWEEN if self.is_open else TITLE + COLLAPSED
 
 
 @dataclass(eq=False)
@@ -110,9 +115,13 @@ class Step:
         self.items.append(node)
         return node
 
-    def note(self, text: str, *, height: int) -> None:
-        """Place a note; in its text a line that begins with blanks continues the one before."""
-        self.items.append(Note(height, re.sub(r"\n +", " ", text)))
+    def note(self, text: str, chinese: str, *, height: int) -> None:
+        """Place a note in both languages, the Chinese one collapsed.
+
+        In the English text a line that begins with blanks continues the one before.
+        """
+        self.items.append(Note(height, re.sub(r"\n +", " ", text), "en", True))
+        self.items.append(Note(height, chinese, "zh", False))
 
     @property
     def head(self) -> int:
@@ -333,19 +342,22 @@ def _drawn_group(step: Step, id: int, left: int, top: int, width: int) -> dict:
     }
 
 
+_NOTE_TITLES = {"en": "Note", "zh": "中文说明"}
+
+
 def _drawn_note(note: Note, id: int, at: Pair, width: int) -> dict:
     return {
         "id": id,
         "type": "MarkdownNote",
         "pos": list(at),
         "size": [width, note.height],
-        "flags": {},
+        "flags": {} if note.is_open else {"collapsed": True},
         "order": id - 1,
         "mode": 0,
         "inputs": [],
         "outputs": [],
-        "title": "Note",
-        "properties": {},
+        "title": _NOTE_TITLES[note.language],
+        "properties": {"cat-diffusion language": note.language},
         "widgets_values": [note.text],
         "color": "#432",
         "bgcolor": "#653",

@@ -10,6 +10,7 @@ from release.workflow_parts import (
     LoaderOutputs,
     Page,
     cat_diffusion,
+    chinese_note,
     decode,
     full_checkpoint,
     object_label,
@@ -26,6 +27,7 @@ from release.workflow_parts import (
 
 CUSTOM_FILE = "your_sd15_model.safetensors"
 PLAIN_FILE = "v1-5-pruned-emaonly.safetensors"
+NOTE = 235  # height of a note
 
 
 def inpaint(graph: Graph) -> None:
@@ -46,7 +48,8 @@ def inpaint(graph: Graph) -> None:
 **2** Type the object's name.
 
 **3** Press **Run**. Outside the mask the photo stays as it is.""",
-        height=235,
+        chinese_note("cat_inpaint"),
+        height=NOTE,
     )
 
 
@@ -68,7 +71,8 @@ def weights(graph: Graph) -> None:
 **2** Type the object's name.
 
 **3** Press **Run**. Outside the mask the photo stays as it is.""",
-        height=235,
+        chinese_note("cat_weights"),
+        height=NOTE,
     )
 
 
@@ -162,7 +166,8 @@ The same photo, mask, text, seed and steps, once by Stable Diffusion 1.5 inpaint
 **1** A sample. Your photo: {PAINT}
 
 **2** The seed is for both. Steps and cfg: change them in both samplers.""",
-        height=235,
+        chinese_note("cat_compare"),
+        height=NOTE,
     )
 
 
@@ -198,7 +203,8 @@ The visual prompt is a **reference picture** in place of SemInpainter's predicti
 **1** A sample. Your photo: {PAINT}
 
 **2** Name the object, and choose a picture of it.""",
-        height=235,
+        chinese_note("cat_reference"),
+        height=NOTE,
     )
 
 
@@ -238,7 +244,8 @@ CAT-Diffusion is a patch on the model; a **LoRA** goes before it, a **ControlNet
 **1** A sample. Your photo: {PAINT}
 
 **Edges to follow** must lie in the photo's frame: best the photo with a sketch of the object.""",
-        height=235,
+        chinese_note("cat_lora_controlnet"),
+        height=NOTE,
     )
 
 
@@ -285,7 +292,8 @@ SD 1.5 draws at 512x512. A small hole in a large photo is only a few cells of CL
 **1** A sample. Your photo: {PAINT}
 
 **3** *context*: how many times as long as the mask the square is. **4** *soft edge* in pixels.""",
-        height=235,
+        chinese_note("cat_crop"),
+        height=NOTE,
     )
 
 
@@ -306,7 +314,8 @@ def custom_checkpoint(graph: Graph) -> None:
 **Model files** as in *cat_weights*; yours and SD 1.5 in **3**.
 
 **1** A sample. Your photo: {PAINT}""",
-        height=235,
+        chinese_note("cat_custom_checkpoint"),
+        height=NOTE,
     )
 
 

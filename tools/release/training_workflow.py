@@ -1,7 +1,13 @@
 """The example workflow that trains SemInpainter on a folder."""
 
 from release.graph import Graph
-from release.workflow_parts import BASE_FILE, CLIP_VISION_FILE, object_label, sample_photo
+from release.workflow_parts import (
+    BASE_FILE,
+    CLIP_VISION_FILE,
+    chinese_note,
+    object_label,
+    sample_photo,
+)
 
 
 def training(graph: Graph) -> None:
@@ -51,5 +57,6 @@ def training(graph: Graph) -> None:
 
 Needs **accelerate** in ComfyUI's Python. A few dozen pictures teach the handling, not a general
     model: the paper trained on millions of objects.""",
+        chinese_note("cat_train"),
         height=360,
     )

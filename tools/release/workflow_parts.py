@@ -1,6 +1,7 @@
 """What the example workflows have in common: loaders, CAT-Diffusion, and a photo around it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from release.graph import Graph, Output, PlacedNode, Step
 
@@ -13,6 +14,13 @@ PAINT = (
     "upload yours, right-click it, *Open in MaskEditor*, paint where the object goes. "
     "(*Load Image* does the same.)"
 )
+CHINESE_NOTES = Path(__file__).with_name("notes.zh.md")
+
+
+def chinese_note(name: str) -> str:
+    """A workflow's note in Chinese, in Markdown."""
+    _, _, after = CHINESE_NOTES.read_text("utf-8").partition(f"<!-- {name} -->")
+    return after.partition("<!--")[0].strip()
 
 
 @dataclass(frozen=True)
