@@ -37,4 +37,5 @@ def assemble(
         sem_inpainter=modules["sem_inpainter"] if stage.prompt == "predicted" else None,
         observed=stage.prompt == "observed",
         snr_gamma=snr_gamma,
+        prompted=stage.prompt is not None,
     )

@@ -8,11 +8,16 @@ from typing import Protocol
 import torch
 from PIL import Image
 
-from .. import preprocess
+from .. import features, preprocess
 from ..data import masks
 from ..data.crops import Chance, cropped
 from ..data.manifest import Record
 from .objectives import Batch
+from .stages import LATENTS, PREDICTED, TAUGHT
+
+# What one picture that CLIP sees gives.
+OF_WHOLE = frozenset({"teacher_patches", "teacher_image", "whole_tokens"})
+OF_SEEN = frozenset({"patches", "image", "observed_tokens"})
 
 Sample = dict[str, torch.Tensor]  # one sample, without batch dimension
 
@@ -55,6 +60,14 @@ class Preparation:
     # Share of the samples whose caption, where they have one, takes the label's place everywhere,
     # as in the official training. None: SemInpainter reads labels, the U-Net captions.
     caption_share: float | None = None
+    reads: frozenset[str] | None = None  # keys of the batch; None: all, see `keys`
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """The keys of the batch that samples become."""
+        if self.reads is not None:
+            return self.reads
+        return PREDICTED | TAUGHT | (LATENTS if self.objective == "diffusion" else frozenset())
 
 
 def prepare(
@@ -64,7 +77,7 @@ def prepare(
     how: Preparation,
     chance: Chance,
 ) -> Sample:
-    """Everything that the encoders see of one record for an objective, in 8 bits.
+    """Everything that the encoders see of one record, as far as it is read, in 8 bits.
 
     Args:
         folder: the manifest's.
@@ -79,15 +92,17 @@ def prepare(
         hole = masks.training_mask(mask, variant)
     working_size = (masks.HOLE_SIZE, masks.HOLE_SIZE)
     picture_512 = picture.resize(working_size, Image.Resampling.BICUBIC)
-    seen = preprocess.clip_input_of_pictures(picture_512, hole)
     is_captioned = chance.caption < (how.caption_share or 0)
-    prepared = {
-        "whole": seen.image[0],
-        "seen": seen.masked_image[0],
-        "patch_mask": seen.patch_mask[0],
-        "captioned": torch.tensor(is_captioned),
-    }
-    if how.objective == "diffusion":
+    prepared = {"captioned": torch.tensor(is_captioned)}
+    if how.keys & (OF_WHOLE | OF_SEEN | {"patch_mask"}):
+        seen = preprocess.clip_input_of_pictures(picture_512, hole)
+        if how.keys & OF_WHOLE:
+            prepared["whole"] = seen.image[0]
+        if how.keys & OF_SEEN:
+            prepared["seen"] = seen.masked_image[0]
+        if "patch_mask" in how.keys:
+            prepared["patch_mask"] = seen.patch_mask[0]
+    if how.keys & (LATENTS - {"context"}):
         hole_at_size = hole.resize((how.size, how.size), Image.Resampling.BICUBIC)
         is_working_size = how.size == masks.HOLE_SIZE
         latent_mask = preprocess.levels_of(hole_at_size, how.size // how.cell) > 0
@@ -102,47 +117,58 @@ def prepare(
 def encode(records: Sequence[Record], inputs: Batch, encoders: Encoders, how: Preparation) -> Batch:
     """Run the frozen networks over samples made by `prepare`, stacked.
 
-    The batch's keys are what the objective, distillation or diffusion, wants (see objectives.py).
+    The batch's keys are those that are read (see objectives.py).
     """
-    holes = encode_holes(inputs, encoders, how.objective)
+    holes = encode_holes(inputs, encoders, how)
     return holes | encode_whole(records, inputs, encoders, how)
 
 
-def encode_holes(inputs: Batch, encoders: Encoders, objective: str) -> Batch:
+def encode_holes(inputs: Batch, encoders: Encoders, how: Preparation) -> Batch:
     """What depends on the mask."""
-    patches, image = encoders.image(inputs["seen"])
-    batch = {
-        "patches": patches.float(),
-        "image": image.float(),
-        "patch_mask": inputs["patch_mask"],
-    }
-    if objective == "diffusion":
-        latent = encoders.latent(inputs["picture"], inputs["hole"])
-        batch["masked_latent"] = latent.float()
-        batch["latent_mask"] = inputs["latent_mask"]
-    return batch
+    batch = {}
+    if how.keys & OF_SEEN:
+        patches, image = encoders.image(inputs["seen"])
+        batch["patches"] = patches.float()
+        batch["image"] = image.float()
+        if "observed_tokens" in how.keys:
+            batch["observed_tokens"] = features.pool(patches.float())
+    if "masked_latent" in how.keys:
+        batch["masked_latent"] = encoders.latent(inputs["picture"], inputs["hole"]).float()
+    for key in ("patch_mask", "latent_mask"):
+        if key in how.keys:
+            batch[key] = inputs[key]
+    return _read(batch, how)
 
 
 def encode_whole(
     records: Sequence[Record], inputs: Batch, encoders: Encoders, how: Preparation
 ) -> Batch:
     """What does not depend on the mask."""
-    patches, image = encoders.image(inputs["whole"])
+    batch = {}
+    if how.keys & OF_WHOLE:
+        patches, image = encoders.image(inputs["whole"])
+        batch["teacher_patches"] = patches.float()
+        batch["teacher_image"] = image.float()
+        if "whole_tokens" in how.keys:
+            batch["whole_tokens"] = features.pool(patches.float())
     names = []
     descriptions = []
     for record, is_captioned in zip(records, inputs["captioned"].tolist(), strict=True):
         name, description = _texts(record, is_captioned, how.caption_share is not None)
         names.append(name)
         descriptions.append(description)
-    batch = {
-        "teacher_patches": patches,
-        "teacher_image": image,
-        "text": encoders.text(names),
-    }
-    if how.objective == "diffusion":
-        batch["latent"] = encoders.latent(inputs["picture"])
-        batch["context"] = encoders.context(descriptions)
-    return {key: value.float() for key, value in batch.items()}
+    if "text" in how.keys:
+        batch["text"] = encoders.text(names).float()
+    if "context" in how.keys:
+        batch["context"] = encoders.context(descriptions).float()
+    if "latent" in how.keys:
+        batch["latent"] = encoders.latent(inputs["picture"]).float()
+    return _read(batch, how)
+
+
+def _read(batch: Batch, how: Preparation) -> Batch:
+    """What is read of a batch."""
+    return {key: value for key, value in batch.items() if key in how.keys}
 
 
 def _texts(record: Record, is_captioned: bool, is_one_text: bool) -> tuple[str, str]:

@@ -48,6 +48,12 @@ def of_records(records: Sequence[Record]) -> dict[str, str | int]:
     }
 
 
+def of_record(record: Record) -> str:
+    """Everything that a manifest says of a record, but for its split."""
+    entry = asdict(record)
+    return _of_fields([entry], ("id", "image", "mask", "box", "label", "caption"))
+
+
 def of_sizes(records: Sequence[Record], folder: Path) -> dict[str, str]:
     """How large the files of the records are, by which changed ones show.
 

@@ -86,11 +86,11 @@ class Diffusion(nn.Module):
     """Stages 2 and 3: the U-Net learns to remove noise while it looks at the visual prompt.
 
     Batch: latent, noise, masked_latent (B, 4, h, w), all scaled; latent_mask (B, 1, h, w); timestep
-    (B,) int64; context (B, L, T). Without a SemInpainter also teacher_patches (B, N, D): the visual
-    prompt is the whole picture's own features; or patches (B, N, D), those of the picture with its
-    hole. With one, the inputs of SemInpainter (see Distillation): gradients flow through it.
-    dropped (B,) bool: rows whose visual prompt is all zero (their context is expected to be the
-    empty text's).
+    (B,) int64; context (B, L, T). Without a SemInpainter also the visual prompt, whole_tokens or
+    observed_tokens (B, N/4, D), or what it is pooled of: teacher_patches (B, N, D), the whole
+    picture's own features, or patches (B, N, D), those of the picture with its hole. With one, the
+    inputs of SemInpainter (see Distillation): gradients flow through it. dropped (B,) bool: rows
+    whose visual prompt is all zero (their context is expected to be the empty text's).
 
     Args:
         denoiser: (x (B, 9, h, w), timestep (B,), context (B, L, T), visual_prompt (B, N/4, D)) ->
@@ -101,6 +101,7 @@ class Diffusion(nn.Module):
         snr_gamma: weigh a sample's error by min(snr, gamma) / snr of its timestep, so that steps
             with little noise do not outweigh the others (arXiv 2303.09556, for noise prediction);
             0 = all weigh the same.
+        prompted: False where the denoiser looks at no visual prompt: it gets None.
     """
 
     extra: ClassVar[Mapping[str, float]] = {"noise": 0.0}
@@ -113,20 +114,28 @@ class Diffusion(nn.Module):
         sem_inpainter: SemInpainter | None = None,
         observed: bool = False,
         snr_gamma: float = 0.0,
+        prompted: bool = True,
     ):
         super().__init__()
         self.denoiser = denoiser
         self.snr_gamma = snr_gamma
         self.sem_inpainter = sem_inpainter
         self.observed = observed
+        self.prompted = prompted
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
 
     def weights(self, batch: Batch) -> Terms:
         return {"noise": torch.ones(len(batch["latent"]))}
 
-    def visual_prompt(self, batch: Batch) -> torch.Tensor:
+    def visual_prompt(self, batch: Batch) -> torch.Tensor | None:
         """(B, N/4, D), zero where dropped."""
-        prompt = features.pool(self._patches(batch))
+        if not self.prompted:
+            return None
+        tokens = "observed_tokens" if self.observed else "whole_tokens"
+        if self.sem_inpainter is None and tokens in batch:
+            prompt = batch[tokens]
+        else:
+            prompt = features.pool(self._patches(batch))
         if "dropped" not in batch:
             return prompt
         kept = (~batch["dropped"]).view(-1, 1, 1)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -13,28 +13,23 @@ from typing import Protocol
 
 import safetensors
 import torch
-from safetensors.torch import save_file
 
 from ..data.crops import Chance
 from ..data.manifest import ManifestError, Record
 from ..data.masks import VARIANTS
+from ..errors import few
 from ..files import InUseError, locked, remove_leftovers, replacing, write_text
 from . import identity
 from .encoding import Sample, encode_holes, encode_whole, stack
 from .objectives import Batch
 from .settings import TrainingError
+from .shard_file import BOTH, UNREADABLE, About, Rows, Shard, Stamp, has_changed, save_shard, stamp
+from .stages import LATENTS
 from .stores import FreshSamples
 
-BOTH = "both"  # a shard's kind for what is the same in every variant
-LATENTS = {"latent", "masked_latent", "latent_mask", "context"}  # what distillation does not read
 AT_ONCE = 8  # samples that go through the frozen networks when a shard is filled
 MOST_OPEN = 64  # shards; each is a mapping of a file, of which a process may have 65,530 on Linux
-ROWS = "records"  # a shard's tensor that says which records a kind's rows are
-VERSION = 3  # of a cache's facts and shards; the first one had no number
-FILES = "files"  # what a shard's header calls the files that it was encoded of
-UNREADABLE = (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError)
-
-Stamp = list | None  # a file's [bytes, time, digest], None where there is none
+VERSION = 4  # of a cache's facts and shards; the first one had no number
 
 
 class Processes(Protocol):
@@ -60,16 +55,18 @@ class Alone:
 
 
 class ShardedSamples:
-    """Encoded once, kept on disk in half precision.
+    """Encoded once, kept on disk in half precision: what the samples' objective reads, no more.
 
     Training then opens no picture and runs no encoder. Shards are whole or not there, so an
-    interrupted `fill` continues. No more than MOST_OPEN shards are open at a time.
+    interrupted `fill` continues. A shard knows what it was encoded of, so records that have changed
+    are encoded again, and what another stage reads besides is added. No more than MOST_OPEN shards
+    are open at a time.
 
     Args:
         encoders: what the frozen networks are, see identity.of_parts. A cache that other ones
             filled is refused.
     Raises:
-        ManifestError: the folder holds other data or settings.
+        ManifestError: the folder holds what other networks or settings gave.
         TrainingError: nothing can be written there.
     """
 
@@ -79,33 +76,26 @@ class ShardedSamples:
         self.folder = folder
         self.fresh = fresh
         self.shards: OrderedDict[int, Shard] = OrderedDict()  # open ones, the latest used last
-        wanted = {
-            "version": VERSION,
-            "objective": fresh.objective,
-            "preprocessing": identity.PREPROCESSING,
-            **identity.of_records(fresh.records),
-            **encoders,
-        }
-        if fresh.objective == "diffusion":
+        self.reads = fresh.how.keys
+        wanted = {"version": VERSION, "preprocessing": identity.PREPROCESSING, **encoders}
+        if self.reads & LATENTS:
             wanted |= {"size": fresh.size, "cell": fresh.cell}
         wanted |= identity.of_preparation(fresh.how)
         path = folder / "cache.json"
-        facts = self._facts(path) if path.exists() else wanted
-        # A diffusion stage's cache holds all that distillation needs.
-        is_diffusion = facts.get("objective") == "diffusion"
-        self.borrowed = is_diffusion and fresh.objective != "diffusion"
-        if self.borrowed:
-            wanted["objective"] = "diffusion"
+        facts = self._facts(path) if path.exists() else {}
+        self.is_older = path.exists() and facts.get("version") != VERSION
+        if self.is_older:
+            facts = {}
         changes = identity.differences(facts, wanted)
         if changes:
             raise ManifestError(
-                f"{folder} caches other data, networks or settings ({'; '.join(changes)}). "
+                f"{folder} caches what other networks or settings gave ({'; '.join(changes)}). "
                 "Give another cache folder or delete this one."
             )
-        self.wanted = wanted
+        self.wanted = facts | wanted
 
     def _facts(self, path: Path) -> dict:
-        """What a cache says of itself; raises ManifestError where that is not enough."""
+        """What a cache says of itself; raises ManifestError where that cannot be read."""
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(facts, dict):
@@ -115,12 +105,6 @@ class ShardedSamples:
                 f"{path} cannot be read ({error}), so nobody knows what the shards beside it hold. "
                 "Give another cache folder or delete this one."
             ) from error
-        if "version" not in facts:
-            raise ManifestError(
-                f"{self.folder} was filled by an older version, which did not write down labels "
-                "and the weights of the frozen networks: whether they are the same cannot be told. "
-                "Give another cache folder or delete this one."
-            )
         return facts
 
     @contextmanager
@@ -155,16 +139,14 @@ class ShardedSamples:
     def fill(
         self, on_shard: Callable[[], object] | None = None, processes: Processes | None = None
     ) -> None:
-        """Encode what is not there yet; `on_shard` is called after each shard.
+        """Encode what is not there yet, or has changed; `on_shard` is called after each shard.
 
-        A shard that is damaged is encoded again, with a line on the terminal.
+        What is encoded again, or besides, is said on the terminal before it is.
 
         Args:
             processes: those of the run. Each encodes its share of the shards, and returns when all
                 have; the first one keeps others out of the folder. None means this one alone.
         Raises:
-            ManifestError: the cache is another stage's, and not complete; pictures or masks have
-                changed since they were encoded.
             TrainingError: another process fills the cache; the disk is full or read-only.
         """
         processes = processes or Alone()
@@ -172,9 +154,11 @@ class ShardedSamples:
             if processes.process_index == 0:
                 self._lock(stack)
             processes.wait_for_everyone()  # until the folder is this run's
-            for number in self.share(processes):
-                if not self._has(number):
-                    self._write(number)
+            share = self.share(processes)
+            stale = self._stale(share)
+            for number in share:
+                if number in stale:
+                    self._write(number, stale[number])
                 if on_shard:
                     on_shard()
             processes.wait_for_everyone()
@@ -199,9 +183,8 @@ class ShardedSamples:
                 "permissions, or give another cache folder."
             ) from error
         path = self.folder / "cache.json"
-        if not path.exists():
-            with self._writing(path):
-                write_text(path, json.dumps(self.wanted))
+        with self._writing(path):
+            write_text(path, json.dumps(self.wanted))
 
     def _path(self, number: int) -> Path:
         return self.folder / f"shard-{number:06d}.safetensors"
@@ -211,88 +194,149 @@ class ShardedSamples:
         first = number * self.per_shard
         return range(first, min(first + self.per_shard, len(self.fresh)))
 
-    def _has(self, number: int) -> bool:
-        """Whether a shard is there and whole; ManifestError where its files have changed."""
+    def _stale(self, share: Sequence[int]) -> dict[int, list[int]]:
+        """Shards that have to be written -> their records that have to be encoded as a whole.
+
+        Says which records have changed since they were encoded.
+        """
+        stale = {}
+        changed: list[str] = []
+        lacking: Counter[str] = Counter()
+        for number in share:
+            indices = self._indices(number)
+            about = self._about(number)
+            if about is None:
+                stale[number] = list(indices)
+                continue
+            differing = self._differing(about, indices)
+            lacks = self.reads - about.held
+            if differing or lacks:
+                stale[number] = differing
+            if not self.is_older:
+                known = [index for index in differing if index in about.contents]
+                changed += [self.records[index].id for index in known]
+                lacking.update(dict.fromkeys(lacks, len(indices) - len(differing)))
+        if self.is_older and stale:
+            print(
+                f"\n{self.folder} was filled by an older version; its records are encoded again.",
+                flush=True,
+            )
+        if changed:
+            print(
+                f"\n{self.folder}: {len(changed):,} records are encoded again, whose pictures, "
+                f"masks or words have changed since: {few(changed)}.",
+                flush=True,
+            )
+        if +lacking:
+            print(
+                f"\n{self.folder} was filled for another stage; of {max(lacking.values()):,} "
+                f"records it lacks {few(sorted(+lacking))}, which are encoded besides.",
+                flush=True,
+            )
+        return stale
+
+    def _about(self, number: int) -> About | None:
+        """What a shard was encoded of; None where there is none or it is damaged."""
         path = self._path(number)
         if not path.exists():
-            return False
+            return None
         try:
-            shard = Shard(path, set())
-            files = shard.files()
+            return Shard(path).about()
         except UNREADABLE as error:
             print(f"\n{path} is damaged ({error}); its records are encoded again.", flush=True)
-            return False
-        for name, stamp in files.items():
-            if _has_changed(self.fresh.folder / name, stamp):
-                raise ManifestError(
-                    f"{self.fresh.folder / name} has changed since {path} was encoded of it. "
-                    "Delete that shard to encode it again, or give another cache folder."
-                )
-        return True
+            return None
 
-    def _write(self, number: int) -> None:
-        if self.borrowed:
-            raise ManifestError(
-                f"{self.folder} belongs to a diffusion stage and is not complete. "
-                "Start that stage first, or give another cache folder."
-            )
-        indices = self._indices(number)
-        # Before the pictures are opened: one that changes meanwhile is noticed next time.
-        files = {}
+    def _differing(self, about: About, indices: Sequence[int]) -> list[int]:
+        """The records that are not what a shard was encoded of."""
+        differing = []
         for index in indices:
-            for name in identity.files_of(self.fresh.records[index]):
-                files[name] = _stamp(self.fresh.folder / name)
-        tensors: dict[str, torch.Tensor] = {}
-        for variant in VARIANTS:
-            tensors |= self._encoded(indices, variant)
+            record = self.records[index]
+            is_same = about.contents.get(index) == identity.of_record(record)
+            for name in identity.files_of(record):
+                is_same = is_same and not has_changed(
+                    self.fresh.folder / name, about.files.get(name)
+                )
+            if not is_same:
+                differing.append(index)
+        return differing
+
+    def _write(self, number: int, stale: Sequence[int]) -> None:
+        """Encode a shard's stale records, and of the others what it lacks."""
+        indices = self._indices(number)
+        unchanged = [index for index in indices if index not in stale]
+        rows: Rows = {}
+        held: frozenset[str] = frozenset()
+        files: dict[str, Stamp] = {}
+        if unchanged:
+            shard = Shard(self._path(number))
+            rows = shard.rows_of(unchanged)
+            files, _, held = shard.about()
+            del shard  # whose file is replaced
+        # Before the pictures are opened: one that changes meanwhile is noticed next time.
+        names = set()
+        for index in indices:
+            names.update(identity.files_of(self.records[index]))
+        for index in stale:
+            for name in identity.files_of(self.records[index]):
+                files[name] = stamp(self.fresh.folder / name)
+        everything = self.reads | held
+        self._encode(stale, everything, rows)
+        lost: list[int] = []
+        if self.reads - held:
+            usable = [index for index in unchanged if (BOTH, index) in rows]
+            lost = self._encode(usable, self.reads - held, rows)
+        contents = {}
+        for index in indices:
+            if index not in lost:  # whose files may come back
+                contents[index] = identity.of_record(self.records[index])
         path = self._path(number)
+        files = {name: files[name] for name in sorted(names)}
         with self._writing(path), replacing(path) as unfinished:
-            save_file(tensors, unfinished, metadata={FILES: json.dumps(files)})
+            save_shard(unfinished, rows, About(files, contents, everything))
 
-    def _encoded(self, indices: range, variant: str) -> dict[str, torch.Tensor]:
-        """A shard's tensors of one variant; with the first one those that all variants share."""
-        with ThreadPoolExecutor() as threads:  # Pillow and numpy let other threads run
-            prepared = list(threads.map(partial(self.fresh.sample, variant=variant), indices))
-        usable: list[int] = []
-        samples: list[Sample] = []
-        for index, sample in zip(indices, prepared, strict=True):
-            if sample is not None:
-                usable.append(index)
-                samples.append(sample)
+    def _encode(self, indices: Sequence[int], reads: frozenset[str], rows: Rows) -> list[int]:
+        """Encode keys of records into rows; returns those that cannot be used: they have none."""
+        fresh = self.fresh.reading(reads)
+        lost = []
+        for variant in VARIANTS:
+            with ThreadPoolExecutor() as threads:  # Pillow and numpy let other threads run
+                prepared = list(threads.map(partial(fresh.sample, variant=variant), indices))
+            usable: list[int] = []
+            samples: list[Sample] = []
+            for index, sample in zip(indices, prepared, strict=True):
+                if sample is not None:
+                    usable.append(index)
+                    samples.append(sample)
+                else:
+                    lost.append(index)
+                    for kind in (*VARIANTS, BOTH):
+                        rows.pop((kind, index), None)
+            for start in range(0, len(usable), AT_ONCE):
+                part = slice(start, start + AT_ONCE)
+                inputs = stack(samples[part])
+                holes = encode_holes(inputs, fresh.encoders, fresh.how)
+                self._add(rows, usable[part], variant, holes)
+                if variant == VARIANTS[0]:
+                    records = [self.records[index] for index in usable[part]]
+                    wholes = encode_whole(records, inputs, fresh.encoders, fresh.how)
+                    self._add(rows, usable[part], BOTH, wholes)
+        return lost
 
-        encoders = self.fresh.encoders
-        objective = self.fresh.objective
-        holes: list[Batch] = []
-        wholes: list[Batch] = []
-        for start in range(0, len(usable), AT_ONCE):
-            rows = slice(start, start + AT_ONCE)
-            inputs = stack(samples[rows])
-            holes.append(encode_holes(inputs, encoders, objective))
-            if variant == VARIANTS[0]:
-                records = [self.fresh.records[index] for index in usable[rows]]
-                wholes.append(encode_whole(records, inputs, encoders, self.fresh.how))
-        tensors = self._rows(usable, variant, holes)
-        if variant == VARIANTS[0]:
-            tensors |= self._rows(usable, BOTH, wholes)
-        return tensors
-
-    def _rows(
-        self, indices: Sequence[int], kind: str, batches: Sequence[Batch]
-    ) -> dict[str, torch.Tensor]:
-        """Records' encoded parts as a shard holds them: one tensor a key, in half precision."""
-        tensors = {f"{kind}.{ROWS}": torch.tensor(indices, dtype=torch.int64)}
-        for key in batches[0] if batches else ():
-            values = torch.cat([batch[key] for batch in batches])
+    def _add(self, rows: Rows, indices: Sequence[int], kind: str, batch: Batch) -> None:
+        """Records' encoded parts as a shard holds them, in half precision."""
+        for index in indices:
+            rows.setdefault((kind, index), {})
+        for key, values in batch.items():
             small = values.half() if values.is_floating_point() else values.to(torch.uint8)
             good = small.isfinite().flatten(1).all(1)
             if not good.all():
                 index = indices[good.tolist().index(False)]
                 raise TrainingError(
-                    f"{key} of record {self.fresh.records[index].id} holds NaN or Inf, or "
+                    f"{key} of record {self.records[index].id} holds NaN or Inf, or "
                     f"numbers beyond 65504. {self.fresh.remedy(index)}"
                 )
-            tensors[f"{kind}.{key}"] = small.contiguous()
-        return tensors
+            for index, value in zip(indices, small, strict=True):
+                rows[kind, index][key] = value
 
     def sample(self, index: int, variant: str, chance: Chance | None = None) -> Sample | None:
         """The encoded sample in half precision, or None if its files could not be used.
@@ -311,8 +355,7 @@ class ShardedSamples:
     def _opened(self, number: int) -> "Shard":
         """An open shard; the one that was not used for the longest time makes room for it."""
         if number not in self.shards:
-            without = LATENTS if self.borrowed else set()
-            self.shards[number] = Shard(self._path(number), without)
+            self.shards[number] = Shard(self._path(number), self.reads)
             if len(self.shards) > MOST_OPEN:
                 self.shards.popitem(last=False)
         self.shards.move_to_end(number)
@@ -336,61 +379,3 @@ class ShardedSamples:
 
     def __getstate__(self):
         return self.__dict__ | {"shards": OrderedDict()}
-
-
-class Shard:
-    """A file of encoded samples, opened: its tensors are called KIND.KEY, with a row a record.
-
-    The kind is a variant, or "both". KIND.records says which records the rows are.
-    """
-
-    def __init__(self, path: Path, without: set[str]):
-        self.file = safetensors.safe_open(path, framework="pt")
-        self.keys: dict[str, list[str]] = {}  # kind -> keys
-        self.rows: dict[str, dict[int, int]] = {}  # kind -> record -> row
-        for name in self.file.keys():  # noqa: SIM118 - an open file is no mapping
-            kind, key = name.split(".")
-            if key == ROWS:
-                records = self.file.get_tensor(name).tolist()
-                self.rows[kind] = {record: row for row, record in enumerate(records)}
-            elif key not in without:
-                self.keys.setdefault(kind, []).append(key)
-
-    def files(self) -> dict[str, Stamp]:
-        """The files that it was encoded of, and how they were then."""
-        return json.loads((self.file.metadata() or {}).get(FILES, "{}"))
-
-    def sample(self, index: int, variant: str) -> Sample | None:
-        """A sample's tensors, or None if the shard has none."""
-        if index not in self.rows.get(variant, {}):
-            return None
-        sample = {}
-        for kind in (variant, BOTH):
-            for key in self.keys[kind]:
-                row = self.rows[kind][index]
-                sample[key] = self.file.get_slice(f"{kind}.{key}")[row]
-        return sample
-
-
-def _stamp(path: Path) -> Stamp:
-    """A file's size, time and content; None where there is none."""
-    try:
-        status = path.stat()
-        return [status.st_size, status.st_mtime_ns, identity.of_file(path)]
-    except OSError:
-        return None
-
-
-def _has_changed(path: Path, before: Stamp) -> bool:
-    """Whether a file is another one; one that is gone counts as unchanged, it is not needed."""
-    try:
-        status = path.stat()
-    except OSError:
-        return False
-    if before is None:
-        return True
-    size, time, content = before
-    if status.st_size != size:
-        return True
-    # A copy of the data has other times.
-    return status.st_mtime_ns != time and identity.of_file(path) != content

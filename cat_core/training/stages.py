@@ -5,6 +5,17 @@ from dataclasses import dataclass, replace
 NEW = 1e-4  # the official learning rate of parts that start from nothing
 PRETRAINED = 1e-5  # the official learning rate of parts that know something already
 
+# Keys of a batch, see objectives.py.
+PREDICTED = frozenset({"patches", "image", "text", "patch_mask"})  # what SemInpainter reads
+TAUGHT = frozenset({"teacher_patches", "teacher_image"})  # and what it learns
+LATENTS = frozenset({"latent", "masked_latent", "latent_mask", "context"})
+PROMPTS = {
+    None: frozenset(),
+    "whole": frozenset({"whole_tokens"}),
+    "observed": frozenset({"observed_tokens"}),
+    "predicted": PREDICTED,
+}
+
 PICTURES = ("crop", "squash")  # how training pictures of any proportion become square: crops.py
 
 
@@ -28,6 +39,13 @@ class Stage:
     def parts(self) -> tuple[str, ...]:
         """The parts that this stage trains."""
         return tuple(part for part, _ in self.rates)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The keys of a batch that the objective reads, but for what is drawn by chance."""
+        if not self.diffusion:
+            return TAUGHT | PREDICTED
+        return LATENTS | PROMPTS[self.prompt]
 
     @property
     def diffusion(self) -> bool:

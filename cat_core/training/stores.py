@@ -6,6 +6,8 @@ the disk.
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +17,7 @@ from ..data.crops import Chance
 from ..data.manifest import Record
 from ..data.masks import VARIANTS, SampleError
 from ..data.tally import Tally
-from .encoding import Encoders, Preparation, Sample, encode, prepare, stack
+from .encoding import OF_WHOLE, Encoders, Preparation, Sample, encode, prepare, stack
 from .objectives import Batch
 
 
@@ -58,7 +60,7 @@ class FreshSamples:
         folder: the manifest's.
         encoders: None where samples are prepared and no more.
         objective: distillation or diffusion.
-        size, cell, pictures, flip, caption_share: see encoding.Preparation.
+        size, cell, pictures, flip, caption_share, reads: see encoding.Preparation.
         tally: counts the records that cannot be used.
     """
 
@@ -74,6 +76,7 @@ class FreshSamples:
         pictures: str = "squash",
         flip: bool = False,
         caption_share: float | None = None,
+        reads: frozenset[str] | None = None,
         tally: Tally | None = None,
     ):
         self.records = records
@@ -82,12 +85,19 @@ class FreshSamples:
         self.objective = objective
         self.size = size
         self.cell = cell
-        self.how = Preparation(objective, size, cell, pictures, flip, caption_share)
+        self.how = Preparation(objective, size, cell, pictures, flip, caption_share, reads)
         self.tally = tally or Tally()
         self.unusable: dict[int, str] = {}  # record -> why
 
     def __len__(self):
         return len(self.records)
+
+    def reading(self, reads: frozenset[str]) -> "FreshSamples":
+        """The same samples of which other keys are read; both count what cannot be used."""
+        other = copy(self)
+        other.encoders = self.encoders
+        other.how = replace(self.how, reads=reads)
+        return other
 
     def sample(self, index: int, variant: str, chance: Chance | None = None) -> Sample | None:
         """The prepared sample, or None if its files cannot be used, which is counted once.
@@ -97,9 +107,8 @@ class FreshSamples:
         """
         record = self.records[index]
         try:
-            return prepare(
-                record, self.folder, variant, self.how, chance or chance_of(f"record {index}")
-            )
+            chance = chance or chance_of(f"record {record.id}")
+            return prepare(record, self.folder, variant, self.how, chance)
         except SampleError as error:
             self.skip(index, error.reason)
             return None
@@ -184,10 +193,10 @@ class KeptSamples:
 
 def chance_of(name: str) -> Chance:
     """The chance of a name, always the same."""
-    digest = hashlib.sha256(name.encode()).digest()
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
     return Chance(*(int.from_bytes(digest[i : i + 6], "big") / 2**48 for i in (0, 6, 12, 18)))
 
 
 def _is_of_whole_picture(key: str) -> bool:
     """Whether a sample's tensor is the same for every variant of its hole."""
-    return key.startswith("teacher_") or key in ("text", "context", "latent")
+    return key in OF_WHOLE or key in ("text", "context", "latent")

@@ -78,6 +78,7 @@ class StageRun:
             pictures=self.pictures,
             flip=self.flip,
             caption_share=self.caption_share,
+            reads=self.stage.reads,
         )
 
 
@@ -259,6 +260,7 @@ def validation_samples(described: StageRun, encoders: HostEncoders, cell: int) -
         size=described.size,
         cell=cell,
         caption_share=described.caption_share,
+        reads=described.stage.reads,
     )
 
 
@@ -420,6 +422,7 @@ def encoded_samples(
         pictures=how.pictures,
         flip=how.flip,
         caption_share=how.caption_share,
+        reads=how.reads,
     )
     if cache is None:
         return encoders, fresh
