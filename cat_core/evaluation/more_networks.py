@@ -1,8 +1,7 @@
 """Networks of the newer metrics: DINOv2, LPIPS, and a score that somebody wrote."""
 
-import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from PIL import Image
 
 from ..errors import how_to_install
 from ..pictures.tensors import from_levels
+from ..user_function import first_line, load_function
 from .metrics import EvaluationError, Missing
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet
@@ -47,7 +47,7 @@ class DinoV2:
         # transformers raises OSError, ValueError, KeyError, RuntimeError, ...
         except Exception as error:
             raise EvaluationError(
-                f"{folder} cannot be loaded by transformers ({_first_line(error)}). Download "
+                f"{folder} cannot be loaded by transformers ({first_line(error)}). Download "
                 "DINOv2 again."
             ) from error
         kind = network.config.model_type
@@ -103,7 +103,7 @@ class Lpips:
         # torch raises RuntimeError, UnpicklingError, KeyError, EOFError, ... for what is broken.
         except Exception as error:
             raise EvaluationError(
-                f"{path} is not torchvision's AlexNet ({_first_line(error)}). Download "
+                f"{path} is not torchvision's AlexNet ({first_line(error)}). Download "
                 "alexnet-owt-7be5be79.pth again."
             ) from error
         self.network.to(device)
@@ -132,30 +132,12 @@ class PictureScore:
 
     image and mask are Pillow pictures (RGB; L, white = repainted).
 
-    Raises EvaluationError where there is no such function.
+    Raises FunctionError where there is no such function.
     """
 
     def __init__(self, file: Path, name: str):
         self.name = name
-        if not file.is_file():
-            raise EvaluationError(
-                f"{file} is not a file, expected Python with a function (image, mask, text)."
-            )
-        spec = importlib.util.spec_from_file_location(f"score_{file.stem}", file)
-        if spec is None or spec.loader is None:
-            raise EvaluationError(f"{file} is not called like a Python file; expected NAME.py.")
-        module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:  # whatever the file does
-            raise EvaluationError(
-                f"{file} cannot be imported ({_first_line(error)}). Install what it needs into "
-                "the Python that runs this."
-            ) from error
-        function = getattr(module, name, None)
-        if not callable(function):
-            raise EvaluationError(f"{file} has no function {name}; expected (image, mask, text).")
-        self.function: Callable = function
+        self.function = load_function(file, name, "image, mask, text")
 
     def __call__(self, picture: Image.Image, hole: Image.Image, text: str, id: str) -> float:
         """The score of one picture; raises EvaluationError where the function fails."""
@@ -163,7 +145,7 @@ class PictureScore:
             score = float(self.function(picture, hole, text))
         except Exception as error:  # whatever the function does
             raise EvaluationError(
-                f"{self.name} fails on {id} ({_first_line(error)}); expected a number for every "
+                f"{self.name} fails on {id} ({first_line(error)}); expected a number for every "
                 "picture. Mend the function."
             ) from error
         if not math.isfinite(score):
@@ -181,8 +163,3 @@ def stacked(pictures: Sequence[Image.Image], size: tuple[int, int] | None = None
         shown = picture.resize(size, Image.Resampling.BICUBIC) if size else picture
         levels.append(np.asarray(shown))
     return from_levels(rearrange(torch.from_numpy(np.stack(levels)), "b h w c -> b c h w"))
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

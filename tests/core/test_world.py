@@ -154,7 +154,8 @@ def test_a_gallery_shows_what_was_painted(scenery):
 
 def test_the_judge_looks_at_the_hole():
     hole = torch.zeros(1, 1, world.SIZE, world.SIZE)
-    hole[..., 32:96, 16:48] = 1
+    eighth = world.SIZE // 8
+    hole[..., 2 * eighth : 6 * eighth, eighth : 3 * eighth] = 1
     centre, size = world_judge.of_holes(hole)
     assert centre.tolist() == [[-0.5, 0]]
     assert size.item() == 0.5

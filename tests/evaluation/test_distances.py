@@ -19,6 +19,7 @@ from cat_diffusion.cat_core.evaluation.measure import PictureBatch, background_l
 from cat_diffusion.cat_core.evaluation.metrics import EvaluationError, Missing
 from cat_diffusion.cat_core.evaluation.more_networks import DinoV2, Lpips, PictureScore
 from cat_diffusion.cat_core.evaluation.results import Sample
+from cat_diffusion.cat_core.user_function import FunctionError
 
 CPU = torch.device("cpu")
 
@@ -211,9 +212,9 @@ def test_a_score_of_ones_own(tmp_path):
         PictureScore(file, "fails")(noise_picture(1), hole, "spoon", "7")
     with pytest.raises(EvaluationError, match=r"endless gives nan for 7; expected a finite"):
         PictureScore(file, "endless")(noise_picture(1), hole, "spoon", "7")
-    with pytest.raises(EvaluationError, match=r"has no function none; expected .image, mask"):
+    with pytest.raises(FunctionError, match=r"has no function none; expected none.image, mask"):
         PictureScore(file, "none")
-    with pytest.raises(EvaluationError, match=r"is not a file, expected Python"):
+    with pytest.raises(FunctionError, match=r"is not a file, expected Python"):
         PictureScore(tmp_path / "none.py", "long")
 
 

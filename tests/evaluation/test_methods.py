@@ -309,7 +309,7 @@ def test_arguments_of_no_use_are_explained(make, method_file, scene_manifest, tm
     (tmp_path / "wrong.py").write_text("1 / 0")
     for method, words in (
         (f"python:{tmp_path / 'none.py'}:fill", "none.py cannot be read (No such file"),
-        (f"python:{method_file}:draw", "mine.py has no function draw; expected (image, mask"),
+        (f"python:{method_file}:draw", "mine.py has no function draw; expected draw(image, mask"),
         (f"python:{tmp_path / 'wrong.py'}:fill", "cannot be imported (ZeroDivisionError:"),
     ):
         assert words in make(method, tmp_path / "x", code=1)

@@ -10,9 +10,9 @@ import re
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from plain_objective import PlainObjective
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from cat_diffusion.cat_core.data.manifest import ManifestError, Record
 from cat_diffusion.cat_core.files import locked
@@ -31,23 +31,6 @@ pytest.importorskip("accelerate")
 FACTS = {"masked": False, "labels": "a1", "weights of clip_vision": "b2"}
 FIGURES = {"loss": 0.5, "images_per_second": 1.0}
 ENCODERS = {"weights of clip_text": "a1", "weights of clip_vision": "b2"}
-
-
-class PlainObjective(nn.Module):
-    """Draws all weights of a part to what the batch says."""
-
-    extra: dict = {"distance": 0.0}  # noqa: RUF012 - as objectives have it
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def weights(self, batch):
-        return {"distance": torch.ones(len(batch["target"]))}
-
-    def forward(self, batch):
-        total = sum(parameter.mean() for parameter in self.module.parameters())
-        return {"distance": (total - batch["target"]) ** 2}, {}
 
 
 def source(step, positions):

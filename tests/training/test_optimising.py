@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from paths import ROOT
+from plain_objective import PlainObjective
 from torch import nn
 
 from cat_diffusion.cat_core import weights
@@ -27,23 +28,6 @@ from cat_diffusion.cat_core.training.stages import STAGES
 pytest.importorskip("accelerate")
 
 PART = "sem_inpainter"
-
-
-class PlainObjective(nn.Module):
-    """Draws the weights of a part to what the batch says, times a factor that may be no number."""
-
-    extra: dict = {"distance": 0.0}  # noqa: RUF012 - as objectives have it
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def weights(self, batch):
-        return {"distance": torch.ones(len(batch["target"]))}
-
-    def forward(self, batch):
-        total = sum(parameter.mean() for parameter in self.module.parameters())
-        return {"distance": (total - batch["target"]) ** 2 * batch["factor"]}, {}
 
 
 def source_of(bad_steps=()):

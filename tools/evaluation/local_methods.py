@@ -1,10 +1,9 @@
 """Methods that run in this process: a Python function, or a pipeline of the diffusers library."""
 
 import hashlib
-import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ from PIL import Image
 from cat_diffusion.cat_core.data.masks import SampleError
 from cat_diffusion.cat_core.errors import how_to_install
 from cat_diffusion.cat_core.pictures import opening
+from cat_diffusion.cat_core.user_function import first_line, load_function
 
 from .results_writer import GenerateError
 
@@ -78,7 +78,8 @@ class PythonMethod:
     Pillow picture or a uint8 array (H, W, 3). The file's folder is searched for imports first, as
     when Python runs the file.
 
-    Raises GenerateError where there is no such function.
+    Raises GenerateError where the file cannot be read, FunctionError where it has no such
+    function.
     """
 
     def __init__(self, file: Path, function: str):
@@ -94,26 +95,7 @@ class PythonMethod:
             ) from error
         self.facts["method_sha256"] = hashlib.sha256(content).hexdigest()
         sys.path.insert(0, str(file.parent.absolute()))
-        self.function = self._function(file)
-
-    def _function(self, file: Path) -> Callable:
-        spec = importlib.util.spec_from_file_location(f"method_{file.stem}", file)
-        if spec is None or spec.loader is None:
-            raise GenerateError(f"{file} is not called like a Python file; expected NAME.py.")
-        module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:  # whatever the file does
-            raise GenerateError(
-                f"{file} cannot be imported ({_reason(error)}). Run this with the Python that "
-                "has what the file needs."
-            ) from error
-        function = getattr(module, self.name, None)
-        if not callable(function):
-            raise GenerateError(
-                f"{file} has no function {self.name}; expected (image, mask, text, generator)."
-            )
-        return function
+        self.function = load_function(file, function, "image, mask, text, generator")
 
     def __call__(self, requests: Sequence[Request]) -> list[Any]:
         made = []
@@ -125,7 +107,7 @@ class PythonMethod:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever the function does
-                made.append(SampleError(f"error in {self.name}", _reason(error)))
+                made.append(SampleError(f"error in {self.name}", first_line(error)))
         return made
 
 
@@ -216,7 +198,7 @@ def model_folder(model: str) -> Path:
         return Path(DiffusionPipeline.download(model))
     except Exception as error:  # of the network, of the hub, of the file system
         raise GenerateError(
-            f"{model} is no folder here and cannot be had from Hugging Face ({_reason(error)}). "
+            f"{model} is no folder here and cannot be had from Hugging Face ({first_line(error)}). "
             "Check the name and the network, or give the folder of a pipeline."
         ) from error
 
@@ -242,7 +224,7 @@ def load_pipeline(kind: Any, model: str, folder: Path, dtype: torch.dtype) -> An
         return kind.from_pretrained(folder, torch_dtype=dtype)
     except Exception as error:  # whatever is wrong with a file of it
         raise GenerateError(
-            f"diffusers cannot load {model} ({_reason(error)}). Download it again, or take a "
+            f"diffusers cannot load {model} ({first_line(error)}). Download it again, or take a "
             "version of diffusers that knows it."
         ) from error
 
@@ -257,9 +239,3 @@ def folder_sha256(folder: Path) -> str:
                 while block := file.read(1 << 20):
                     digest.update(block)
     return digest.hexdigest()
-
-
-def _reason(error: Exception) -> str:
-    """The error's class and the first line of what it says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

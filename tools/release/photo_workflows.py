@@ -21,6 +21,7 @@ from release.workflow_parts import (
     sample,
     sample_photo,
     save,
+    scaled_to_512,
     semantic_inpaint,
     stock_models,
 )
@@ -94,14 +95,7 @@ def compare(graph: Graph) -> None:
     visual_prompt = semantic_inpaint(
         text_step, models, image=photo[0], mask=photo[1], text=label[0]
     )
-    scaled = draw.add(
-        "ImageScaleToTotalPixels",
-        title="Scale to 512x512",
-        image=photo[0],
-        upscale_method="lanczos",
-        megapixels=0.25,
-        resolution_steps=8,
-    )
+    scaled = scaled_to_512(draw, photo)
     made = cat_diffusion(
         draw,
         models,

@@ -244,14 +244,7 @@ def on_photo(
         visual_prompt = semantic_inpaint(
             steps.text, models, image=photo[0], mask=photo[1], text=label[0]
         )
-    scaled = steps.draw.add(
-        "ImageScaleToTotalPixels",
-        title="Scale to 512x512",
-        image=photo[0],
-        upscale_method="lanczos",
-        megapixels=0.25,
-        resolution_steps=8,
-    )
+    scaled = scaled_to_512(steps.draw, photo)
     made = cat_diffusion(
         steps.draw,
         models,
@@ -270,6 +263,18 @@ def on_photo(
         mask=mask,
     )
     save(steps.result, finished, name, height=height)
+
+
+def scaled_to_512(step: Step, photo: PlacedNode) -> PlacedNode:
+    """A photo at as many pixels as SD 1.5 was trained on."""
+    return step.add(
+        "ImageScaleToTotalPixels",
+        title="Scale to 512x512",
+        image=photo[0],
+        upscale_method="lanczos",
+        megapixels=0.25,
+        resolution_steps=8,
+    )
 
 
 def _soft_edge(step: Step, mask: Output) -> PlacedNode:
