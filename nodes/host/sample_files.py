@@ -25,13 +25,26 @@ def lay_out(name: str, picture: Image.Image) -> None:
 
 
 def path_of(annotated: str) -> str:
-    """Where a picture lies that a loader names, such as "a.png [temp]"; "" if it is nowhere."""
-    if not folder_paths.exists_annotated_filepath(annotated):
-        return ""
-    path = folder_paths.get_annotated_filepath(annotated)
-    return path if os.path.isfile(path) else ""
+    """Where a picture lies that a loader names, such as "a.png [temp]"; "" if it is nowhere.
+
+    Outside the folder of that kind there is none: the host would follow an absolute path, or "..".
+    """
+    name, folder = folder_paths.annotated_filepath(annotated)
+    folder = os.path.abspath(folder or folder_paths.get_input_directory())
+    path = os.path.abspath(os.path.join(folder, name))
+    is_inside = path.startswith(os.path.join(folder, ""))
+    return path if is_inside and os.path.isfile(path) else ""
 
 
 def load_picture(annotated: str) -> tuple:
-    """IMAGE and MASK of a picture, as the host's Load Image reads them."""
-    return symbols.run_stock_node("LoadImage", image=annotated)
+    """IMAGE and MASK of a picture, as the host's Load Image reads them.
+
+    Raises ValueError: the file is no picture.
+    """
+    try:
+        return symbols.run_stock_node("LoadImage", image=annotated)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{annotated} cannot be read as a picture ({error}). Choose another file, or save it "
+            "again as PNG."
+        ) from error

@@ -26,6 +26,7 @@ from cat_diffusion.nodes.crop_and_stitch import CATCropAroundMask, CATStitch
 from cat_diffusion.nodes.demo_scene import CATDemoScene
 from cat_diffusion.nodes.host import model_files
 from cat_diffusion.nodes.load import CATLoadCheckpoint, CATLoadWeights
+from cat_diffusion.nodes.sample_photo import SAMPLE, CATSamplePhoto
 from cat_diffusion.nodes.train_parts import CATTrainRefAdapter, CATTrainSemInpainter
 from cat_diffusion.nodes.visual_prompt import (
     CATEncodeVisualPrompt,
@@ -37,6 +38,7 @@ NODES = [
     CATLoadCheckpoint,
     CATLoadWeights,
     CATDemoScene,
+    CATSamplePhoto,
     CATSemanticInpaint,
     CATEncodeVisualPrompt,
     CATVisualPromptPreview,
@@ -120,6 +122,8 @@ NAMES = [
     "..",
     "../x.safetensors",
     "/etc/passwd",
+    "no picture.png",
+    "no picture.png [output]",
     "caf\udce9",
     "a\x00b",
     "n" * 300,
@@ -156,6 +160,7 @@ def examples(tmp_path_factory):
     place = tmp_path_factory.mktemp("odd")
     things = place / "input/things"
     things.mkdir(parents=True)
+    (place / "input/no picture.png").write_text("a text")
     Image.new("RGB", (48, 40), "red").save(things / "a_red_cup_image.png")
     Image.radial_gradient("L").resize((48, 40)).point(lambda level: 255 * (level < 99)).save(
         things / "a_red_cup_mask.png"
@@ -196,6 +201,7 @@ def right(models, picture, prompt, examples):
         CATLoadCheckpoint: {"checkpoint": "cat_demo_model.safetensors"},
         CATLoadWeights: {"weights": "cat_demo_model.safetensors"},
         CATDemoScene: {"scene": "square hole"},
+        CATSamplePhoto: {"image": SAMPLE},
         CATSemanticInpaint: {**tiny, **seen, "text": "spoon", "previous": prompt},
         CATEncodeVisualPrompt: {"clip_vision": models.clip_vision, **seen},
         CATVisualPromptPreview: {

@@ -51,3 +51,18 @@ def test_what_is_no_picture_is_named(name):
     assert isinstance(refusal, str)
     with pytest.raises(ValueError):
         CATSamplePhoto.execute(name)
+
+
+def test_a_picture_outside_the_hosts_folders_is_not_read(folders):
+    outside = folders / "outside.png"
+    sample_photo.sample_picture().save(outside)
+    for name in (str(outside), "../outside.png", "../outside.png [temp]"):
+        assert isinstance(CATSamplePhoto.validate_inputs(name), str)
+        with pytest.raises(ValueError, match="There is no picture"):
+            CATSamplePhoto.execute(name)
+
+
+def test_a_file_that_is_no_picture_is_named(folders):
+    (folders / "input/text.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"text\.png cannot be read as a picture"):
+        CATSamplePhoto.execute("text.png")
