@@ -83,6 +83,7 @@ SAMPLES = 60_000  # of each pool, that are encoded
 CPU_PICTURES = 10_000
 CPU_SAMPLES = 12_000
 POOLS = ("captions", "objects")
+_WINDOWED = {"unet": 0.7}  # share of a stage's steps that see the hole and what is near it
 
 
 class Recipe:
@@ -218,7 +219,12 @@ class Recipe:
         source = None
         if self.pools:
             source = world_samples.PoolBatches(
-                self.pools[pool], frozen, self.empty, plan.batch_size, seed=4
+                self.pools[pool],
+                frozen,
+                self.empty,
+                plan.batch_size,
+                seed=4,
+                window=round(_WINDOWED.get(name, 0) * plan.steps) // self.shorter,
             )
         self._train(name, objective, source, plan.stage.parts)
 

@@ -32,6 +32,9 @@ _CELL = 8  # pixels of a latent's cell
 _GRID = 16  # CLIP's patches along a side
 _PATCH = 14  # pixels of such a patch
 _GREY = preprocess.GREY / 255
+_LATENTS = ("latent", "masked_latent", "latent_mask")
+_WINDOW = 16  # cells
+_AWAY = 3  # cells that a window's middle may be off the hole's
 
 
 def _seed(*numbers: int) -> int:
@@ -199,6 +202,8 @@ class PoolBatches:
     Args:
         frozen: encodes the texts.
         empty: (1, 77), the tokens of no text.
+        window: steps before this one see a part of the latents alone, 16x16 cells about the
+            hole, which takes less than half of the time.
     """
 
     def __init__(
@@ -208,9 +213,11 @@ class PoolBatches:
         empty: torch.Tensor,
         batch_size: int,
         seed: int,
+        window: int = 0,
     ):
         self.pool = pool
         self.frozen = frozen
+        self.window = window
         self.batch_size = batch_size
         self.seed = seed
         with torch.no_grad():
@@ -226,6 +233,8 @@ class PoolBatches:
         tokens = batch.pop("tokens")
         context, batch["text"] = self.frozen.contexts(tokens)
         if "latent" in batch:
+            if step < self.window:
+                batch |= _around_holes(batch, generator)
             shape = batch["latent"].shape
             dropped = torch.rand(count, device=device, generator=generator) < DROPPED
             batch |= {
@@ -235,6 +244,29 @@ class PoolBatches:
                 "context": torch.where(dropped.view(-1, 1, 1), self.empty_context, context),
             }
         return {key: value[positions.start : positions.stop] for key, value in batch.items()}
+
+
+def _around_holes(batch: Batch, generator: torch.Generator) -> Batch:
+    """Windows of a batch's latents, with the middle of the hole not far from theirs."""
+    mask = batch["latent_mask"][:, 0]  # (B, h, w)
+    room = mask.shape[1] - _WINDOW
+    cells = torch.arange(mask.shape[1], device=mask.device)
+    moves = torch.randint(
+        -_AWAY, _AWAY + 1, (2, len(mask)), device=mask.device, generator=generator
+    )
+    firsts = []
+    for axis in (2, 1):  # what is left after it: rows, columns
+        line = mask.amax(axis).float()  # (B, h)
+        middle = (line * cells).sum(1) / line.sum(1).clamp(min=1)
+        first = middle.round().long() - _WINDOW // 2 + moves[axis - 1]
+        firsts.append(first.clamp(0, room))
+    rows, columns = firsts
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in _LATENTS}
+    for number, (row, column) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True)):
+        for name in _LATENTS:
+            whole = batch[name][number]
+            parts[name].append(whole[:, row : row + _WINDOW, column : column + _WINDOW])
+    return {name: torch.stack(values) for name, values in parts.items()}
 
 
 class SampleDrawer:
