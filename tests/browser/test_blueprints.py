@@ -43,9 +43,57 @@ ON_DEMO = """(loaders) => {
     readers.forEach(([output, node, input]) => demo.connect(output, node, input));
     [...subgraph.nodes].filter(({type}) => loaders[type]).forEach((one) => subgraph.remove(one));
     const crop = subgraph.nodes.find(({type}) => type === "CATCropAroundMask");
-    crop.widgets.find(({name}) => name === "size").value = 128;
+    if (crop) crop.widgets.find(({name}) => name === "size").value = 128;
     return readers.length;
 }"""
+# The demo model's own sampling around the patched MODEL; (widgets, links) by name.
+SAMPLED = """([nodes, links]) => {
+    const made = {blueprint: app.graph.nodes.find((node) => node.isSubgraphNode())};
+    Object.entries(nodes).forEach(([name, [type, values]], i) => {
+        const node = (made[name] = LiteGraph.createNode(type));
+        app.graph.add(node);
+        node.pos = [400 * (i % 4) - 500, 500 + 300 * Math.floor(i / 4)];
+        Object.entries(values).forEach(([widget, value]) => {
+            node.widgets.find(({name}) => name === widget).value = value;
+        });
+    });
+    links.forEach(([from, output, to, input]) =>
+        made[from].connect(output, made[to], made[to].findInputSlot(input)));
+    made.blueprint.widgets.find(({name}) => name === "text").value = "red star";
+    return made.save.id;
+}"""
+SAMPLING = [
+    {
+        "demo": ("CATLoadCheckpoint", {"checkpoint": "cat_demo_model.safetensors"}),
+        "scene": ("CATDemoScene", {"scene": "square hole"}),
+        "positive": ("CLIPTextEncode", {"text": "red star"}),
+        "negative": ("CLIPTextEncode", {"text": ""}),
+        "inputs": ("CATInpaintConditioning", {"fill": "black"}),
+        "sampler": ("KSampler", {"steps": 20, "cfg": 3.0, "sampler_name": "ddim"}),
+        "decoded": ("VAEDecode", {}),
+        "save": ("SaveImage", {}),
+    },
+    [
+        ("demo", 0, "blueprint", "model"),
+        ("demo", 1, "blueprint", "clip"),
+        ("scene", 0, "blueprint", "image"),
+        ("scene", 1, "blueprint", "mask"),
+        ("demo", 1, "positive", "clip"),
+        ("demo", 1, "negative", "clip"),
+        ("positive", 0, "inputs", "positive"),
+        ("negative", 0, "inputs", "negative"),
+        ("demo", 2, "inputs", "vae"),
+        ("scene", 0, "inputs", "image"),
+        ("scene", 1, "inputs", "mask"),
+        ("blueprint", 0, "sampler", "model"),
+        ("inputs", 0, "sampler", "positive"),
+        ("inputs", 1, "sampler", "negative"),
+        ("inputs", 2, "sampler", "latent_image"),
+        ("sampler", 0, "decoded", "samples"),
+        ("demo", 2, "decoded", "vae"),
+        ("decoded", 0, "save", "images"),
+    ],
+]
 
 
 @pytest.fixture
@@ -92,5 +140,19 @@ def test_cat_inpaint_draws(canvas, dropped, server):
     assert changed[hole].mean() > 0.9
     near = Image.fromarray(hole).convert("L").filter(ImageFilter.MaxFilter(2 * SOFT_EDGE + 1))
     assert not changed[np.asarray(near) == 0].any()
+    red = (picture[..., 0] > 150) & (picture[..., 1] < 110) & (picture[..., 2] < 110)
+    assert red[hole].mean() > 0.1
+
+
+def test_cat_visual_prompt_patches_a_model(canvas, dropped, server):
+    dropped("CAT Visual Prompt")
+    save = canvas.run(SAMPLED, SAMPLING)
+    assert canvas.run(ON_DEMO, LOADERS) == 3
+    canvas.queue()
+    image = canvas.run("(id) => app.nodeOutputs[id].images[0]", save)
+    canvas.screenshot("blueprint_visual_prompt_ran")
+    scene = Image.open(ROOT / "web/scenes/square hole.png").convert("RGBA")
+    hole = np.asarray(scene)[..., 3] < 255
+    picture = np.asarray(Image.open(server.image_path(image)).convert("RGB")).astype(int)
     red = (picture[..., 0] > 150) & (picture[..., 1] < 110) & (picture[..., 2] < 110)
     assert red[hole].mean() > 0.1
