@@ -76,6 +76,11 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
         parser.error("--random-flip mirrors crops: give --pictures crop, or leave it out")
     if arguments.masked and arguments.stage != "sem-inpainter":
         parser.error(f"--masked is a loss of sem-inpainter, the stage is {arguments.stage}")
+    if arguments.weights and len(arguments.weights) != len(arguments.data):
+        parser.error(
+            f"--weights gives {len(arguments.weights)} for {len(arguments.data)} manifests, "
+            "expected one each"
+        )
     for path in arguments.base:
         if not path.is_file():
             parser.error(f"--base {path} is no file, expected one with weights")
@@ -98,7 +103,22 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
         "CAT weights of earlier stages; of parts that several have, the last one's",
     )
     parser.add_argument(
-        "--data", type=Path, required=True, help="manifest (JSON lines), see tools/prepare_data.py"
+        "--data",
+        "--manifest",
+        type=Path,
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="MANIFEST",
+        help="manifests (JSON lines), see tools/prepare_data.py",
+    )
+    parser.add_argument(
+        "--weights",
+        type=float,
+        nargs="+",
+        metavar="WEIGHT",
+        help="of the manifests, such as 80 20: how many of 100 samples each gives (default: each "
+        "record counts the same)",
     )
     parser.add_argument("--split", default="train", help="which records of the manifest")
     parser.add_argument(

@@ -47,7 +47,7 @@ class ManifestError(CatError):
 class Record:
     """One line of a manifest, checked when it is made (ManifestError).
 
-    About 0.5 kB, so 3 million fit into 2 GB.
+    About 0.5 kB: manifest_records.py is for millions of them.
     """
 
     id: str
@@ -69,7 +69,7 @@ class Record:
             _check_path("mask", self.mask)
         if self.box is not None:
             _check_box(self.box)
-        _check_split(self.split)
+        check_split(self.split)
         if self.label is None and self.hole:
             raise ManifestError("label is missing, expected the name of the object in the hole")
         if self.label is None and self.caption is None:
@@ -102,12 +102,31 @@ def stream(path: str | os.PathLike, split: str | None = None) -> Iterator[Record
         ManifestError: no such file, no such split, a malformed line or an id used twice.
     """
     if split is not None:
-        _check_split(split)
+        check_split(split)
+    seen = set()
+    for number, (_, record) in enumerate(placed(path), 1):
+        if record.id in seen:
+            raise used_twice(path, number, record.id)
+        seen.add(record.id)
+        if split is None or record.split == split:
+            yield record
+
+
+def placed(path: str | os.PathLike) -> Iterator[tuple[int, Record]]:
+    """Each record of a manifest and where its line begins in the file, in bytes.
+
+    Errors as `stream`, but ids may be used twice.
+    """
+    start = 0
     try:
         with open(path, "rb") as file:
-            for record in _records(file, path):
-                if split is None or record.split == split:
-                    yield record
+            for number, line in enumerate(file, 1):
+                try:
+                    record = parse(line)
+                except ManifestError as error:
+                    raise _in_line(path, number, error) from None
+                yield start, record
+                start += len(line)
     except OSError as error:
         raise ManifestError(
             f"{path} cannot be read ({error.strerror}), expected a manifest. "
@@ -115,22 +134,15 @@ def stream(path: str | os.PathLike, split: str | None = None) -> Iterator[Record
         ) from error
 
 
-def _records(lines: Iterable[bytes], path: str | os.PathLike) -> Iterator[Record]:
-    """Lines as records; `path` is for the errors."""
-    seen = set()
-    for number, line in enumerate(lines, 1):
-        try:
-            record = _parse(line)
-            if record.id in seen:
-                raise ManifestError(
-                    f"id {_short(record.id)} was used before, expected every id once"
-                )
-        except ManifestError as error:
-            raise ManifestError(
-                f"{path}, line {number}: {error}. Correct the line or prepare the data again."
-            ) from None
-        seen.add(record.id)
-        yield record
+def used_twice(path: str | os.PathLike, number: int, id: str) -> ManifestError:
+    """What is wrong with a line whose id an earlier one has."""
+    return _in_line(path, number, f"id {_short(id)} was used before, expected every id once")
+
+
+def _in_line(path: str | os.PathLike, number: int, error: object) -> ManifestError:
+    return ManifestError(
+        f"{path}, line {number}: {error}. Correct the line or prepare the data again."
+    )
 
 
 def write(path: str | os.PathLike, records: Iterable[Record]) -> int:
@@ -177,7 +189,8 @@ def _line(record: Record) -> str:
     return json.dumps(entry) + "\n"
 
 
-def _parse(line: bytes) -> Record:
+def parse(line: bytes) -> Record:
+    """A manifest's line as a record; raises ManifestError."""
     try:
         entry = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -205,7 +218,8 @@ def _check_text(name: str, text: str) -> None:
         raise ManifestError(f"{name} is {_short(text)}, expected a string that is not empty")
 
 
-def _check_split(split: str) -> None:
+def check_split(split: str) -> None:
+    """Raise ManifestError unless it is a split."""
     if split not in SPLITS:
         *others, last = SPLITS
         raise ManifestError(f"split is {_short(split)}, expected {', '.join(others)} or {last}")

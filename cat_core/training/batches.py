@@ -4,7 +4,6 @@ Holes: half the time the object's segment, half the time its bounding box, as th
 Worker processes open the pictures, or read the cache, ahead of the step that needs them.
 """
 
-import hashlib
 import os
 import signal
 import time
@@ -18,6 +17,7 @@ from ..data.manifest import ManifestError
 from ..data.masks import VARIANTS
 from ..errors import CatError
 from .encoding import Sample, stack
+from .mixture import Mixture, mix
 from .objectives import Batch
 from .settings import TrainingError
 from .stores import SampleStore, chance_of
@@ -51,12 +51,17 @@ class PreparedSamples(Dataset):
     and the seed. A record that cannot be used is replaced by the next one.
     """
 
-    def __init__(self, store: SampleStore, batch_size: int, seed: int):
+    def __init__(
+        self,
+        store: SampleStore,
+        batch_size: int,
+        seed: int,
+        mixture: Mixture | None = None,
+    ):
         self.store = store
         self.batch_size = batch_size
         self.seed = seed
-        self.epoch = -1  # that `order` is of
-        self.order = torch.empty(0)
+        self.mixture = mixture or Mixture([len(store)], seed)
 
     @torch.no_grad()
     def __getitem__(self, request: Request) -> Prepared | CatError:
@@ -89,26 +94,17 @@ class PreparedSamples(Dataset):
 
     def generator(self, number: int) -> torch.Generator:
         """The chance of a sample of the run."""
-        return torch.Generator().manual_seed(_mix(self.seed, number))
+        return torch.Generator().manual_seed(mix(self.seed, number))
 
     def _usable(self, number: int, variant: str) -> tuple[int, Sample]:
         """The record of a sample's number, or the next one that can be used, and its sample."""
         chance = chance_of(f"{self.seed} sample {number}")
-        for attempt in range(len(self.store)):
-            index = self._index(number + attempt)
+        for attempt in range(self.mixture.attempts(number)):
+            index = self.mixture.record(number, attempt)
             sample = self.store.sample(index, variant, chance)
             if sample is not None:
                 return index, sample
         raise ManifestError("Not one record of the manifest can be used; see the report.")
-
-    def _index(self, number: int) -> int:
-        """The record of a sample's number: every epoch has an order of its own."""
-        epoch, place = divmod(number, len(self.store))
-        if self.epoch != epoch:
-            generator = torch.Generator().manual_seed(_mix(self.seed, -1 - epoch))
-            self.order = torch.randperm(len(self.store), generator=generator)
-            self.epoch = epoch
-        return int(self.order[place])
 
 
 class Batches:
@@ -123,6 +119,7 @@ class Batches:
         empty_context: the empty text's context (1, L, T), for diffusion's dropped samples.
         workers: processes that prepare samples ahead, where the loop asks for batches in turn;
             0 prepares them when they are asked for.
+        mixture: of several sources; None takes each record as often as any other.
     """
 
     def __init__(
@@ -132,6 +129,7 @@ class Batches:
         seed: int,
         empty_context: torch.Tensor | None = None,
         workers: int = 0,
+        mixture: Mixture | None = None,
     ):
         if not len(store):
             raise ManifestError(
@@ -141,7 +139,7 @@ class Batches:
         self.batch_size = batch_size
         self.empty_context = empty_context
         self.workers = workers
-        self.samples = PreparedSamples(store, batch_size, seed)
+        self.samples = PreparedSamples(store, batch_size, seed, mixture)
 
     def __call__(self, step: int, positions: range) -> Batch:
         request = (step, positions)
@@ -283,8 +281,3 @@ def _as_it_is(prepared):
 def _start_worker(number: int) -> None:
     """Leave Ctrl-C to the main process, which ends its step first and needs samples for that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _mix(seed: int, number: int) -> int:
-    """A seed of 56 bits for one of a run's numbers, unlike those of its neighbours."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:7], "big")

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -37,21 +36,26 @@ def differences(before: Facts, now: Facts) -> list[str]:
 
 def of_records(records: Sequence[Record]) -> dict[str, str | int]:
     """Everything that a manifest says of the records."""
-    entries = [asdict(record) for record in records]
-    return {
-        "number of records": len(entries),
-        "ids": _of_fields(entries, ("id",)),
-        "labels": _of_fields(entries, ("label",)),
-        "captions": _of_fields(entries, ("caption",)),
-        "names of pictures": _of_fields(entries, ("image",)),
-        "holes": _of_fields(entries, ("mask", "box")),
+    fields = {
+        "ids": ("id",),
+        "labels": ("label",),
+        "captions": ("caption",),
+        "names of pictures": ("image",),
+        "holes": ("mask", "box"),
     }
+    digests = {name: hashlib.sha256() for name in fields}
+    for record in records:  # once: each may be read from a file
+        for name, digest in digests.items():
+            _add_fields(digest, record, fields[name])
+    facts: dict[str, str | int] = {"number of records": len(records)}
+    return facts | {name: _short(digest) for name, digest in digests.items()}
 
 
 def of_record(record: Record) -> str:
     """Everything that a manifest says of a record, but for its split."""
-    entry = asdict(record)
-    return _of_fields([entry], ("id", "image", "mask", "box", "label", "caption"))
+    digest = hashlib.sha256()
+    _add_fields(digest, record, ("id", "image", "mask", "box", "label", "caption"))
+    return _short(digest)
 
 
 def of_sizes(records: Sequence[Record], folder: Path) -> dict[str, str]:
@@ -110,11 +114,8 @@ def of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _of_fields(entries: Sequence[Mapping[str, object]], names: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for entry in entries:
-        digest.update(json.dumps([entry[name] for name in names]).encode())
-    return _short(digest)
+def _add_fields(digest, record: Record, names: Sequence[str]) -> None:
+    digest.update(json.dumps([getattr(record, name) for name in names]).encode())
 
 
 def _add_tensors(digest, tensors: Tensors) -> None:

@@ -61,7 +61,7 @@ def test_what_is_written_is_read(tmp_path):
 def test_the_documented_example_is_a_record():
     documented = manifest.__doc__
     text = documented[documented.index("{") : documented.index("}") + 1]
-    record = manifest._parse(text.encode())
+    record = manifest.parse(text.encode())
     assert record.box == (0.1, 0.2, 0.6, 0.9)
     assert record.split == "train"
 

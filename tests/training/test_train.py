@@ -210,6 +210,23 @@ def test_stages_share_a_cache_and_add_what_they_read(whole_pictures, tiny_file, 
     assert stamps(tmp_path / "cache") == shards
 
 
+def test_two_manifests_in_shares(tiny_file, data, tmp_path):
+    folder = data.parent / "more"
+    folder.mkdir()
+    (folder / "0.png").write_bytes((data.parent / "0.png").read_bytes())
+    record = manifest.Record("more", "0.png", box=(0.1, 0.2, 0.5, 0.7), label="cup")
+    manifest.write(folder / "m.jsonl", [record])
+    more = ["--manifest", folder / "m.jsonl", "--steps", 1]
+    run = tmp_path / "run"
+    train("sem-inpainter", tiny_file, data, run, *more, "--weights", 80, 20)
+    file = weights.read(run / "checkpoint-00000001/weights.safetensors")
+    assert "trained on manifest.jsonl, m.jsonl;" in file.metadata["provenance"]
+    other = train("sem-inpainter", tiny_file, data, run, *more, "--weights", 50, 50, code=1)
+    assert "weights of manifests was 80 20, is 50 50" in other.stderr
+    one = train("sem-inpainter", tiny_file, data, run, "--weights", 80, 20, code=2)
+    assert "--weights gives 2 for 1 manifests, expected one each" in one.stderr
+
+
 def test_rates_rise_and_decay():
     constant = Settings(steps=100, warmup=10)
     shares = [rate_share(step, constant) for step in (0, 4, 9, 50, 99)]

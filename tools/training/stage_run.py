@@ -20,13 +20,14 @@ from cat_diffusion.cat_core.config import (
     RefAdapterConfig,
     SemInpainterConfig,
 )
-from cat_diffusion.cat_core.data import manifest
+from cat_diffusion.cat_core.data.manifest_records import ManifestRecords
 from cat_diffusion.cat_core.errors import CatError
 from cat_diffusion.cat_core.files import require_writable
 from cat_diffusion.cat_core.training import checkpoints, identity, loop, start, trackers
 from cat_diffusion.cat_core.training.assemble import assemble
 from cat_diffusion.cat_core.training.batches import Batches, default_workers
 from cat_diffusion.cat_core.training.encoding import Preparation
+from cat_diffusion.cat_core.training.mixture import Mixture
 from cat_diffusion.cat_core.training.settings import Settings, TrainingError, TrainingRun
 from cat_diffusion.cat_core.training.shards import Alone, Processes, ShardedSamples
 from cat_diffusion.cat_core.training.stages import STAGES, Stage
@@ -59,6 +60,8 @@ class StageRun:
     pictures: str = "squash"  # one of stages.PICTURES
     flip: bool = False  # mirror half of the crops
     caption_share: float | None = None  # see encoding.Preparation
+    more_data: Sequence[Path] = ()  # further manifests
+    weights: Sequence[float] | None = None  # of all manifests; None: each record weighs the same
     masked: bool = False  # the paper's loss for SemInpainter instead of the official code's
     checkpointing: bool = False  # compute activations again
     validate_every: int = 0  # steps between validations; 0 = never
@@ -68,6 +71,10 @@ class StageRun:
     licence: str = "unknown"  # of the result
     workers: int | None = None  # that prepare samples ahead; None chooses by the cores
     cpu: bool = False  # do not use a GPU
+
+    def records(self, split: str) -> ManifestRecords:
+        """The records of all manifests."""
+        return ManifestRecords([self.data, *self.more_data], split)
 
     @property
     def how(self) -> Preparation:
@@ -128,7 +135,9 @@ def _described(arguments) -> StageRun:
     return StageRun(
         stage=STAGES[arguments.stage].scaled(arguments.rates),
         base=arguments.base,
-        data=arguments.data,
+        data=arguments.data[0],
+        more_data=arguments.data[1:],
+        weights=arguments.weights,
         folder=arguments.run,
         settings=settings,
         split=arguments.split,
@@ -174,7 +183,8 @@ def run(described: StageRun) -> Path | None:
     processes = loop.process_state(described.cpu)
     _require_all_it_takes(described, processes.num_processes)
     _require_own_device(processes)
-    records = manifest.read(described.data, described.split)
+    records = described.records(described.split)
+    mixture = Mixture(records.lengths, described.settings.seed, described.weights)
     file = load(described.base, stage.diffusion)
     modules, objective = build(
         stage,
@@ -192,7 +202,7 @@ def run(described: StageRun) -> Path | None:
         folder=described.folder,
         identity=identity_of(described, file, records),
         architecture=file.architecture,
-        provenance=f"trained on {described.data.name}",
+        provenance=f"trained on {_names(described)}",
         licence=described.licence,
     )
     checkpoints.refuse_another_run(training)
@@ -205,12 +215,13 @@ def run(described: StageRun) -> Path | None:
         cache=described.cache,
         processes=processes,
         how=described.how,
+        records=records,
     )
     fresh = store.fresh if isinstance(store, ShardedSamples) else store
     workers = described.workers
     if workers is None:
         workers = default_workers(processes_of_this_machine())
-    batches = batches_for(stage, encoders, store, described.settings, workers)
+    batches = batches_for(stage, encoders, store, described.settings, workers, mixture)
     pictures = None
     if described.samples_every:
         pictures = SamplePictures(
@@ -250,11 +261,16 @@ def run(described: StageRun) -> Path | None:
             print(f"\n{fresh.tally}")
 
 
+def _names(described: StageRun) -> str:
+    return ", ".join(path.name for path in (described.data, *described.more_data))
+
+
 def validation_samples(described: StageRun, encoders: HostEncoders, cell: int) -> FreshSamples:
     """The records that a run is validated on, squashed as evaluation sees them."""
+    records = described.records(described.validation_split)
     return FreshSamples(
-        manifest.read(described.data, described.validation_split),
-        described.data.parent,
+        records,
+        records.folder,
         encoders,
         objective=described.stage.objective,
         size=described.size,
@@ -265,7 +281,7 @@ def validation_samples(described: StageRun, encoders: HostEncoders, cell: int) -
 
 
 def identity_of(
-    described: StageRun, file: Checkpoint, records: Sequence[manifest.Record]
+    described: StageRun, file: Checkpoint, records: ManifestRecords
 ) -> dict[str, str | int | float | bool]:
     """What a run's result follows from besides stage and settings.
 
@@ -289,8 +305,10 @@ def identity_of(
     facts |= identity.of_preparation(described.how)
     if stage.diffusion:
         facts["size"] = described.size
+    if described.weights:
+        facts["weights of manifests"] = " ".join(f"{weight:g}" for weight in described.weights)
     if described.cache is None:
-        facts |= identity.of_sizes(records, described.data.parent)
+        facts |= identity.of_sizes(records, records.folder)
     return facts
 
 
@@ -393,14 +411,17 @@ def encoded_samples(
     cache: Path | None = None,
     processes: Processes | None = None,
     how: Preparation | None = None,
+    records: ManifestRecords | None = None,
 ) -> tuple[HostEncoders, SampleStore]:
     """The frozen networks, and the samples that they encode; a cache is filled first.
 
     Args:
         processes: those of the run, which fill the cache together; None means this one alone.
         how: pictures, flip and captions; None squashes pictures.
+        records: those of `data`, where they have been read.
     """
     how = how or Preparation()
+    records = records or ManifestRecords([data], split)
     vae = None
     unet = None
     cell = 8
@@ -413,8 +434,8 @@ def encoded_samples(
             cell = vae_cell(vae)
     encoders = HostEncoders(vision, clip, vae, unet)
     fresh = FreshSamples(
-        manifest.read(data, split),
-        data.parent,
+        records,
+        records.folder,
         encoders,
         objective=objective,
         size=size,
@@ -439,11 +460,12 @@ def batches_for(
     store: SampleStore,
     settings: Settings,
     workers: int = 0,
+    mixture: Mixture | None = None,
 ) -> Batches:
     """A run's batches, with the empty text for the dropped samples of diffusion."""
     with torch.inference_mode():
         empty_context = encoders.context([""]) if stage.diffusion else None
-    return Batches(store, settings.batch_size, settings.seed, empty_context, workers)
+    return Batches(store, settings.batch_size, settings.seed, empty_context, workers, mixture)
 
 
 def _sem_inpainter_config(file: Checkpoint) -> SemInpainterConfig:
