@@ -170,6 +170,15 @@ class CATLoadWeights(io.ComfyNode):
     @classmethod
     def execute(cls, weights) -> io.NodeOutput:
         with messages.plain_errors():
-            cat_model = build_cat_model(model_files.read(_present(weights, "weights", PARTS)))
-        messages.say(messages.sentence("{cat_model}", cat_model=cat_model))
+            file = model_files.read(_present(weights, "weights", PARTS))
+            cat_model = build_cat_model(file)
+        sentences = [messages.sentence("{cat_model}", cat_model=cat_model)]
+        if "unet_lora" in file.parts:
+            sentences.append(
+                messages.sentence(
+                    "The LoRA in this file is left out: write it with tools/convert.py --lora, and "
+                    "put Load LoRA before CAT Apply RefAdapter."
+                )
+            )
+        messages.say(*sentences)
         return io.NodeOutput(cat_model)

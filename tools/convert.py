@@ -45,6 +45,12 @@ def main() -> int:
         help="write the image encoder for ComfyUI's Load CLIP Vision",
     )
     parser.add_argument(
+        "--lora",
+        type=Path,
+        metavar="OUT",
+        help="write the U-Net's LoRA, of the stage ref-adapter-lora, for ComfyUI's Load LoRA",
+    )
+    parser.add_argument(
         "--full", type=Path, metavar="OUT", help="write everything as one safetensors checkpoint"
     )
     parser.add_argument(
@@ -95,7 +101,8 @@ def _averages(parser: argparse.ArgumentParser, paths: list[Path]) -> list[Path]:
 def _check_outputs(parser: argparse.ArgumentParser, arguments) -> None:
     """Exit with a usage error unless there is something to write, under fitting names."""
     outputs = set()
-    for path in (arguments.base, arguments.cat_weights, arguments.clip_vision, arguments.full):
+    for name in ("base", "cat_weights", "clip_vision", "lora", "full"):
+        path = getattr(arguments, name)
         if path is None:
             continue
         if path.suffix.lower() != ".safetensors":
@@ -104,7 +111,9 @@ def _check_outputs(parser: argparse.ArgumentParser, arguments) -> None:
             parser.error("two outputs have the same name")
         outputs.add(path.absolute())
     if not outputs:
-        parser.error("nothing to write: give --base, --cat-weights, --clip-vision or --full")
+        parser.error(
+            "nothing to write: give --base, --cat-weights, --clip-vision, --lora or --full"
+        )
 
 
 if __name__ == "__main__":

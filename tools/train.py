@@ -72,6 +72,8 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
             parser.error(
                 f"--{name.replace('_', '-')} judges by held-out records: give --validate-every too"
             )
+    if arguments.lora_rank < 1:
+        parser.error(f"--lora-rank is {arguments.lora_rank}, expected 1 or more, such as 16")
     if arguments.random_flip and arguments.pictures != "crop":
         parser.error("--random-flip mirrors crops: give --pictures crop, or leave it out")
     if arguments.masked and arguments.stage != "sem-inpainter":
@@ -90,7 +92,8 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     """What is trained, and on what."""
     parser.add_argument(
         "stage",
-        help="sem-inpainter, ref-adapter, ref-adapter-unet, cascade-sem-inpainter, cascade; "
+        help="sem-inpainter, ref-adapter, ref-adapter-unet, ref-adapter-lora (a LoRA in place of "
+        "the whole U-Net, for less memory), cascade-sem-inpainter, cascade; "
         "unet (plain inpainting), ref-adapter-observed (the ablation without SemInpainter)",
     )
     parser.add_argument(
@@ -238,6 +241,13 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         default="no",
         metavar="NAME",
         help="compile the networks with torch.compile: inductor is the fast one, after minutes",
+    )
+    parser.add_argument(
+        "--lora-rank",
+        type=int,
+        default=16,
+        metavar="R",
+        help="of ref-adapter-lora's LoRA on the U-Net's attention: more can learn more",
     )
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
     parser.add_argument(

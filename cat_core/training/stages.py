@@ -62,6 +62,7 @@ _IN_ORDER = (
     Stage("unet", "diffusion", (("unet", NEW),), prompt=None),
     Stage("ref-adapter", "diffusion", (("ref_adapter", NEW),)),
     Stage("ref-adapter-unet", "diffusion", (("ref_adapter", NEW), ("unet", PRETRAINED))),
+    Stage("ref-adapter-lora", "diffusion", (("ref_adapter", NEW), ("unet_lora", NEW))),
     # The paper's ablation without SemInpainter.
     Stage(
         "ref-adapter-observed",

@@ -7,6 +7,7 @@ from torch import nn
 
 from .. import weights
 from ..config import Architecture, RefAdapterConfig, SemInpainterConfig, Tensors, unet_blocks
+from ..models.unet_lora import LoraError, UnetLora, rank_of
 
 STD = 0.02  # of new weights, CLIP's initializer_range
 
@@ -48,6 +49,28 @@ def trainable_parts(
         else:
             _initialise(module, generator)
     return modules
+
+
+def unet_lora(parts: Mapping[str, Tensors], rank: int, seed: int) -> UnetLora:
+    """A LoRA for the U-Net of a file's parts: theirs, or a new one without effect yet.
+
+    Raises LoraError: no such rank, or theirs is of another rank or U-Net.
+    """
+    lora = UnetLora(parts["unet"], rank)
+    lora.initialise(torch.Generator().manual_seed(seed))
+    if "unet_lora" in parts:
+        found = rank_of(parts["unet_lora"])
+        if found != rank:
+            raise LoraError(
+                f"The LoRA to go on from has rank {found}, expected {rank}. Choose that rank."
+            )
+        try:
+            lora.load_state_dict(parts["unet_lora"])
+        except RuntimeError as error:
+            raise LoraError(
+                "The LoRA to go on from is of another U-Net. Choose the one that it was trained on."
+            ) from error
+    return lora
 
 
 @torch.no_grad()

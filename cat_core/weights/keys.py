@@ -19,6 +19,9 @@ PREFIXES = {
     "clip_text": "cond_stage_model.transformer.",
     "clip_vision": "cond_stage_model2.encoder.",
 }
+# Beside the official parts: a LoRA, under the prefix that ComfyUI's own loader knows.
+ADDED_PREFIXES = {"unet_lora": "diffusion_model."}
+_ALL_PREFIXES = {**PREFIXES, **ADDED_PREFIXES}
 TITLES = {
     "sem_inpainter": "SemInpainter",
     "ref_adapter": "RefAdapter",
@@ -26,6 +29,7 @@ TITLES = {
     "vae": "VAE",
     "clip_text": "CLIP text encoder",
     "clip_vision": "CLIP vision encoder",
+    "unet_lora": "U-Net's LoRA",
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -64,7 +68,7 @@ _LEFT_OVER = re.compile(
 def describe(parts: Iterable[str]) -> str:
     """Titles of parts for messages, as in "SemInpainter, RefAdapter and VAE"."""
     parts = set(parts)
-    titles = [TITLES[part] for part in PREFIXES if part in parts]
+    titles = [TITLES[part] for part in TITLES if part in parts]
     if not titles:
         return "nothing of CAT-Diffusion"
     *others, last = titles
@@ -92,7 +96,7 @@ def sort_keys(tensors: Mapping[str, Stored]) -> tuple[dict[str, dict[str, Stored
         if part is None:
             unknown.append(stored_key)
             continue
-        name = key.removeprefix(PREFIXES[part])
+        name = key.removeprefix(_ALL_PREFIXES[part])
         level = _CLIP_LEVELS.get(part)
         if level and not name.startswith((level, *_CLIP_PROJECTIONS)):
             name = level + name
@@ -121,7 +125,7 @@ def flat(parts: Mapping[str, Tensors]) -> dict[str, torch.Tensor]:
     tensors = {}
     for part, tensors_of_part in parts.items():
         for key, tensor in tensors_of_part.items():
-            tensors[PREFIXES[part] + key] = tensor
+            tensors[_ALL_PREFIXES[part] + key] = tensor
     return tensors
 
 
@@ -140,8 +144,10 @@ def _is_of_the_schedule(key: str) -> bool:
 
 def _part_of(key: str) -> str | None:
     """The part whose prefix a key has; None for a foreign key."""
-    matching = (part for part, prefix in PREFIXES.items() if key.startswith(prefix))
+    matching = (part for part, prefix in _ALL_PREFIXES.items() if key.startswith(prefix))
     part = next(matching, None)
+    if part == "unet_lora" and ".lora_" not in key:
+        return None  # a U-Net without its official prefix
     # RefAdapter and U-Net share a prefix, and RefAdapter comes first.
     if part == "ref_adapter" and ".attn3." not in key and ".norm4." not in key:
         return "unet"

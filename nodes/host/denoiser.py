@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...cat_core.config import Architecture
 from ...cat_core.models.ref_adapter import RefAdapter
+from ...cat_core.models.unet_lora import UnetLora
 from ...cat_core.weights import Checkpoint
 from . import symbols
 from .unet import block_name, unet_heads
@@ -23,14 +24,20 @@ class Denoiser(nn.Module):
         ref_adapter: the same, or None to leave the visual prompt unseen.
         checkpointing: compute activations of RefAdapters and transformer blocks again in the
             backward pass.
+        unet_lora: attached to the U-Net already; held here, so that it learns like the others.
     """
 
     def __init__(
-        self, unet: nn.Module, ref_adapter: RefAdapter | None, checkpointing: bool = False
+        self,
+        unet: nn.Module,
+        ref_adapter: RefAdapter | None,
+        checkpointing: bool = False,
+        unet_lora: UnetLora | None = None,
     ):
         super().__init__()
         self.unet = unet
         self.ref_adapter = ref_adapter
+        self.unet_lora = unet_lora
         if checkpointing:
             for module in symbols.spatial_transformers(unet):
                 _checkpoint(module)

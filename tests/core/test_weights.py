@@ -18,6 +18,7 @@ from paths import ROOT
 from safetensors.torch import load_file, save_file
 
 from cat_diffusion.cat_core import weights
+from cat_diffusion.cat_core.training.start import unet_lora
 from cat_diffusion.cat_core.weights import WeightsError
 
 
@@ -467,6 +468,25 @@ def test_convert_splits_and_refuses_to_overwrite(tiny, official, tmp_path):
     run = convert(tmp_path / "cat.safetensors", "--base", tmp_path / "new.safetensors")
     assert run.returncode == 1 and "no U-Net" in run.stderr
     assert convert(tmp_path / "cat.safetensors").returncode == 2
+
+
+@pytest.mark.slow
+def test_convert_writes_a_lora_of_its_own(tiny, tmp_path):
+    parts, architecture = tiny
+    lora = unet_lora({"unet": parts["unet"]}, rank=2, seed=0).state_dict()
+    trained = {"ref_adapter": parts["ref_adapter"], "unet_lora": lora}
+    header = weights.header(trained, architecture, licence="", provenance="")
+    weights.save(tmp_path / "trained.safetensors", weights.flat(trained), header)
+    out = tmp_path / "lora.safetensors"
+    run = convert(tmp_path / "trained.safetensors", "--lora", out)
+    assert run.returncode == 0, run.stderr
+    written = load_file(out)
+    assert {"diffusion_model." + key for key in lora} == set(written)
+    run = convert(tmp_path / "trained.safetensors", "--cat-weights", tmp_path / "cat.safetensors")
+    assert "The U-Net's LoRA is in none of the outputs" in run.stdout
+    assert set(weights.read(tmp_path / "cat.safetensors").parts) == {"ref_adapter"}
+    run = convert(tmp_path / "cat.safetensors", "--lora", tmp_path / "none.safetensors")
+    assert run.returncode == 1 and "but no U-Net's LoRA" in run.stderr
 
 
 def test_header_is_strings_only(tiny_file):

@@ -243,6 +243,11 @@ def test_rates_rise_and_decay():
         ("ref-adapter-observed", {"ref_adapter", "unet"}, ["--samples-every", 2]),
         ("ref-adapter", {"ref_adapter"}, ["--checkpointing", "--samples-every", 2]),
         ("ref-adapter-unet", {"ref_adapter", "unet"}, []),
+        (
+            "ref-adapter-lora",
+            {"ref_adapter", "unet_lora"},
+            ["--lora-rank", 4, "--checkpointing", "--samples-every", 2],
+        ),
         ("cascade-sem-inpainter", {"sem_inpainter"}, []),
         (
             "cascade",

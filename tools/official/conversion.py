@@ -37,8 +37,8 @@ def convert(arguments) -> None:
 
 def _check_free(arguments) -> None:
     """Raise before anything is read if there is a file where one is to be written."""
-    outputs = (arguments.base, arguments.cat_weights, arguments.clip_vision, arguments.full)
-    for path in outputs:
+    for name in ("base", "cat_weights", "clip_vision", "lora", "full"):
+        path = getattr(arguments, name)
         if path and path.exists():
             raise weights.WeightsError(
                 f"{path} exists already and was not touched. Give --overwrite to replace it."
@@ -59,13 +59,18 @@ def _write_for_stock_loaders(file: weights.Checkpoint, arguments, origins: str) 
     if arguments.clip_vision:
         file.require("clip_vision")
         _write(arguments.clip_vision, file.parts["clip_vision"], metadata, arguments)
+    if arguments.lora:
+        file.require("unet_lora")
+        _write(arguments.lora, weights.flat(file.only("unet_lora")), metadata, arguments)
+    elif "unet_lora" in file.parts:
+        print("The U-Net's LoRA is in none of the outputs: give --lora to write it, too.")
 
 
 def _write_for_the_pack(file: weights.Checkpoint, arguments, origins: str) -> None:
     """Files whose header holds the architecture."""
     outputs = (
         (arguments.cat_weights, file.only("sem_inpainter", "ref_adapter")),
-        (arguments.full, file.parts),
+        (arguments.full, file.only(*weights.PREFIXES)),
     )
     for path, parts in outputs:
         if path:

@@ -16,6 +16,7 @@ from cat_diffusion.cat_core.data.manifest import Record
 from cat_diffusion.cat_core.errors import CatError
 from cat_diffusion.cat_core.features import masked_cosine
 from cat_diffusion.cat_core.files import replacing
+from cat_diffusion.cat_core.models.unet_lora import UnetLora
 from cat_diffusion.cat_core.pictures import plots
 from cat_diffusion.cat_core.pictures.tensors import channels_last, to_picture
 from cat_diffusion.cat_core.training.encoding import Preparation, encode, prepare, stack
@@ -129,7 +130,8 @@ class SamplePictures:
     def _inpainted(self) -> Image.Image:
         file = self._so_far()
         cat_model = build_cat_model(file)
-        model = build_unet(file) if "unet" in self.stage.parts else self.encoders.model
+        learns = {"unet", "unet_lora"} & set(self.stage.parts)
+        model = build_unet(file) if learns else self.encoders.model
         rows = []
         for sample in self._samples:
             inpainted = self._inpaint(model, cat_model, sample)
@@ -145,6 +147,10 @@ class SamplePictures:
                 parts[part] = {key: value.cpu().clone() for key, value in tensors.items()}
             elif part != "unet":  # the file's own is in the host's precision
                 parts[part] = tensors
+        lora = self.modules.get("unet_lora")
+        if isinstance(lora, UnetLora):
+            parts["unet"] = lora.merged(parts["unet"])
+            del parts["unet_lora"]
         return dataclasses.replace(self.file, parts=parts)
 
     def _inpaint(self, model, cat_model, sample: Shown) -> Image.Image:

@@ -43,6 +43,7 @@ from cat_diffusion.nodes.host.unet import vae_cell
 from .sample_pictures import SamplePictures
 
 OFFICIAL_CAPTION_SHARE = 0.2
+LORA_RANK = 16  # what people give LoRAs of an SD 1.5
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class StageRun:
     weights: Sequence[float] | None = None  # of all manifests; None: each record weighs the same
     masked: bool = False  # the paper's loss for SemInpainter instead of the official code's
     checkpointing: bool = False  # compute activations again
+    lora_rank: int = LORA_RANK  # of the U-Net's LoRA, where the stage trains one
     validate_every: int = 0  # steps between validations; 0 = never
     validation_split: str = "validation"  # of the manifest
     validation_samples: int = 64
@@ -148,6 +150,7 @@ def _described(arguments) -> StageRun:
         caption_share=caption_share(arguments),
         masked=arguments.masked,
         checkpointing=arguments.checkpointing,
+        lora_rank=arguments.lora_rank,
         validate_every=arguments.validate_every,
         validation_split=arguments.validation_split,
         validation_samples=arguments.validation_samples,
@@ -186,12 +189,15 @@ def run(described: StageRun) -> Path | None:
     records = described.records(described.split)
     mixture = Mixture(records.lengths, described.settings.seed, described.weights)
     file = load(described.base, stage.diffusion)
+    if "unet_lora" in file.parts and stage.diffusion and "unet_lora" not in stage.parts:
+        print(f"The LoRA of the files is left out: {stage.name} takes the U-Net without it.")
     modules, objective = build(
         stage,
         file,
         described.settings.seed,
         masked=described.masked,
         checkpointing=described.checkpointing,
+        lora_rank=described.lora_rank,
         snr_gamma=described.settings.snr_gamma,
     )
     training = TrainingRun(
@@ -307,6 +313,8 @@ def identity_of(
         facts["size"] = described.size
     if described.weights:
         facts["weights of manifests"] = " ".join(f"{weight:g}" for weight in described.weights)
+    if "unet_lora" in stage.parts:
+        facts["lora_rank"] = described.lora_rank
     if described.cache is None:
         facts |= identity.of_sizes(records, records.folder)
     return facts
@@ -392,12 +400,18 @@ def build(
     masked: bool = False,
     checkpointing: bool = False,
     snr_gamma: float = 0.0,
+    lora_rank: int = LORA_RANK,
 ) -> tuple[dict[str, nn.Module], nn.Module]:
     """The modules that a stage has a use for, by part, and its objective over them."""
     modules = start.trainable_parts(file.architecture, file.parts, seed)
+    denoiser = partial(Denoiser, checkpointing=checkpointing)
     if stage.diffusion:
         modules["unet"] = trainable_unet(file)
-    denoiser = partial(Denoiser, checkpointing=checkpointing)
+    if "unet_lora" in stage.parts:
+        lora = start.unet_lora(file.parts, lora_rank, seed)
+        lora.attach(modules["unet"])
+        modules["unet_lora"] = lora
+        denoiser = partial(denoiser, unet_lora=lora)
     return modules, assemble(stage, modules, denoiser, masked=masked, snr_gamma=snr_gamma)
 
 
