@@ -3,10 +3,13 @@
     python tools/train.py sem-inpainter --data data/manifest.jsonl --run runs/sem-inpainter \\
         --base sd15_inpainting.safetensors clip_vit_l14.safetensors --cache cache/sem-inpainter
 
-The same command continues a run that was stopped, killed or out of disk. For several GPUs start it
-in ComfyUI's Python with `accelerate launch tools/train.py ...` or with `torchrun --nproc-per-node N
-tools/train.py ... --output-dir FOLDER`: torchrun takes --run for an option of its own. Needs
-requirements-train.txt. Prepare data with tools/prepare_data.py.
+    python tools/train.py plan ref-adapter --base ... --data ... --preset 24gb --price-per-hour 0.5
+
+The same command continues a run that was stopped, killed or out of disk. `plan` measures a few
+steps and says what a run will take, and what to change where it does not fit. For several GPUs
+start the command in ComfyUI's Python with `accelerate launch tools/train.py ...` or with `torchrun
+--nproc-per-node N tools/train.py ... --output-dir FOLDER`: torchrun takes --run for an option of
+its own. Needs requirements-train.txt. Prepare data with tools/prepare_data.py.
 """
 
 import argparse
@@ -18,6 +21,7 @@ from comfyui import launch  # which makes the checkout known as cat_diffusion
 
 # isort: split
 from cat_diffusion.cat_core.training.stages import PICTURES, STAGES
+from training import presets
 
 
 def main() -> int:
@@ -27,21 +31,63 @@ def main() -> int:
     add_inputs(parser)
     add_settings(parser)
     add_outputs(parser)
+    add_plan(parser)
     launch.add_host_options(parser)
     arguments = parser.parse_args()
+    if arguments.preset:
+        arguments = with_preset(parser, arguments)
     check(parser, arguments)
     with launch.importing():
         launch.enter_comfyui(parser, arguments, "train")
         launch.start_host(arguments.cpu or not launch.has_gpu())
-        from training import stage_run
+        if arguments.plan:
+            from training import cost_plan as body
+        else:
+            from training import stage_run as body
 
-    return stage_run.command(arguments)
+    for sentence in getattr(arguments, "sentences", ()):
+        print(sentence, flush=True)
+    return body.command(arguments)
+
+
+def with_preset(parser: argparse.ArgumentParser, arguments: argparse.Namespace):
+    """The arguments again, with a preset's choices where the command line makes none."""
+    if arguments.stage not in STAGES:
+        return arguments  # which `check` says
+    try:
+        chosen = presets.choices(arguments.preset, arguments.stage)
+    except presets.PresetError as error:
+        parser.error(str(error))
+    if chosen.pop("is_cached"):
+        chosen["cache"] = Path(arguments.run or "", "cache")
+    parser.set_defaults(**chosen)
+    arguments = parser.parse_args()
+    arguments.sentences = []
+    taken = []
+    for name, value in chosen.items():
+        option = f"--{name.replace('_', '-')}"
+        given = getattr(arguments, name)
+        if given == value:
+            taken.append(f"{option} {value}")
+        else:
+            sentence = f"{option} {given} is given, in the place of the preset's {value}."
+            arguments.sentences.append(sentence)
+    arguments.sentences.append(f"--preset {arguments.preset} chooses {', '.join(taken)}.")
+    return arguments
 
 
 def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """End with an error for what can be told wrong before anything is installed or read."""
     if arguments.stage not in STAGES:
         parser.error(f"unknown stage {arguments.stage}; choose from {', '.join(STAGES)}")
+    if arguments.run is None and not arguments.plan:
+        parser.error("--run is missing, the folder for checkpoints and log")
+    arguments.run = arguments.run or Path("run")  # which a plan does not write
+    price = arguments.price_per_hour
+    if price is not None and not (price >= 0 and math.isfinite(price)):
+        parser.error(f"--price-per-hour is {price}, expected 0 up")
+    if price is not None and not arguments.plan:
+        parser.error("--price-per-hour is for `plan`, which says what a run costs")
     counts = ("size", "steps", "batch_size", "micro_batch_size", "save_every")
     for name in (*counts, "checkpoints_total_limit", "validation_samples"):
         if getattr(arguments, name) < 1:
@@ -91,6 +137,13 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
 def add_inputs(parser: argparse.ArgumentParser) -> None:
     """What is trained, and on what."""
     parser.add_argument(
+        "plan",
+        nargs="?",
+        choices=("plan",),
+        help="before the stage: measure a few steps and say what the run will take; nothing is "
+        "written, and --run may be left out",
+    )
+    parser.add_argument(
         "stage",
         help="sem-inpainter, ref-adapter, ref-adapter-unet, ref-adapter-lora (a LoRA in place of "
         "the whole U-Net, for less memory), cascade-sem-inpainter, cascade; "
@@ -128,7 +181,6 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
         "--run",
         "--output-dir",
         type=Path,
-        required=True,
         help="folder for checkpoints and log; continued if it exists",
     )
     parser.add_argument(
@@ -232,7 +284,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--use-8bit-adam",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="AdamW with states of 8 bits instead of 32, for a quarter of their memory; needs "
         "bitsandbytes",
     )
@@ -251,7 +304,10 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
     parser.add_argument(
-        "--checkpointing", action="store_true", help="recompute activations: less memory, more time"
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="recompute activations: less memory, more time",
     )
 
 
@@ -319,6 +375,23 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
         "--licence", default="unknown", help="licence of the result, for its header"
     )
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    """What is chosen all at once, and what a plan wants to know."""
+    parser.add_argument(
+        "--preset",
+        choices=presets.PRESETS,
+        default="",
+        help="choose --micro-batch-size, --checkpointing, --use-8bit-adam, --precision and --cache "
+        "for GPUs of that memory; options that are given as well win, and that is said",
+    )
+    parser.add_argument(
+        "--price-per-hour",
+        type=float,
+        metavar="PRICE",
+        help="plan: what an hour of the machine costs, with all its GPUs",
+    )
 
 
 if __name__ == "__main__":

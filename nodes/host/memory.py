@@ -39,6 +39,15 @@ def on_cpu() -> bool:
     return compute_device().type == "cpu"
 
 
+def card(device: torch.device) -> tuple[str | None, float]:
+    """A CUDA GPU's name and its GB; None and 0 for any other device."""
+    if device.type != "cuda":
+        return None, 0.0
+    return torch.cuda.get_device_name(device), torch.cuda.get_device_properties(
+        device
+    ).total_memory / 1e9
+
+
 def clear_memory() -> None:
     """Take all models off the GPU; the host loads them again when it needs them."""
     symbols.unload_all()

@@ -40,6 +40,7 @@ from cat_diffusion.nodes.host.denoiser import Denoiser, trainable_unet
 from cat_diffusion.nodes.host.encoders import HostEncoders
 from cat_diffusion.nodes.host.unet import vae_cell
 
+from . import presets
 from .sample_pictures import SamplePictures
 
 OFFICIAL_CAPTION_SHARE = 0.2
@@ -71,6 +72,7 @@ class StageRun:
     validation_samples: int = 64
     samples_every: int = 0  # steps between sheets of sample pictures; 0 = never
     licence: str = "unknown"  # of the result
+    preset: str = ""  # one of presets.PRESETS, whose card the choices are meant for
     workers: int | None = None  # that prepare samples ahead; None chooses by the cores
     cpu: bool = False  # do not use a GPU
 
@@ -94,7 +96,7 @@ class StageRun:
 def command(arguments) -> int:
     """Run the stage that the arguments name; returns the exit code."""
     try:
-        print(f"\nCAT weights: {run(_described(arguments))}")
+        print(f"\nCAT weights: {run(asked_for(arguments))}")
         _print_best(arguments.run / checkpoints.BEST)
     except KeyboardInterrupt:
         print(f"\nStopped. The same command continues from {arguments.run}.")
@@ -113,7 +115,7 @@ def _print_best(path: Path) -> None:
         print(f"Lowest validation loss, {best['validation_loss']:.4g}: {file}")
 
 
-def _described(arguments) -> StageRun:
+def asked_for(arguments) -> StageRun:
     """What tools/train.py's command line asks for."""
     settings = Settings(
         steps=arguments.steps,
@@ -156,6 +158,7 @@ def _described(arguments) -> StageRun:
         validation_samples=arguments.validation_samples,
         samples_every=arguments.samples_every,
         licence=arguments.licence,
+        preset=arguments.preset,
         workers=arguments.dataloader_num_workers,
         cpu=arguments.cpu,
     )
@@ -184,6 +187,12 @@ def run(described: StageRun) -> Path | None:
     stage = described.stage
     loop.require_accelerate()
     processes = loop.process_state(described.cpu)
+    if described.preset:
+        card, gigabytes = memory.card(processes.device)
+        try:
+            presets.refuse_smaller_card(described.preset, card, gigabytes)
+        except presets.PresetError as error:
+            raise TrainingError(str(error)) from error
     _require_all_it_takes(described, processes.num_processes)
     _require_own_device(processes)
     records = described.records(described.split)
@@ -426,6 +435,7 @@ def encoded_samples(
     processes: Processes | None = None,
     how: Preparation | None = None,
     records: ManifestRecords | None = None,
+    most: int | None = None,
 ) -> tuple[HostEncoders, SampleStore]:
     """The frozen networks, and the samples that they encode; a cache is filled first.
 
@@ -433,6 +443,7 @@ def encoded_samples(
         processes: those of the run, which fill the cache together; None means this one alone.
         how: pictures, flip and captions; None squashes pictures.
         records: those of `data`, where they have been read.
+        most: no more than so many records; None means all.
     """
     how = how or Preparation()
     records = records or ManifestRecords([data], split)
@@ -448,7 +459,7 @@ def encoded_samples(
             cell = vae_cell(vae)
     encoders = HostEncoders(vision, clip, vae, unet)
     fresh = FreshSamples(
-        records,
+        records if most is None else records[:most],
         records.folder,
         encoders,
         objective=objective,
