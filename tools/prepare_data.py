@@ -8,6 +8,7 @@
     python tools/prepare_data.py folder --data pictures --out pictures/manifest.jsonl
     python tools/prepare_data.py official --list openimages_train.txt \\
         --images . --masks . --out train.jsonl
+    python tools/prepare_data.py webdataset --shard shards/train-*.tar --out train.jsonl
     python tools/prepare_data.py testset --from validation.jsonl --count 1000 --out test.jsonl
 
 A manifest names pictures relative to its own folder, so put it in a folder above the data. Bad
@@ -51,10 +52,12 @@ def command_line() -> argparse.ArgumentParser:
     common = common_options()
     areas = area_options()
     values = value_options()
-    add_openimages(commands, [common, areas, values])
-    add_coco(commands, [common, areas])
+    borders = border_options()
+    add_openimages(commands, [common, areas, borders, values])
+    add_coco(commands, [common, areas, borders])
     add_folder(commands, [common, values])
-    add_official(commands, [common, areas, values])
+    add_official(commands, [common, areas, borders, values])
+    add_webdataset(commands, [common, areas, borders, values])
     add_testset(commands, [areas])
     return parser
 
@@ -82,6 +85,22 @@ def common_options() -> argparse.ArgumentParser:
         help="masks and boxes are drawn on the images as stored, before their EXIF data turns "
         "them: turn them too; turned masks go beside the manifest",
     )
+    options.add_argument(
+        "--shards",
+        type=shard_size,
+        nargs="?",
+        const=1000,
+        metavar="MB",
+        help="copy pictures and masks into tar shards of about this size (default: 1000) beside "
+        "the manifest, which webdataset reads too: few large files instead of many small ones",
+    )
+    options.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that draw masks and decode pictures (default: the cores of this machine)",
+    )
     options.add_argument("--overwrite", action="store_true", help="replace a manifest that exists")
     launch.add_host_options(options, installs=False)
     return options
@@ -103,6 +122,17 @@ def area_options() -> argparse.ArgumentParser:
         default=1.0,
         metavar="SHARE",
         help="skip objects whose box covers more of the image, 0 to 1 (default: no limit)",
+    )
+    return options
+
+
+def border_options() -> argparse.ArgumentParser:
+    """Whether objects must be whole."""
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument(
+        "--skip-truncated",
+        action="store_true",
+        help="skip objects that the border of their image cuts: whose box touches it",
     )
     return options
 
@@ -150,6 +180,9 @@ def add_coco(commands, parents: list[argparse.ArgumentParser]) -> None:
     command.add_argument("--instances", type=Path, required=True, help="instances_*.json")
     command.add_argument("--captions", type=Path, help="captions_*.json of the same images")
     command.add_argument("--images", type=Path, required=True, help="folder with the images")
+    command.add_argument(
+        "--keep-crowds", action="store_true", help="take what is marked as a crowd, too"
+    )
 
 
 def add_folder(commands, parents: list[argparse.ArgumentParser]) -> None:
@@ -177,6 +210,22 @@ def add_official(commands, parents: list[argparse.ArgumentParser]) -> None:
     )
     command.add_argument(
         "--masks", type=Path, required=True, help="folder that the list's mask paths start from"
+    )
+
+
+def add_webdataset(commands, parents: list[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "webdataset",
+        parents=parents,
+        help="tar shards of KEY.jpg, KEY.mask.png, KEY.json or KEY.txt; they stay as they are",
+    )
+    command.add_argument(
+        "--shard",
+        nargs="+",
+        required=True,
+        metavar="TAR",
+        help="tar files below the manifest's folder; or, with webdataset installed, URLs, pipe: "
+        "commands and patterns such as {000000..000099}, which are copied beside the manifest",
     )
 
 
@@ -232,6 +281,14 @@ def share(text: str) -> float:
     number = float(text)
     if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not a share of the image, expected 0 to 1")
+    return number
+
+
+def shard_size(text: str) -> float:
+    """Megabytes of a shard."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no size of a shard, expected MB above 0")
     return number
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from ..errors import CatError
 from ..pictures import opening
+from . import members
 from .manifest import Box, Record
 
 VARIANTS = ("segment", "box")  # how training makes the hole of the object's mask
@@ -262,6 +263,9 @@ def opened(path: Path, kind: str) -> Iterator[Image.Image]:
             yield file
     except SampleError:
         raise
+    except members.CutShardError as error:
+        detail = f"{error}. Fetch or copy the shard again."
+        raise SampleError("shard cut short", detail) from error
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise SampleError(f"missing {kind}", f"{path} is not a file") from error
     # For what is broken Pillow raises OSError, SyntaxError, ValueError, struct.error and others.

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps
 
+from ..data import members
+
 LEVELS_16 = 65535  # the highest level of 16 bits
 WITH_ALPHA = {"RGBA", "LA", "PA", "RGBa", "La"}
 ONE_COLOUR = {"P", "L", "RGB"}  # in which PNG and GIF can call one colour transparent
@@ -34,7 +36,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
     Given a name instead of a file, Pillow maps some TIFF files into memory, and then mixes up the
     pixels of those that their EXIF data turns (Pillow 13.0, TiffImagePlugin.load_end).
     """
-    with open(path, "rb") as content, Image.open(content) as file:
+    with members.opened(path) as content, Image.open(content) as file:
         yield file
 
 

@@ -5,13 +5,13 @@ A fact is a number or a short text; contents are facts as digests. So what diffe
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from ..config import Tensors
+from ..data import members
 from ..data.manifest import Record
 from ..weights import Checkpoint
 from .encoding import Preparation
@@ -100,7 +100,8 @@ def files_of(record: Record) -> list[str]:
 def size_of(path: Path) -> int:
     """A file's size in bytes, -1 where there is none."""
     try:
-        return os.stat(path).st_size
+        size, _ = members.size_and_time(path)
+        return size
     except OSError:
         return -1
 
@@ -108,7 +109,7 @@ def size_of(path: Path) -> int:
 def of_file(path: Path) -> str:
     """The digest of a file's bytes; raises OSError."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with members.opened(path) as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()

@@ -9,6 +9,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
+from ..data import members
 from ..data.masks import VARIANTS
 from . import identity
 from .encoding import Sample
@@ -105,8 +106,8 @@ def _stacked(rows: Rows) -> dict[str, torch.Tensor]:
 def stamp(path: Path) -> Stamp:
     """A file's size, time and content; None where there is none."""
     try:
-        status = path.stat()
-        return [status.st_size, status.st_mtime_ns, identity.of_file(path)]
+        size, time = members.size_and_time(path)
+        return [size, time, identity.of_file(path)]
     except OSError:
         return None
 
@@ -114,13 +115,13 @@ def stamp(path: Path) -> Stamp:
 def has_changed(path: Path, before: Stamp) -> bool:
     """Whether a file is another one; one that is gone counts as unchanged, it is not needed."""
     try:
-        status = path.stat()
+        size_now, time_now = members.size_and_time(path)
     except OSError:
         return False
     if before is None:
         return True
     size, time, content = before
-    if status.st_size != size:
+    if size_now != size:
         return True
     # A copy of the data has other times.
-    return status.st_mtime_ns != time and identity.of_file(path) != content
+    return time_now != time and identity.of_file(path) != content

@@ -482,6 +482,25 @@ def test_coco(instances, tmp_path):
     assert len(manifest.read(out)) == 5
 
 
+def test_coco_with_other_rules(instances, tmp_path):
+    """Crowds are kept, what the border cuts is not; one process finds what several find."""
+    pycocotools_mask()
+    content = json.loads((tmp_path / "instances.json").read_text())
+    content["annotations"].append(content["annotations"][0] | {"id": 41, "bbox": [0, 5, 30, 15]})
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    rules = ["--keep-crowds", "--skip-truncated", "--overwrite"]
+    reports = []
+    for workers in (1, 3):
+        prepare("coco", *instances, *rules, "--workers", workers)
+        ids = [record.id for record in manifest.read(tmp_path / "m.jsonl")]
+        reports.append((ids, (tmp_path / "m.jsonl.report.txt").read_text()))
+    assert reports[0] == reports[1]
+    assert ids == ["1_7", "1_8", "1_9", "1_../../x", "1_20", "1_40"]
+    counts = skipped(tmp_path / "m.jsonl")
+    assert "crowd" not in counts
+    assert counts["truncated by the border of the image"] == 2
+
+
 def rectangle(x, y, width, height):
     """An annotation's box and outline, in pixels."""
     corners = [x, y, x + width, y, x + width, y + height, x, y + height]

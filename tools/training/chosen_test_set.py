@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cat_diffusion.cat_core import files
-from cat_diffusion.cat_core.data import manifest, masks
+from cat_diffusion.cat_core.data import manifest, masks, members
 from cat_diffusion.cat_core.data.chosen import FORMAT, record_path
 from cat_diffusion.cat_core.data.manifest import Record
 from cat_diffusion.cat_core.data.tally import Tally
@@ -131,5 +131,6 @@ def _digest(record: Record, folder: Path) -> str:
     digest = hashlib.sha256(json.dumps([record.id, record.label, record.box]).encode())
     for name in (record.image, record.mask):
         if name is not None:
-            digest.update(hashlib.sha256((folder / name).read_bytes()).digest())
+            with members.opened(folder / name) as file:
+                digest.update(hashlib.sha256(file.read()).digest())
     return digest.hexdigest()

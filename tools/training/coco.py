@@ -1,6 +1,7 @@
 """COCO's annotations as candidates for a manifest; their masks are drawn."""
 
 import hashlib
+import importlib
 import json
 import re
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ def coco(
     masks: DataFolder,
     split: str,
     as_stored: bool,
+    keeps_crowds: bool = False,
 ) -> Iterator[Candidate]:
     """COCO instances: one sample per annotation that is not a crowd.
 
@@ -35,9 +37,10 @@ def coco(
         images: folder with the images' file_name.
         masks: folder that the drawn masks go to.
         as_stored: whether annotations are of the images before their EXIF data turns them.
+        keeps_crowds: take the annotations of many things together, too.
     """
     try:
-        from pycocotools import mask as rle
+        rle()
     except ImportError as error:
         raise SourceError(
             f"COCO's masks need pycocotools ({error}). Install it with: "
@@ -54,7 +57,7 @@ def coco(
             image_id = id_text(annotation["image_id"])
             annotation_id = id_text(annotation["id"])
             id = f"{image_id}_{annotation_id}"
-            if annotation.get("iscrowd"):
+            if annotation.get("iscrowd") and not keeps_crowds:
                 yield Candidate(id, reason="crowd")
                 continue
             picture = pictures.get(image_id)
@@ -79,7 +82,7 @@ def coco(
         draw = None
         if _has_outline(segmentation):
             mask = masks.inside(mask_name(id))
-            draw = Drawing(rle, segmentation, width, height).draw
+            draw = Drawing(segmentation, width, height).draw
         yield candidate(
             id,
             draw,
@@ -129,17 +132,20 @@ def _has_outline(segmentation) -> bool:
     return any(segmentation) if isinstance(segmentation, list) else bool(segmentation)
 
 
+def rle():
+    """pycocotools.mask, which not every Python has."""
+    return importlib.import_module("pycocotools.mask")
+
+
 class Drawing:
     """A mask that is drawn when it is wanted.
 
     Args:
-        rle: pycocotools.mask.
         segmentation: polygons or run lengths, compressed or not.
         width, height: of the image.
     """
 
-    def __init__(self, rle, segmentation, width: int, height: int):
-        self.rle = rle
+    def __init__(self, segmentation, width: int, height: int):
         self.segmentation = segmentation
         self.width = width
         self.height = height
@@ -160,10 +166,10 @@ class Drawing:
             raise ValueError(f"the image is {self.width} x {self.height}")
         if isinstance(self.segmentation, list):
             polygons = [self._cut(polygon) for polygon in self.segmentation]
-            runs = self.rle.merge(self.rle.frPyObjects(polygons, self.height, self.width))
+            runs = rle().merge(rle().frPyObjects(polygons, self.height, self.width))
         else:
-            runs = self.rle.frPyObjects(self._checked_runs(), self.height, self.width)
-        return self.rle.decode(runs)
+            runs = rle().frPyObjects(self._checked_runs(), self.height, self.width)
+        return rle().decode(runs)
 
     def _cut(self, polygon: list[float]) -> list[float]:
         """A polygon [x0, y0, x1, y1, ...] without what sticks out of the image."""
