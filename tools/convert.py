@@ -6,8 +6,9 @@
         --full cat_full.safetensors
 
 It needs torch and safetensors, which ComfyUI's Python has. Outputs are written to a temporary
-name and renamed; nothing is overwritten unless --overwrite is given. The checkpoint is mapped, not
-loaded, where the format allows.
+name and renamed; nothing is overwritten unless --overwrite is given. Beside each lies a model
+card, OUT.md: parts, licence, and the stages of training that the headers tell of. The checkpoint
+is mapped, not loaded, where the format allows.
 """
 
 import argparse

@@ -374,6 +374,9 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--licence", default="unknown", help="licence of the result, for its header"
     )
+    parser.add_argument(
+        "--data-licence", default="unknown", help="licence of the pictures, for the model card"
+    )
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
 
 

@@ -7,6 +7,7 @@ Each is whole or not there: a folder written under a temporary name and renamed.
 """
 
 import json
+import math
 import pickle
 import shutil
 import zipfile
@@ -21,6 +22,8 @@ import torch
 from .. import weights
 from ..config import Tensors
 from ..files import replacing_folder, write_text
+from ..weights import trained_stages
+from ..weights.trained_stages import TrainedStage
 from . import identity
 from .average import MovingAverage
 from .settings import Settings, TrainingError, TrainingRun
@@ -117,10 +120,11 @@ def write(
     optimiser: torch.optim.Optimizer,
     scaler,
     average: MovingAverage | None = None,
+    measured: Mapping[str, float] | None = None,
 ) -> None:
     """Write the checkpoint of a run's first `step` steps.
 
-    `scaler` is fp16's, or None.
+    `scaler` is fp16's, or None; `measured` on held-out records, for the model card.
 
     Raises:
         TrainingError: the disk is full or read-only; the message names the newest checkpoint.
@@ -139,12 +143,14 @@ def write(
         with replacing_folder(target) as partial:
             parts = {part: run.modules[part].state_dict() for part in run.stage.parts}
             provenance = f"{run.provenance}; stage {run.stage.name}, {step} steps"
-            _write_weights(run, parts, provenance, partial / WEIGHTS)
+            stage = _trained_stage(run, step, measured or {})
+            _write_weights(run, parts, provenance, stage, partial / WEIGHTS)
             state["weights"] = identity.of_file(partial / WEIGHTS)
             if average:
                 averages = average.state_dicts()
                 note = f"{provenance}, moving average of {average.decay}"
-                _write_weights(run, averages, note, partial / EMA)
+                stage |= {"moving_average": average.decay}
+                _write_weights(run, averages, note, stage, partial / EMA)
                 state["ema"] = identity.of_file(partial / EMA)
             torch.save(state, partial / STATE)
     # PyTorch says that a disk is full with a RuntimeError.
@@ -175,11 +181,35 @@ def remove_old(run: TrainingRun, best: Validated | None = None) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def _trained_stage(run: TrainingRun, step: int, measured: Mapping[str, float]) -> TrainedStage:
+    """What a model card says of the run's first `step` steps."""
+    settings = run.settings
+    stage = {
+        "stage": run.stage.name,
+        "parts": list(run.stage.parts),
+        "steps": step,
+        "batch_size": settings.batch_size,
+        "samples": step * settings.batch_size,
+        "rates": dict(run.stage.rates),
+        "precision": "fp32" if settings.precision == "no" else settings.precision,
+        "data": dict(run.data),
+    }
+    if measured:
+        finite = {name: value for name, value in measured.items() if math.isfinite(value)}
+        stage["validation"] = finite
+    return stage
+
+
 def _write_weights(
-    run: TrainingRun, parts: Mapping[str, Tensors], provenance: str, path: Path
+    run: TrainingRun,
+    parts: Mapping[str, Tensors],
+    provenance: str,
+    stage: TrainedStage,
+    path: Path,
 ) -> None:
     """Write the trained parts as a file that can be read by itself."""
     metadata = weights.header(parts, run.architecture, licence=run.licence, provenance=provenance)
+    metadata |= trained_stages.header([*run.earlier, stage])
     weights.save(path, weights.flat(parts), metadata)
 
 

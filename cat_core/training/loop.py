@@ -132,7 +132,8 @@ def _train(
             if run.folder and is_good and (is_due or stops or is_best or ends):
                 accelerator.wait_for_everyone()
                 if accelerator.is_main_process:
-                    checkpoints.write(run, done, optimiser, accelerator.scaler, average)
+                    last = judge.last if judge else None
+                    checkpoints.write(run, done, optimiser, accelerator.scaler, average, last)
                     best = judge.best() if judge and settings.keep_best else None
                     checkpoints.remove_old(run, best)
                 accelerator.wait_for_everyone()

@@ -1,6 +1,6 @@
 """What a run is: its stage, its modules and their objective, its numbers, and where it is kept."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from torch import nn
 
 from ..config import Architecture
 from ..errors import CatError
+from ..weights.trained_stages import TrainedStage
 from .objectives import Objective
 from .stages import Stage
 
@@ -61,3 +62,4 @@ class TrainingRun:
     provenance: str = ""
     licence: str = ""
     data: Mapping[str, Any] = field(default_factory=dict)  # what a model card says of it
+    earlier: Sequence[TrainedStage] = ()  # stages that trained the same parts before

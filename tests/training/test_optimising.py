@@ -15,7 +15,7 @@ from torch import nn
 
 from cat_diffusion.cat_core import weights
 from cat_diffusion.cat_core.models.sem_inpainter import SemInpainter
-from cat_diffusion.cat_core.training import checkpoints, loop
+from cat_diffusion.cat_core.training import checkpoints, identity, loop
 from cat_diffusion.cat_core.training.average import MovingAverage
 from cat_diffusion.cat_core.training.objectives import (
     Diffusion,
@@ -58,6 +58,12 @@ def make_run(tiny, tmp_path):
             architecture=architecture,
             provenance="x",
             licence="x",
+            data={
+                "manifests": ["cups.jsonl"],
+                "records": 7,
+                "split": "train",
+                "licence": "CC BY 2.0",
+            },
         )
 
     return make_run
@@ -183,6 +189,22 @@ def test_convert_takes_the_average_where_it_is_asked_to(make_run, tmp_path):
     assert done.returncode == 0, done.stderr
     written = weights.read(tmp_path / "cat.safetensors").parts[PART]
     assert equal(written, parameters_of(path.parent, checkpoints.EMA))
+    card = (tmp_path / "cat.md").read_text("utf-8")
+    for line in (
+        'license: "unknown"',
+        f"| SHA-256 | `{identity.of_file(tmp_path / 'cat.safetensors')}` |",
+        "1. **sem-inpainter**",
+        "   - steps: 1 of 1, 1 samples",
+        "   - data: cups.jsonl, 7 records of split train",
+        "   - licence of the data: CC BY 2.0",
+        "   - learning rates: sem_inpainter 0.0001",
+        "   - moving average: 0.75",
+        "   - held-out records: not measured",
+    ):
+        assert line in card.splitlines(), card
+    (tmp_path / "cat.safetensors").unlink()
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert "cat.md exists already and was not touched" in done.stderr
     (path.parent / checkpoints.EMA).unlink()
     done = subprocess.run([*words, "--overwrite"], capture_output=True, text=True)
     assert done.returncode == 2

@@ -51,7 +51,7 @@ def test_a_plan_says_what_a_run_takes_and_writes_nothing(tiny_file, data):
         r"Plan of ref-adapter, 1000 steps",
         r"of 8 samples, 4 at once, bf16, checkpointing, cached",
         r"measured on +a CPU, \d+ threads",
-        r"with 1 at once, bf16, checkpointing, cached,\n.*extrapolated",
+        r"with 1 at once, fp32, checkpointing, cached,\n.*extrapolated",
         r"steps/s +[\d.e-]+, [\d.]+ samples/s",
         r"waiting +[\d.]+% of a step for data; 1 workers prepare [\d.]+ samples/s",
         r"memory +[\d.]+ GB of the process at its peak, [\d.]+ GB are there",

@@ -8,6 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cat_diffusion.cat_core import weights
+from cat_diffusion.cat_core.weights import trained_stages
+from cat_diffusion.cat_core.weights.trained_stages import TrainedStage
+
+from . import model_card
 
 
 def command(arguments) -> int:
@@ -30,19 +34,23 @@ def convert(arguments) -> None:
             files.append(weights.read(path, inert_objects=arguments.inert_objects))
     file = weights.merge(files)
     print(f"Found {weights.describe(file.parts)}.")
+    stages = []
+    for part_file in files:
+        stages += trained_stages.of_header(part_file.metadata)
     origins = "; ".join(_origin(part_file) for part_file in files)
-    _write_for_stock_loaders(file, arguments, origins)
-    _write_for_the_pack(file, arguments, origins)
+    _write_for_stock_loaders(file, arguments, origins, stages)
+    _write_for_the_pack(file, arguments, origins, stages)
 
 
 def _check_free(arguments) -> None:
     """Raise before anything is read if there is a file where one is to be written."""
     for name in ("base", "cat_weights", "clip_vision", "lora", "full"):
         path = getattr(arguments, name)
-        if path and path.exists():
-            raise weights.WeightsError(
-                f"{path} exists already and was not touched. Give --overwrite to replace it."
-            )
+        for output in (path, model_card.path_of(path)) if path else ():
+            if output.exists():
+                raise weights.WeightsError(
+                    f"{output} exists already and was not touched. Give --overwrite to replace it."
+                )
 
 
 def _origin(file: weights.Checkpoint) -> str:
@@ -50,23 +58,32 @@ def _origin(file: weights.Checkpoint) -> str:
     return file.metadata.get("provenance", f"converted from {file.name}")
 
 
-def _write_for_stock_loaders(file: weights.Checkpoint, arguments, origins: str) -> None:
+def _write_for_stock_loaders(
+    file: weights.Checkpoint, arguments, origins: str, stages: list[TrainedStage]
+) -> None:
     """Parts that ComfyUI's own loaders know."""
     metadata = {"format": "pt", "license": arguments.licence, "provenance": origins}
+
+    def write(path: Path, tensors, *parts: str) -> None:
+        trained = trained_stages.header(trained_stages.of_parts(stages, parts))
+        _write(path, tensors, metadata | trained, arguments, parts)
+
     if arguments.base:
         base, _ = weights.split(file)
-        _write(arguments.base, base, metadata, arguments)
+        write(arguments.base, base, "unet", "vae", "clip_text")
     if arguments.clip_vision:
         file.require("clip_vision")
-        _write(arguments.clip_vision, file.parts["clip_vision"], metadata, arguments)
+        write(arguments.clip_vision, file.parts["clip_vision"], "clip_vision")
     if arguments.lora:
         file.require("unet_lora")
-        _write(arguments.lora, weights.flat(file.only("unet_lora")), metadata, arguments)
+        write(arguments.lora, weights.flat(file.only("unet_lora")), "unet_lora")
     elif "unet_lora" in file.parts:
         print("The U-Net's LoRA is in none of the outputs: give --lora to write it, too.")
 
 
-def _write_for_the_pack(file: weights.Checkpoint, arguments, origins: str) -> None:
+def _write_for_the_pack(
+    file: weights.Checkpoint, arguments, origins: str, stages: list[TrainedStage]
+) -> None:
     """Files whose header holds the architecture."""
     outputs = (
         (arguments.cat_weights, file.only("sem_inpainter", "ref_adapter")),
@@ -78,16 +95,21 @@ def _write_for_the_pack(file: weights.Checkpoint, arguments, origins: str) -> No
                 parts, file.architecture, licence=arguments.licence, provenance=origins
             )
             metadata.update(file.knowledge.header())
-            _write(path, weights.flat(parts), metadata, arguments)
+            metadata.update(trained_stages.header(trained_stages.of_parts(stages, parts)))
+            _write(path, weights.flat(parts), metadata, arguments, tuple(parts))
 
 
-def _write(path: Path, tensors, metadata: dict[str, str], arguments) -> None:
+def _write(
+    path: Path, tensors, metadata: dict[str, str], arguments, parts: tuple[str, ...]
+) -> None:
+    """Write a file that holds some parts, and its model card."""
     dtype = weights.DTYPES.get(arguments.dtype)
     size = 0
     for tensor in tensors.values():
         size += tensor.numel() * (dtype or tensor.dtype).itemsize
     with _announced(f"Writing {path} ({in_units(size)})"):
         weights.save(path, tensors, metadata, dtype, arguments.overwrite)
+        model_card.write(path, list(parts), metadata)
 
 
 def in_units(size: int) -> str:

@@ -124,13 +124,12 @@ def lines(described: StageRun, preset: str = "", price: float | None = None) -> 
 def measure(described: StageRun) -> MeasuredSteps:
     """Run a few steps as described; nothing stays on the disk.
 
-    On a CPU they are of one sample, and not of 8-bit AdamW or fp16, which it does not have.
+    On a CPU they are of one sample in fp32, which is what it computes fastest.
     """
     is_gpu = torch.cuda.is_available() and not described.cpu
     settings = described.settings
     if not is_gpu:
-        precision = "no" if settings.precision == "fp16" else settings.precision
-        settings = replace(settings, micro_batch_size=1, use_8bit_adam=False, precision=precision)
+        settings = replace(settings, micro_batch_size=1, use_8bit_adam=False, precision="no")
     records = described.records(described.split)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         cache = Path(name, "cache") if described.cache else None
@@ -153,6 +152,7 @@ def _measured(
         settings.seed,
         masked=described.masked,
         checkpointing=described.checkpointing,
+        lora_rank=described.lora_rank,
         snr_gamma=settings.snr_gamma,
     )
     start = time.monotonic()
@@ -258,6 +258,7 @@ def _counts(described: StageRun) -> StageCounts:
         size=described.size,
         masked=described.masked,
         checkpointing=described.checkpointing,
+        lora_rank=described.lora_rank,
     )
 
 
@@ -332,7 +333,7 @@ def _smaller(described: StageRun) -> Iterator[str]:
     if settings.precision == "no":
         yield "--precision bf16"
     if "unet" in described.stage.parts:
-        yield "a stage that leaves the U-Net frozen"
+        yield "ref-adapter-lora in the place of this stage, which leaves the U-Net as it is"
 
 
 def _disk(described: StageRun, counts: StageCounts, measured: MeasuredSteps) -> Iterator[str]:

@@ -66,6 +66,7 @@ def counted(
     size: int = 512,
     masked: bool = False,
     checkpointing: bool = False,
+    lora_rank: int = stage_run.LORA_RANK,
 ) -> StageCounts:
     """Count a stage that starts from a file; of its tensors only the shapes are looked at.
 
@@ -76,7 +77,9 @@ def counted(
 
     def build() -> nn.Module:
         empty = dataclasses.replace(file, parts=_shapes(file))
-        built, objective = stage_run.build(stage, empty, masked=masked, checkpointing=checkpointing)
+        built, objective = stage_run.build(
+            stage, empty, masked=masked, checkpointing=checkpointing, lora_rank=lora_rank
+        )
         for part, module in built.items():
             module.requires_grad_(part in stage.parts)
         return objective

@@ -33,20 +33,21 @@ class Preset:
 
 
 ALL = ("sem-inpainter", "unet", "ref-adapter", "ref-adapter-unet", "ref-adapter-observed")
-ALL += ("cascade-sem-inpainter", "cascade")
+ALL += ("ref-adapter-lora", "cascade-sem-inpainter", "cascade")
 
 PRESETS = {
     "12gb": Preset(
         "RTX 3060",
         12,
-        {"sem-inpainter": 8, "ref-adapter": 4},
+        {"sem-inpainter": 8, "ref-adapter": 4, "ref-adapter-lora": 4},
         # Sheets of samples keep CLIP and VAE on the card.
         others={"samples_every": 0},
     ),
     "24gb": Preset(
         "RTX 4090",
         24,
-        {**dict.fromkeys(ALL, 8), "sem-inpainter": 16, "ref-adapter": 16, "cascade": 4},
+        {**dict.fromkeys(ALL, 8), "sem-inpainter": 16, "ref-adapter": 16, "ref-adapter-lora": 16}
+        | {"cascade": 4},
         eight_bit=frozenset({"cascade"}),
         others={"samples_every": 0},
     ),

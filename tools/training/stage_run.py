@@ -33,7 +33,7 @@ from cat_diffusion.cat_core.training.shards import Alone, Processes, ShardedSamp
 from cat_diffusion.cat_core.training.stages import STAGES, Stage
 from cat_diffusion.cat_core.training.stores import FreshSamples, SampleStore
 from cat_diffusion.cat_core.training.validation import Validation, validation_batches
-from cat_diffusion.cat_core.weights import Checkpoint
+from cat_diffusion.cat_core.weights import Checkpoint, trained_stages
 from cat_diffusion.nodes.host import memory
 from cat_diffusion.nodes.host.build import build_clip, build_clip_vision, build_unet, build_vae
 from cat_diffusion.nodes.host.denoiser import Denoiser, trainable_unet
@@ -72,6 +72,7 @@ class StageRun:
     validation_samples: int = 64
     samples_every: int = 0  # steps between sheets of sample pictures; 0 = never
     licence: str = "unknown"  # of the result
+    data_licence: str = "unknown"
     preset: str = ""  # one of presets.PRESETS, whose card the choices are meant for
     workers: int | None = None  # that prepare samples ahead; None chooses by the cores
     cpu: bool = False  # do not use a GPU
@@ -158,6 +159,7 @@ def asked_for(arguments) -> StageRun:
         validation_samples=arguments.validation_samples,
         samples_every=arguments.samples_every,
         licence=arguments.licence,
+        data_licence=arguments.data_licence,
         preset=arguments.preset,
         workers=arguments.dataloader_num_workers,
         cpu=arguments.cpu,
@@ -219,6 +221,8 @@ def run(described: StageRun) -> Path | None:
         architecture=file.architecture,
         provenance=f"trained on {_names(described)}",
         licence=described.licence,
+        data=_data_of(described, records),
+        earlier=trained_stages.of_parts(trained_stages.of_header(file.metadata), stage.parts),
     )
     checkpoints.refuse_another_run(training)
     encoders, store = encoded_samples(
@@ -274,6 +278,20 @@ def run(described: StageRun) -> Path | None:
     finally:
         if fresh.tally.skipped:
             print(f"\n{fresh.tally}")
+
+
+def _data_of(described: StageRun, records: ManifestRecords) -> dict[str, str | int | list[str]]:
+    """What a model card says of a run's data."""
+    manifests = [path.name for path in (described.data, *described.more_data)]
+    return {
+        "manifests": manifests,
+        "records": len(records),
+        "split": described.split,
+        "licence": described.data_licence,
+        "base": [path.name for path in described.base],
+        "pictures": described.pictures,
+        "size": described.size,
+    }
 
 
 def _names(described: StageRun) -> str:
@@ -386,7 +404,12 @@ def _is_same(one: torch.device, other: torch.device) -> bool:
 
 def load(paths: Sequence[Path], diffusion: bool) -> Checkpoint:
     """Everything that a stage starts from; the CAT parts that the files lack are described."""
-    file = weights.merge([weights.read(path) for path in paths])
+    files = [weights.read(path) for path in paths]
+    file = weights.merge(files)
+    stages = []
+    for part_file in files:
+        stages += trained_stages.of_header(part_file.metadata)
+    metadata = {**file.metadata, **trained_stages.header(stages)}
     needed = ["clip_text", "clip_vision"]
     if diffusion:
         needed += ["unet", "vae"]
@@ -398,7 +421,7 @@ def load(paths: Sequence[Path], diffusion: bool) -> Checkpoint:
     if architecture.ref_adapter is None and "unet" in file.parts:
         config = _ref_adapter_config(file)
         architecture = dataclasses.replace(architecture, ref_adapter=config)
-    return dataclasses.replace(file, architecture=architecture)
+    return dataclasses.replace(file, architecture=architecture, metadata=metadata)
 
 
 def build(
