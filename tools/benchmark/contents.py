@@ -13,7 +13,8 @@ SECTIONS = {
     "profile": "the RefAdapters of a step by operator, from the official form to the shipped one",
     "loading": "a full checkpoint, in fresh processes",
     "training": "a step of one picture in the first two training stages, fp32, "
-    "recomputing activations, with and without a cache; how fast samples are prepared",
+    "recomputing activations, with and without a cache, and what of it is waiting; how fast "
+    "samples come by number of workers; memory over 5,000 shards",
 }
 
 # glibc: keep what is freed. Else it goes back to the system or not by luck, and a step on a CPU

@@ -6,27 +6,32 @@ It runs tools/train.py's own loop on copies of the demo's photograph.
 import shutil
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from cat_diffusion.cat_core.data import manifest
 from cat_diffusion.cat_core.training import loop
-from cat_diffusion.cat_core.training.batches import PreparedSamples, default_workers, loader
+from cat_diffusion.cat_core.training.batches import default_workers
+from cat_diffusion.cat_core.training.encoding import Preparation
 from cat_diffusion.cat_core.training.settings import Settings, TrainingRun
 from cat_diffusion.cat_core.training.stages import STAGES
-from cat_diffusion.cat_core.training.stores import FreshSamples
 from comfyui import ROOT
 from training import stage_run
 
+from . import training_samples
 from .rows import Row, rows_in_turn
 
-AT_ONCE = 4  # samples that a worker hands over
-REQUESTS = 17  # that are timed, the first of them not where workers start
+
+class MeasuredStep(NamedTuple):
+    """What one step took."""
+
+    seconds: float
+    waiting: float  # share of it that was spent waiting for samples
 
 
 def training(arguments) -> Iterator[Row]:
-    """Seconds of a step of one picture, fp32, with encoding and from the cache."""
+    """Seconds of a step of one picture, fp32, with encoding and from the cache; then samples."""
     count = arguments.training_steps + 1
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -34,37 +39,18 @@ def training(arguments) -> Iterator[Row]:
         for stage in ("sem-inpainter", "ref-adapter"):
             encoding = f"{stage}, with encoding"
             cached = f"{stage}, from the cache"
-            seconds = {
+            steps = {
                 encoding: _steps(arguments, stage, folder, count),
                 cached: _steps(arguments, stage, folder, count, cache=folder / stage),
             }
+            seconds = {form: [each.seconds for each in steps[form]] for form in steps}
             yield from rows_in_turn(seconds, encoding)
             yield Row(cached, "images/s", [1 / statistics.median(seconds[cached])])
-        yield from _preparing(folder)
-
-
-def _preparing(folder: Path) -> Iterator[Row]:
-    """How fast pictures become samples at 512x512, on one core and by worker processes."""
-    records = manifest.read(folder / "manifest.jsonl")
-    for objective in ("distillation", "diffusion"):
-        fresh = FreshSamples(records, folder, None, objective=objective)
-        samples = PreparedSamples(fresh, AT_ONCE, seed=0)
-        requests = [(step, range(AT_ONCE)) for step in range(REQUESTS)]
-        seconds = []
-        for request in requests:
-            start = time.perf_counter()
-            samples[request]
-            seconds.append((time.perf_counter() - start) / AT_ONCE)
-        yield Row(f"preparing a sample for {objective}, one core", "s", seconds)
-        workers = 1
-        while workers <= default_workers() + 1:
-            prepared = iter(loader(samples, requests, workers))
-            next(prepared)  # workers have started
-            start = time.perf_counter()
-            count = AT_ONCE * sum(1 for _ in prepared)
-            rate = count / (time.perf_counter() - start)
-            yield Row(f"preparing for {objective}, workers: {workers}", "samples/s", [rate])
-            workers *= 2
+            for form, measured in steps.items():
+                waiting = [100 * each.waiting for each in measured]
+                yield Row(f"{form}: waiting for samples", "% of a step", waiting)
+        yield from training_samples.rows(folder, ("sem-inpainter", "ref-adapter"), arguments.size)
+    yield from training_samples.memory_of_shards()
 
 
 def _write_samples(folder: Path, count: int) -> None:
@@ -80,8 +66,8 @@ def _write_samples(folder: Path, count: int) -> None:
 
 def _steps(
     arguments, name: str, folder: Path, count: int, cache: Path | None = None
-) -> list[float]:
-    """Seconds of each step but the first, which warms up."""
+) -> list[MeasuredStep]:
+    """Each step but the first, which warms up; worker processes prepare the samples."""
     stage = STAGES[name]
     settings = Settings(steps=count, batch_size=1, micro_batch_size=1)
     file = stage_run.load([arguments.checkpoint], stage.diffusion)
@@ -92,13 +78,14 @@ def _steps(
         folder / "manifest.jsonl",
         size=arguments.size,
         cache=cache,
+        how=Preparation(stage.objective, reads=stage.reads),
     )
-    batches = stage_run.batches_for(stage, encoders, store, settings)
-    seconds = []
+    batches = stage_run.batches_for(stage, encoders, store, settings, default_workers())
+    steps = []
 
     def on_step(step, figures):
-        seconds.append(1 / figures["images_per_second"])
+        steps.append(MeasuredStep(1 / figures["images_per_second"], figures["waiting"]))
 
     run = TrainingRun(stage, modules, objective, settings)
     loop.train(run, batches, cpu=arguments.cpu, on_step=on_step)
-    return seconds[1:]
+    return steps[1:]
