@@ -65,6 +65,12 @@ def command_line() -> argparse.ArgumentParser:
         default=4,
         help="timed steps of each training run, after one that is not",
     )
+    parser.add_argument(
+        "--shards",
+        type=int,
+        default=5000,
+        help="training: tiny shards that are read while memory is looked at",
+    )
     parser.add_argument("--json", type=Path, help="also write every single value to this file")
     parser.add_argument(
         "--page", type=Path, help="also write the tables into this Markdown file, between its marks"

@@ -43,6 +43,7 @@ def measured(tiny_file, tmp_path_factory):
     page.write_text(f"before\n{BEGIN}\na former run\n{END}\nafter\n")
     options = ["--cpu", "--checkpoint", tiny_file, "--size", "64", "--rounds", "2", "--steps", "2"]
     options += ["--sizes", "72", "--batches", "2", "--stacks", "2", "--training-steps", "1"]
+    options += ["--shards", "20"]
     options += ["--json", path, "--page", page]
     run = run_tool("bench.py", *options, "--sections", *SECTIONS)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-3000:]
@@ -165,9 +166,12 @@ def test_stages_are_timed_with_and_without_the_cache(measured):
     for stage in ("sem-inpainter", "ref-adapter"):
         assert f"{stage}, with encoding" in timed
         assert f"{stage}, from the cache" in timed
-    for objective in ("distillation", "diffusion"):
-        assert f"preparing a sample for {objective}, one core" in timed
-        assert f"preparing for {objective}, workers: 1" in timed
+        for form in (f"preparing for {stage}", f"reading the cache of {stage}"):
+            assert f"{form}, a sample on one core" in timed
+            assert f"{form}, workers: 1" in timed
+        (waiting,) = timed[f"{stage}, from the cache: waiting for samples"]["values"]
+        assert 0 <= waiting <= 100
+    assert "memory after 20 of 20 shards" in timed
 
 
 def test_a_page_without_marks_is_refused_before_anything_is_measured(tiny_file, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import signal
 
 import numpy as np
@@ -21,6 +22,7 @@ from cat_diffusion.cat_core.training.encoding import Preparation, prepare
 from cat_diffusion.cat_core.training.settings import TrainingError
 from cat_diffusion.cat_core.training.shards import ShardedSamples
 from cat_diffusion.cat_core.training.stores import FreshSamples
+from training import tar_shards
 
 MIDDLE = Chance(0.5, 0.5, 0.5, 0.5)
 CPU = torch.device("cpu")
@@ -135,6 +137,18 @@ def test_workers_prepare_the_same_batches(fresh, folder, records, workers):
     assert len(together) == len(REQUESTS)
     assert all(map(equal, alone, together))
     assert other.tally.skipped == fresh.tally.skipped == {"corrupt image": 1}
+
+
+def test_tar_shards_give_the_batches_of_the_files_in_them(fresh, folder, records, tmp_path):
+    for path in folder.iterdir():
+        shutil.copy(path, tmp_path)
+    packed = list(tar_shards.packed(records, tmp_path, "m", 400_000))
+    assert len({record.image.split("/")[0] for record in packed}) > 1
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    expected = [batches(fresh)(*request) for request in REQUESTS]
+    other = FreshSamples(packed, tmp_path, PlainEncoders(), objective="diffusion", size=64)
+    assert all(map(equal, expected, Stream(batches(other, 2), REQUESTS, CPU)))
 
 
 def test_workers_read_the_same_cache(fresh, tmp_path):

@@ -14,7 +14,7 @@ SECTIONS = {
     "loading": "a full checkpoint, in fresh processes",
     "training": "a step of one picture in the first two training stages, fp32, "
     "recomputing activations, with and without a cache, and what of it is waiting; how fast "
-    "samples come by number of workers; memory over 5,000 shards",
+    "samples come by number of workers; memory over many shards",
 }
 
 # glibc: keep what is freed. Else it goes back to the system or not by luck, and a step on a CPU

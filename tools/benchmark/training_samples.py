@@ -22,8 +22,7 @@ from .rows import Row
 
 AT_ONCE = 4  # samples that a worker hands over
 REQUESTS = 17  # that are timed, the first of them not where workers start
-SHARDS = 5000
-WARM = 500  # shards after which memory is looked at first
+WARM = 10  # memory is looked at first after one in ten shards
 
 
 def rows(folder: Path, stages: Sequence[str], size: int = 512) -> Iterator[Row]:
@@ -64,7 +63,7 @@ def _rates(form: str, store: SampleStore) -> Iterator[Row]:
         workers *= 2
 
 
-def memory_of_shards(count: int = SHARDS) -> Iterator[Row]:
+def memory_of_shards(count: int) -> Iterator[Row]:
     """A process's memory while it reads tiny shards, far more than are open at a time."""
     record = Record("r", "r.png", caption="tiny")
     reads = STAGES["sem-inpainter"].reads
@@ -81,7 +80,7 @@ def memory_of_shards(count: int = SHARDS) -> Iterator[Row]:
         measured = {}
         for index in range(count):
             store.sample(index, masks.VARIANTS[0])
-            if index + 1 in (WARM, count):
+            if index + 1 in (count // WARM, count):
                 measured[index + 1] = psutil.Process().memory_info().rss / 1e6
     for shards, megabytes in measured.items():
         yield Row(f"memory after {shards:,} of {count:,} shards", "MB", [megabytes])

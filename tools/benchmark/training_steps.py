@@ -50,7 +50,7 @@ def training(arguments) -> Iterator[Row]:
                 waiting = [100 * each.waiting for each in measured]
                 yield Row(f"{form}: waiting for samples", "% of a step", waiting)
         yield from training_samples.rows(folder, ("sem-inpainter", "ref-adapter"), arguments.size)
-    yield from training_samples.memory_of_shards()
+    yield from training_samples.memory_of_shards(arguments.shards)
 
 
 def _write_samples(folder: Path, count: int) -> None:
