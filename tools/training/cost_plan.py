@@ -376,7 +376,8 @@ def _counted_hours(
     settings = described.settings
     total = flop * settings.batch_size * settings.steps
     yield _row(
-        "by count", f"{flop / 1e12:.2f} TFLOP a sample, {total / 1e18:.3g} EFLOP in all steps"
+        "by count",
+        f"{_number(flop / 1e12)} TFLOP a sample, {_number(total / 1e18)} EFLOP in all steps",
     )
     if measured.is_gpu:
         peak = peak_of(measured.device)
