@@ -22,6 +22,8 @@ from cat_diffusion.cat_core.training.settings import Settings
 from cat_diffusion.cat_core.training.shards import ShardedSamples
 from cat_diffusion.cat_core.training.stores import FreshSamples
 
+pytestmark = pytest.mark.slow
+
 SIZES = st.sampled_from([0, 1, 2, 3, 32, 256, 1 << 31, 1 << 40, -1]) | st.integers()
 SCALARS = st.none() | st.booleans() | st.floats() | SIZES | st.text(max_size=20)
 JSON = st.recursive(

@@ -9,6 +9,8 @@ from paths import ROOT
 
 from comfyui import install
 
+pytestmark = pytest.mark.slow
+
 HERE = "tests/core/test_test_command.py"
 
 

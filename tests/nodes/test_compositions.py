@@ -10,6 +10,8 @@ import pytest
 import torch
 from composition_rows import TABLE, controlled
 
+pytestmark = pytest.mark.slow
+
 SEEN = 1e-3  # of the largest value: what an effect is at least
 COLUMNS = ("unfolded", "order", "strength 0", "adapter", "row")
 ROWS = [pytest.param(kind, row, id=row.name) for kind in TABLE for row in TABLE[kind]]

@@ -34,6 +34,8 @@ from cat_diffusion.nodes.visual_prompt import (
     CATVisualPromptPreview,
 )
 
+pytestmark = pytest.mark.slow
+
 NODES = [
     CATLoadCheckpoint,
     CATLoadWeights,

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 from paths import GOLDENS, ROOT
 from safetensors.torch import load_file, save_file
 
@@ -25,6 +26,7 @@ def lines_with(run, verdict):
     return [line for line in run.stdout.splitlines() if line.startswith(verdict)]
 
 
+@pytest.mark.slow
 def test_every_golden_case_is_within_its_bound():
     run = parity(GOLDENS)
     print(run.stdout)
@@ -36,6 +38,7 @@ def test_every_golden_case_is_within_its_bound():
     assert lines_with(run, "FAIL") == []
 
 
+@pytest.mark.slow
 def test_a_wrong_golden_fails(tmp_path):
     folder = tmp_path / "goldens"
     shutil.copytree(GOLDENS, folder)

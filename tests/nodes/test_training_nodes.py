@@ -31,6 +31,8 @@ from cat_diffusion.nodes.load import CATLoadWeights
 from cat_diffusion.nodes.train_parts import CATTrainRefAdapter, CATTrainSemInpainter
 from cat_diffusion.nodes.visual_prompt import CATSemanticInpaint
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("accelerate")
 
 SEM = {

@@ -15,6 +15,8 @@ from cat_diffusion.nodes.host.build import build_unet
 from cat_diffusion.nodes.host.denoiser import Denoiser, trainable_unet
 from cat_diffusion.nodes.load import CATLoadWeights
 
+pytestmark = pytest.mark.slow
+
 RANK = 3
 
 

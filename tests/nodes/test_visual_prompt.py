@@ -63,6 +63,7 @@ def said(caplog):
 # Two objects ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_second_object_builds_on_the_first(predict, models, picture, second):
     """Against SemInpainter run by hand: CLIP sees neither hole, the first keeps its prediction."""
     image, mask = picture
@@ -91,6 +92,7 @@ def test_the_second_object_builds_on_the_first(predict, models, picture, second)
     assert not torch.allclose(both.tokens, predict(image, second, "cup").tokens)
 
 
+@pytest.mark.slow
 def test_an_empty_first_hole_changes_nothing(predict, picture, second):
     image, _ = picture
     first = predict(image, torch.zeros(1, 64, 64))
@@ -98,6 +100,7 @@ def test_an_empty_first_hole_changes_nothing(predict, picture, second):
     assert torch.equal(both.after, predict(image, second, "cup").after)
 
 
+@pytest.mark.slow
 def test_one_photo_with_many_first_holes(predict, picture, second):
     image, mask = picture
     first = predict(image, torch.cat((mask, second)))
@@ -107,6 +110,7 @@ def test_one_photo_with_many_first_holes(predict, picture, second):
     assert (both.after[:1] - single.after).abs().max() < 1e-5 * single.after.abs().max()
 
 
+@pytest.mark.slow
 def test_previous_that_does_not_fit(predict, picture, second):
     image, mask = picture
     wide = dataclasses.replace(predict(image, mask), before=torch.zeros(1, 256, 48))
@@ -140,6 +144,7 @@ def test_17_previous_pictures_against_2(predict, picture, second):
 # Texts ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_line_break_is_a_space(models, predict, picture):
     output = CATSemanticInpaint.execute(
         models.cat_model, models.clip_vision, models.clip, *picture, "two\r\n spoons\n"
@@ -177,6 +182,7 @@ def test_masks_that_are_empty_in_part_are_counted(predict, picture, second, said
     assert said() == ["The mask of 2 of 3 pictures is empty."]
 
 
+@pytest.mark.slow
 def test_a_name_that_the_model_does_not_know_is_said_once_and_goes_on(demo, picture, said):
     image, mask = picture
     masks = mask.expand(2, -1, -1)
@@ -231,6 +237,7 @@ def test_a_flat_picture_has_a_preview(predict, picture):
     )
 
 
+@pytest.mark.slow
 def test_similarity_to_the_text(demo, predict, picture, models):
     """Of the demo model, which has both projections; none where a CLIP has none, as SD 1.5's."""
     image, mask = CATDemoScene.execute("square hole").args
