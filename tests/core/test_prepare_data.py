@@ -17,6 +17,8 @@ from cat_diffusion.cat_core.data.folder import PICTURES
 from cat_diffusion.cat_core.data.manifest import Record
 from comfyui import existing
 
+pytestmark = pytest.mark.slow
+
 
 def prepare(source, *arguments, **environment):
     run = subprocess.run(

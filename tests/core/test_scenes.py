@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 
 from demo_model import classifier, drawing, scenes
 
+pytestmark = pytest.mark.slow
+
 SEEDS = (*scenes.TRAIN[:24], *scenes.TEST[:24], *scenes.HELD_OUT_TEST[:24], *scenes.JUDGE[:8])
 SIZE = 96
 # What seeds 0, 10_100_000 and 10_200_000 looked like when this was written; a change here changes

@@ -14,6 +14,8 @@ from pictures import mask, picture
 from cat_diffusion.cat_core.data import manifest, masks, members
 from cat_diffusion.cat_core.training import identity, shard_file
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("cup", "fork", "spoon")
 
 

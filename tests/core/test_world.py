@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw
 from demo_model import world, world_judge
 from demo_model.world_sources import STYLES, is_held_out
 
+pytestmark = pytest.mark.slow
+
 NAMES = 10
 SHAPES = ("ellipse", "rectangle")
 
@@ -164,7 +166,6 @@ def test_the_judge_looks_at_the_hole():
     assert crop[0, 32, :8].max() < 0.1  # beside it none
 
 
-@pytest.mark.slow
 def test_the_judge_learns_and_survives_a_file(scenery, tmp_path):
     judge = world_judge.train(scenery, steps=30, batch_size=16)
     path = tmp_path / "judge.safetensors"

@@ -20,6 +20,8 @@ from cat_diffusion.nodes.load import load_full_checkpoint
 from cat_diffusion.nodes.visual_prompt import CATEncodeVisualPrompt
 from demo_model import scenes
 
+pytestmark = pytest.mark.slow
+
 COLOURS = ("red star", "blue star")
 
 

@@ -10,6 +10,8 @@ import pytest
 from cat_diffusion.cat_core import weights
 from cat_diffusion.nodes.load import load_full_checkpoint
 
+pytestmark = pytest.mark.slow
+
 SHAPES = [
     (),
     (1,),
@@ -97,7 +99,6 @@ def test_shapes_that_no_image_encoder_has(refused, name, shape, words):
     refused(words, {f"cond_stage_model2.encoder.vision_model.{name}": shape})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_any_tensor_of_any_shape_is_refused_in_a_sentence(refused, official, seed):
     chance = random.Random(seed)

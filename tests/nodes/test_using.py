@@ -11,6 +11,8 @@ import torch
 from comfy_extras.nodes_custom_sampler import SamplerEulerAncestral
 from comfy_extras.nodes_model_merging import ModelAdd, ModelMergeSimple, ModelSubtract
 
+pytestmark = pytest.mark.slow
+
 FIRST = "input_blocks.0.0.weight"  # the convolution that sees the mask and the masked photo
 SIZES = {
     "image_size": 32,
