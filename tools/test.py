@@ -28,6 +28,7 @@ DYNAMIC_VRAM = [
     "--dynamic-vram",
     "--ignore=nodes/test_bench.py",
     "--ignore=nodes/test_demo_model.py",
+    *("-m", "not once"),
 ]
 MOST_LANES = 4  # each with a ComfyUI of its own, which takes up to 3 GB
 NOT_FULL = ["-m", "not full"]
@@ -36,7 +37,7 @@ FAST = ["core", "nodes", *NOT_SLOW]
 EVERYTHING = [
     (install.NEWEST, NOT_FULL),
     (install.NEWEST, DYNAMIC_VRAM),
-    (OLDER, ["nodes", "server", *NOT_FULL]),
+    (OLDER, ["nodes", "server", "-m", "not full and not once"]),
 ]
 
 # The symbols first: what has moved in a new host is named before all that follows from it.

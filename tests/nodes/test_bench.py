@@ -19,7 +19,7 @@ from benchmark.loading_section import PACK, SAME
 from benchmark.steps_in_turn import SamplingsInTurn
 from cat_diffusion.nodes.host import sampling
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.once, pytest.mark.slow]
 
 pytest.importorskip("accelerate")
 

@@ -86,6 +86,7 @@ def test_the_named_object_appears(demo, judged, drawn, own_labels, kind, least):
         assert (picture[outside] == scene.image[outside]).all()
 
 
+@pytest.mark.once
 def test_another_label_changes_the_object(demo, judged, drawn, own_labels):
     known = [f"{colour} {shape}" for shape, colour in scenes.KNOWN]
     other_labels = []
@@ -99,6 +100,7 @@ def test_another_label_changes_the_object(demo, judged, drawn, own_labels):
     assert verdict.share_in_colours_of(own_labels) <= 0.1
 
 
+@pytest.mark.once
 def test_random_weights_fail(judged, drawn, own_labels, tmp_path):
     """The bar above is one that a model without training does not reach."""
     with dynamic_vram.ordinary_layers():

@@ -38,6 +38,7 @@ def test_every_golden_case_is_within_its_bound():
     assert lines_with(run, "FAIL") == []
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_a_wrong_golden_fails(tmp_path):
     folder = tmp_path / "goldens"

@@ -203,11 +203,13 @@ def test_ref_adapter_is_what_the_loop_makes_and_the_model_stays(ref, direct, wri
     assert cat_model.sem_inpainter is None
 
 
+@pytest.mark.once
 def test_the_ref_adapters_loss_falls(direct):
     _, losses = direct("ref-adapter", REF | {"steps": 40, "batch_size": 4}, 4)
     assert sum(losses[-10:]) < 0.98 * sum(losses[:10])
 
 
+@pytest.mark.once
 def test_accumulation_and_checkpointing_change_nothing(ref, written):
     ref()
     ref(micro_batch_size=2, checkpointing=True)
@@ -248,6 +250,7 @@ def test_a_run_goes_on_from_a_cat_model_and_keeps_its_other_part(sem, models, pl
         assert equal(module.state_dict(), before[part])
 
 
+@pytest.mark.once
 def test_the_same_run_again_is_the_same_under_another_name(sem, place, written):
     sem(steps=2)
     sem(steps=1, precision="bf16")  # another precision in the same process
@@ -455,6 +458,7 @@ def test_models_that_cannot_be_trained(ref, apply):
 # Pieces -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_kept_samples_are_the_fresh_ones(models, place):
     folder = place / "input/things"
     encoders = HostEncoders(models.clip_vision, models.clip, models.vae, models.model)

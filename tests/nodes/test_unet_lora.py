@@ -60,7 +60,9 @@ def test_layers_add_what_merged_weights_hold_and_alone_learn(models, lora, merge
     assert learning == {name for name, _ in denoiser.named_parameters() if "lora_" in name}
 
 
-def test_comfyui_loads_it(models, lora, merged, sample, tmp_path, monkeypatch):
+def test_comfyui_loads_it(models, lora, merged, sample, tmp_path, monkeypatch, pytestconfig):
+    if pytestconfig.getoption("--dynamic-vram"):
+        pytest.skip("the host adds a LoRA while it pages weights in, which a CPU does not do")
     path = tmp_path / "thing.safetensors"
     weights.save(path, weights.flat({"unet_lora": lora.state_dict()}), {"format": "pt"})
     kinds = ([str(tmp_path)], {".safetensors"})
