@@ -19,11 +19,15 @@ from torchvision.models import resnet18
 from cat_diffusion.cat_core.files import replacing
 from comfyui import install, launch
 from demo_model import world
-from demo_model.world import SIZE, Painter, Pictures, World
+from demo_model.world import Painter, World
 from demo_model.world_sources import STYLES
 
 _SEEN = 64  # pixels, side of what the judge looks at
 _AROUND = 1.2  # of that, over the thing's longer side
+_KEPT = 112  # pixels, side of an example
+_HOLE_SIZES = (0.95, 1.35)  # sides of holes, over their thing's
+_LEAST = 0.12  # share of the square about a thing that it covers where one sees it
+_AT_ONCE = 50  # pictures
 _FIRST_SEED = 9_000_000  # of the judge's own pictures
 
 
@@ -49,8 +53,10 @@ class NamingJudge(nn.Module):
         return logits[:, : self.names], logits[:, self.names :]
 
 
-def crops(pictures: torch.Tensor, centres: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """Squares (B, 3, 64, 64) of pictures (B, 3, S, S).
+def crops(
+    pictures: torch.Tensor, centres: torch.Tensor, sizes: torch.Tensor, side: int = _SEEN
+) -> torch.Tensor:
+    """Squares (B, 3, side, side) of pictures (B, 3, S, S).
 
     Args:
         centres: (B, 2), x and y in [-1, 1].
@@ -60,7 +66,7 @@ def crops(pictures: torch.Tensor, centres: torch.Tensor, sizes: torch.Tensor) ->
     theta[:, 0, 0] = _AROUND * sizes
     theta[:, 1, 1] = _AROUND * sizes
     theta[:, :, 2] = centres
-    size = [len(pictures), 3, 2 * _SEEN, 2 * _SEEN]
+    size = [len(pictures), 3, 2 * side, 2 * side]
     grid = F.affine_grid(theta, size, align_corners=False)
     large = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
     return F.avg_pool2d(large, 2)
@@ -68,15 +74,16 @@ def crops(pictures: torch.Tensor, centres: torch.Tensor, sizes: torch.Tensor) ->
 
 def of_holes(hole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Centre (B, 2) in [-1, 1] and longer side (B,) of the boxes of holes (B, 1, S, S)."""
+    side = hole.shape[-1]
     edges = []
     for axis in (2, 1):  # over rows: what is left are columns
         line = (hole[:, 0] > 0.5).any(3 - axis)
         first = line.float().argmax(1).float()
-        last = SIZE - line.flip(1).float().argmax(1).float()
+        last = side - line.flip(1).float().argmax(1).float()
         edges.append((first, last))
     (left, right), (top, bottom) = edges
-    centres = torch.stack((left + right, top + bottom), dim=1) / SIZE - 1
-    return centres, torch.maximum(right - left, bottom - top) / SIZE
+    centres = torch.stack((left + right, top + bottom), dim=1) / side - 1
+    return centres, torch.maximum(right - left, bottom - top) / side
 
 
 @torch.no_grad()
@@ -86,53 +93,90 @@ def judged(judge: NamingJudge, pictures: torch.Tensor, hole: torch.Tensor) -> Na
     return NamingVerdict(names.argmax(1).cpu().numpy(), styles.argmax(1).cpu().numpy())
 
 
-def train(scenery: World, steps: int, batch_size: int) -> NamingJudge:
-    """A new judge, of pictures on the photographs that training may use."""
-    device = scenery.drawings.device
+@dataclass(frozen=True)
+class Examples:
+    """Things cut out of pictures, with something of what is around them.
+
+    Attributes:
+        picture: (N, 3, 112, 112) uint8; the thing's longer side takes the middle 64 pixels.
+        thing, style: (N,) int64.
+    """
+
+    picture: torch.Tensor
+    thing: torch.Tensor
+    style: torch.Tensor
+
+
+@torch.no_grad()
+def examples(painter: Painter, pictures: int, folder: Path | None = None) -> Examples:
+    """All things of some pictures that are mostly seen.
+
+    Args:
+        folder: keeps them, so that a stopped run goes on; see world.draw_once.
+    """
+
+    def cut(first: int, count: int) -> dict[str, torch.Tensor]:
+        drawn = painter.paint(count, _FIRST_SEED + first)
+        parts = []
+        for slot in range(world.MOST_THINGS):
+            shown = drawn.shown[:, slot : slot + 1]
+            centres, sizes = of_holes(shown)
+            part = crops(drawn.whole, centres, sizes * (_KEPT / _SEEN / _AROUND), _KEPT)
+            enough = shown.mean((1, 2, 3)).cpu() > _LEAST * sizes.cpu() ** 2
+            thing = torch.where(enough, drawn.things[:, slot], world.NO_THING)
+            parts.append(((part * 255).round().to(torch.uint8).cpu(), thing))
+        return {
+            "picture": torch.stack([part for part, _ in parts], dim=1),  # (B, K, 3, h, w)
+            "thing": torch.stack([thing for _, thing in parts], dim=1),
+            "style": drawn.style[:, None].expand(-1, world.MOST_THINGS),
+        }
+
+    kept = world.draw_once(cut, pictures, _AT_ONCE, folder)
+    there = kept["thing"] != world.NO_THING
+    return Examples(kept["picture"][there], kept["thing"][there], kept["style"][there])
+
+
+def train(seen: Examples, names: int, steps: int, batch_size: int, device: str) -> NamingJudge:
+    """A new judge."""
     torch.manual_seed(0)
-    judge = NamingJudge(len(scenery.names)).to(device)
-    painter = Painter(scenery, np.flatnonzero(~scenery.held_out), targets="any")
+    judge = NamingJudge(names).to(device)
     optimiser = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
     for step in range(steps):
-        crop, thing, style = _examples(painter, batch_size, _FIRST_SEED + step)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            names, styles = judge(crop)
-        loss = F.cross_entropy(names.float(), thing, label_smoothing=0.05)
-        loss = loss + F.cross_entropy(styles.float(), style)
+        rng = np.random.default_rng([_FIRST_SEED, step])
+        rows = torch.from_numpy(rng.integers(len(seen.thing), size=batch_size))
+        crop = _varied(seen.picture[rows].to(device).float() / 255, rng)
+        thing = seen.thing[rows].to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            named, styled = judge(crop)
+        loss = F.cross_entropy(named.float(), thing, label_smoothing=0.05)
+        loss = loss + F.cross_entropy(styled.float(), seen.style[rows].to(device))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         schedule.step()
         if (step + 1) % 100 == 0:
-            right = (names.argmax(1) == thing).float().mean()
+            right = (named.argmax(1) == thing).float().mean()
             print(f"judge {step + 1}: loss {loss.item():.3f}, right {right.item():.3f}", flush=True)
     return judge.eval()
 
 
-@torch.no_grad()
-def _examples(painter: Painter, count: int, seed: int) -> tuple:
-    """Crops about targets, not quite in the middle, at times blurred as a VAE does."""
-    pictures = painter.paint(count, seed)
-    device = pictures.whole.device
-    rng = np.random.default_rng(seed)
-    hole = _some_hole(pictures, rng, seed)
-    centres, sizes = of_holes(hole)
-    jitter = torch.from_numpy(rng.normal(0, 0.04, (count, 2))).float().to(device)
-    sizes = sizes * torch.from_numpy(rng.uniform(0.85, 1.15, count)).float().to(device)
-    crop = crops(pictures.whole, centres + jitter, sizes)
-    blurred = F.avg_pool2d(crop, 3, 1, 1)
-    share = torch.from_numpy(rng.uniform(0, 1, (count, 1, 1, 1))).float().to(device)
-    crop = torch.lerp(crop, blurred, share) + 0.02 * torch.randn_like(crop)
-    gain = torch.from_numpy(rng.uniform(0.85, 1.15, (count, 3, 1, 1))).float().to(device)
-    thing = pictures.things[:, 0].to(device)
-    return (crop * gain).clamp(0, 1), thing, pictures.style.to(device)
+def _varied(pictures: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Examples as a hole may show them: not quite in the middle, at times blurred as by a VAE."""
+    count = len(pictures)
 
+    def numbers(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).float().to(pictures.device)
 
-def _some_hole(pictures: Pictures, rng: np.random.Generator, seed: int) -> torch.Tensor:
-    if rng.random() < 0.5:
-        return world.box_holes(pictures, rng)
-    return world.blob_holes(pictures, seed)
+    sizes = rng.uniform(*_HOLE_SIZES, count) * _SEEN / _KEPT
+    jitter = rng.normal(0, 0.05, (count, 2)) * sizes[:, None]
+    crop = crops(pictures, numbers(jitter), numbers(sizes))
+    mirrored = numbers(rng.random((count, 1, 1, 1)) < 0.5)
+    crop = torch.lerp(crop, crop.flip(3), mirrored)
+    share = numbers(rng.uniform(0, 1, (count, 1, 1, 1)))
+    crop = torch.lerp(crop, F.avg_pool2d(crop, 3, 1, 1), share)
+    crop = crop + 0.02 * numbers(rng.standard_normal(crop.shape))
+    return (crop * numbers(rng.uniform(0.85, 1.15, (count, 3, 1, 1)))).clamp(0, 1)
 
 
 def recognised(judge: NamingJudge, scenery: World, count: int = 500) -> tuple[float, float]:
@@ -173,12 +217,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--world", type=Path, required=True, help="folder of things, photographs")
     parser.add_argument("--out", type=Path, default=default_path())
+    parser.add_argument("--work", type=Path, help="keeps the examples, for a run that stops")
+    parser.add_argument("--pictures", type=int, default=16_000, help="to paint and cut up")
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     arguments = parser.parse_args()
-    device = "cuda" if launch.has_cuda() else "cpu"
+    launch.limit_threads(arguments.threads)
+    device = "cuda" if launch.has_cuda() and not arguments.cpu else "cpu"
     scenery = world.load(arguments.world).to(device)
-    judge = train(scenery, arguments.steps, arguments.batch_size)
+    painter = Painter(scenery, np.flatnonzero(~scenery.held_out), targets="any")
+    seen = examples(painter, arguments.pictures, arguments.work)
+    print(f"{len(seen.thing)} things in {arguments.pictures} pictures", flush=True)
+    judge = train(seen, len(scenery.names), arguments.steps, arguments.batch_size, device)
     names, styles = recognised(judge, scenery)
     save(judge, arguments.out)
     print(f"{arguments.out}: on held-out photographs {names:.1%} of names, {styles:.1%} of styles")
