@@ -166,9 +166,11 @@ def test_the_judge_looks_at_the_hole():
     assert crop[0, 32, :8].max() < 0.1  # beside it none
 
 
-def test_the_judge_learns_and_survives_a_file(scenery, tmp_path):
+@pytest.mark.parametrize("small", [False, True])
+def test_the_judge_learns_and_survives_a_file(scenery, tmp_path, small):
     seen = world_judge.examples(world.Painter(scenery, [0]), 8)
-    judge = world_judge.train(seen, NAMES, steps=30, batch_size=16, device="cpu")
+    judge = world_judge.NamingJudge(NAMES, small)
+    world_judge.train(judge, seen, steps=30, batch_size=16, device="cpu")
     path = tmp_path / "judge.safetensors"
     world_judge.save(judge, path)
     again = world_judge.load(path, NAMES)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from torchvision.models import resnet18
+from torchvision.models.resnet import BasicBlock, resnet18
 
 from cat_diffusion.cat_core.files import replacing
 from comfyui import install, launch
@@ -23,6 +23,7 @@ from demo_model.world import Painter, World
 from demo_model.world_sources import STYLES
 
 _SEEN = 64  # pixels, side of what the judge looks at
+_WIDTHS = (32, 64, 128, 160)  # channels of the small network's layers
 _AROUND = 1.2  # of that, over the thing's longer side
 _KEPT = 112  # pixels, side of an example
 _HOLE_SIZES = (0.95, 1.35)  # sides of holes, over their thing's
@@ -40,17 +41,33 @@ class NamingVerdict:
 
 
 class NamingJudge(nn.Module):
-    """Names the thing in the middle of a crop (B, 3, 64, 64) in [0, 1], and its style."""
+    """Names the thing in the middle of a crop (B, 3, 64, 64) in [0, 1], and its style.
 
-    def __init__(self, names: int):
+    Args:
+        names: how many it knows.
+        small: a network of 0.8 M parameters, for tests, instead of 11 M.
+    """
+
+    def __init__(self, names: int, small: bool = False):
         super().__init__()
         self.names = names
-        self.network = resnet18(num_classes=names + len(STYLES))
+        classes = names + len(STYLES)
+        self.network = _small_network(classes) if small else resnet18(num_classes=classes)
 
     def forward(self, crops: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, N) of names and (B, 3) of styles."""
         logits = self.network(2 * crops - 1)
         return logits[:, : self.names], logits[:, self.names :]
+
+
+def _small_network(classes: int) -> nn.Module:
+    layers: list[nn.Module] = []
+    before = 3
+    for width in _WIDTHS:
+        shortcut = nn.Sequential(nn.Conv2d(before, width, 1, 2, bias=False), nn.BatchNorm2d(width))
+        layers.append(BasicBlock(before, width, stride=2, downsample=shortcut))
+        before = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
 
 
 def crops(
@@ -136,10 +153,11 @@ def examples(painter: Painter, pictures: int, folder: Path | None = None) -> Exa
     return Examples(kept["picture"][there], kept["thing"][there], kept["style"][there])
 
 
-def train(seen: Examples, names: int, steps: int, batch_size: int, device: str) -> NamingJudge:
-    """A new judge."""
-    torch.manual_seed(0)
-    judge = NamingJudge(names).to(device)
+def train(
+    judge: NamingJudge, seen: Examples, steps: int, batch_size: int, device: str
+) -> NamingJudge:
+    """The judge, on the device."""
+    judge.to(device).train()
     optimiser = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
     for step in range(steps):
@@ -199,17 +217,20 @@ def default_path() -> Path:
 
 
 def save(judge: NamingJudge, path: Path) -> None:
-    """Write a judge; its file holds nothing but tensors."""
+    """Write a judge in fp16; its file holds nothing but tensors."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {key: tensor.cpu().contiguous() for key, tensor in judge.state_dict().items()}
+    tensors = {}
+    for key, tensor in judge.state_dict().items():
+        tensors[key] = (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
     with replacing(path) as partial:
         save_file(tensors, partial)
 
 
 def load(path: Path, names: int) -> NamingJudge:
-    """Read a judge."""
-    judge = NamingJudge(names)
-    judge.load_state_dict(load_file(path))
+    """Read a judge, of either size."""
+    tensors = load_file(path)
+    judge = NamingJudge(names, small="network.conv1.weight" not in tensors)
+    judge.load_state_dict(tensors)
     return judge.eval()
 
 
@@ -220,6 +241,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="keeps the examples, for a run that stops")
     parser.add_argument("--pictures", type=int, default=16_000, help="to paint and cut up")
     parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--small", action="store_true", help="a small one, as the tests have it")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
@@ -230,7 +252,9 @@ def main() -> int:
     painter = Painter(scenery, np.flatnonzero(~scenery.held_out), targets="any")
     seen = examples(painter, arguments.pictures, arguments.work)
     print(f"{len(seen.thing)} things in {arguments.pictures} pictures", flush=True)
-    judge = train(seen, len(scenery.names), arguments.steps, arguments.batch_size, device)
+    torch.manual_seed(0)
+    judge = NamingJudge(len(scenery.names), arguments.small)
+    train(judge, seen, arguments.steps, arguments.batch_size, device)
     names, styles = recognised(judge, scenery)
     save(judge, arguments.out)
     print(f"{arguments.out}: on held-out photographs {names:.1%} of names, {styles:.1%} of styles")
