@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from demo_model import world, world_judge
+from demo_model import world, world_judge, world_questions
 from demo_model.world_sources import STYLES, is_held_out
 
 pytestmark = pytest.mark.slow
@@ -181,3 +181,16 @@ def test_the_judge_learns_and_survives_a_file(scenery, tmp_path, small):
     assert (first.thing == second.thing).all()
     right = (first.thing == looked_at.things[:, 0].numpy()).mean()
     assert right > 2 / NAMES
+
+
+def test_questions_are_kept_for_later(scenery, tmp_path):
+    asked = world_questions.questions(scenery, 3, "box")
+    world_questions.keep(asked, scenery.names, tmp_path)
+    kept, names = world_questions.kept(tmp_path)
+    assert names == list(scenery.names)
+    for before, after in zip(asked, kept, strict=True):
+        assert torch.equal(before.hole, after.hole)
+        assert (before.thing, before.style, before.alone) == (after.thing, after.style, after.alone)
+        assert (before.whole - after.whole).abs().mean() < 0.05  # JPEG, of noise
+        outside = before.hole < 0.5
+        assert torch.equal(before.whole[outside], before.photograph[outside])

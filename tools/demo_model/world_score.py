@@ -7,7 +7,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,37 +17,19 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cat_diffusion.cat_core.features import VisualPrompt
 from cat_diffusion.nodes.apply_ref_adapter import apply_ref_adapter
+from cat_diffusion.nodes.compare import compare
 from cat_diffusion.nodes.conditioning import inpaint_conditioning
 from cat_diffusion.nodes.host import sampling as host_sampling
 from cat_diffusion.nodes.load import Models, load_full_checkpoint
 from cat_diffusion.nodes.visual_prompt import predict
 from comfyui import ROOT, launch
 from demo_model import world, world_judge
+from demo_model.world_questions import Question, keep, questions
 
-FIRST_SEED = 7_000_000  # of the test's pictures: neither the model's nor the judge's
 AT_ONCE = 25  # pictures
 _ACROSS = 5  # results side by side on a sheet
 _SHOWN = 128  # pixels, side of each picture of a sheet
 _CAPTION = 14  # pixels
-
-
-@dataclass(frozen=True)
-class Question:
-    """A hole to fill.
-
-    Attributes:
-        photograph: (S, S, 3) in [0, 1], with all things but the target.
-        hole: (S, S), 1 = repaint.
-        thing: what belongs there.
-        style: of the things around it.
-        alone: there is nothing else whose style one could see.
-    """
-
-    photograph: torch.Tensor
-    hole: torch.Tensor
-    thing: int
-    style: int
-    alone: bool
 
 
 @dataclass(frozen=True)
@@ -59,32 +41,6 @@ class Method:
     steps: int = 20
     cfg: float = 3.0
     seed: int = 0
-
-
-def questions(
-    scenery: world.World, count: int, kind: str, targets: str = "trained"
-) -> list[Question]:
-    """Holes, "box" or "blob", in photographs that no training saw; the same for the same count."""
-    painter = world.Painter(scenery, np.flatnonzero(scenery.held_out), targets)
-    asked: list[Question] = []
-    for first in range(0, count, AT_ONCE):
-        seed = FIRST_SEED + first
-        pictures = painter.paint(AT_ONCE, seed)
-        if kind == "box":
-            holes = world.box_holes(pictures, np.random.default_rng(seed))
-        else:
-            holes = world.blob_holes(pictures, seed)
-        for row in range(AT_ONCE):
-            asked.append(
-                Question(
-                    photograph=rearrange(pictures.without[row], "c h w -> h w c").cpu(),
-                    hole=holes[row, 0].cpu(),
-                    thing=int(pictures.things[row, 0]),
-                    style=int(pictures.style[row]),
-                    alone=bool((pictures.things[row, 1:] < 0).all()),
-                )
-            )
-    return asked[:count]
 
 
 def answers(
@@ -151,7 +107,10 @@ def _together(prompts: Sequence[VisualPrompt]) -> VisualPrompt:
 def rates(
     judge: world_judge.NamingJudge, asked: Sequence[Question], made: torch.Tensor
 ) -> dict[str, float]:
-    """The shares of holes with the right thing, and with the style of what stands around."""
+    """The shares of holes with the right thing, and with the style of what stands around.
+
+    And how much more colours jump across the holes' edges than in the photographs.
+    """
     hole = torch.stack([question.hole for question in asked]).unsqueeze(1)
     things = np.array([question.thing for question in asked])
     styles = np.array([question.style for question in asked])
@@ -166,6 +125,49 @@ def rates(
         "holes": len(asked),
         "thing": float(thing.mean()),
         "style": float(style[~alone].mean()),
+        "edge": edge_jump(asked, made),
+    }
+
+
+def edge_jump(asked: Sequence[Question], made: torch.Tensor) -> float:
+    """The mean difference of neighbours across holes' edges, over that in the photographs."""
+    hole = torch.stack([question.hole for question in asked])  # (B, S, S)
+    photographs = torch.stack([question.photograph for question in asked])
+    jumps = [0.0, 0.0]
+    for axis in (1, 2):
+        across = hole.diff(dim=axis).abs()[..., None]
+        for number, pictures in enumerate((made, photographs)):
+            jumps[number] += float((pictures.diff(dim=axis).abs() * across).sum())
+    return jumps[0] / jumps[1]
+
+
+def difference(asked: Sequence[Question], one: torch.Tensor, other: torch.Tensor) -> float:
+    """The mean difference of two sets of pictures in the holes, of 255."""
+    inside = torch.stack([question.hole for question in asked])[..., None] > 0.5
+    return 255 * float((one - other).abs()[inside.expand_as(one)].mean())
+
+
+@torch.inference_mode()
+def cosines(
+    models: Models, names: Sequence[tuple[str, str]], asked: Sequence[Question]
+) -> dict[str, float]:
+    """How near CLIP's features of the hole, observed and predicted, come to the true ones."""
+    compared = []
+    for question in asked:
+        compared.append(
+            compare(
+                models.cat_model,
+                models.clip_vision,
+                models.clip,
+                question.whole[None],
+                question.hole[None],
+                names[question.thing][0],
+            )
+        )
+    return {
+        "holes": len(asked),
+        "observed": float(np.mean([one.observed for one in compared])),
+        "predicted": float(np.mean([one.predicted for one in compared])),
     }
 
 
@@ -193,13 +195,16 @@ def _shown(picture: torch.Tensor) -> Image.Image:
     return Image.fromarray(levels).resize((_SHOWN, _SHOWN), Image.Resampling.LANCZOS)
 
 
+PLAIN = Method(strength=0)
 CASES = {
     "box": ("box", "trained", Method()),
     "blob": ("blob", "trained", Method()),
     "box, Chinese": ("box", "trained", Method(language=1)),
-    "box, strength 0": ("box", "trained", Method(strength=0)),
+    "box, strength 0": ("box", "trained", PLAIN),
+    "box, another seed": ("box", "trained", Method(seed=1_000_000)),
     "box, held-out pairs": ("box", "held out", Method()),
 }
+BASE_CASE = "box, base U-Net"  # before CAT's own stages
 
 
 def main() -> int:
@@ -208,30 +213,68 @@ def main() -> int:
     parser.add_argument(
         "--checkpoint", type=Path, default=ROOT / "models/cat_demo_model.safetensors"
     )
+    parser.add_argument(
+        "--base", type=Path, metavar="FILE", help="the model before CAT's stages: plain inpainting"
+    )
     parser.add_argument("--judge", type=Path, default=world_judge.default_path())
     parser.add_argument("--count", type=int, default=500, help="holes of each case")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--steps", type=int, default=20, help="of sampling")
+    parser.add_argument("--cfg", type=float, default=3.0)
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="the first 50 of each case")
     parser.add_argument("--json", type=Path, metavar="FILE.json", help="write the rates")
+    parser.add_argument(
+        "--keep", type=int, metavar="N", help="only write the first holes for the tests, to --out"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "tests/nodes/demo_questions")
     arguments = parser.parse_args()
     launch.limit_threads(arguments.threads)
     scenery = world.load(arguments.world)
+    if arguments.keep:
+        keep(questions(scenery, arguments.keep, "box"), scenery.names, arguments.out)
+        return 0
+    result = evaluate(arguments, scenery)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace, scenery: world.World) -> dict[str, dict[str, float]]:
+    """The rates of every case, which are printed as they come."""
     judge = world_judge.load(arguments.judge, len(scenery.names))
     with torch.inference_mode():
         models = load_full_checkpoint(arguments.checkpoint)
-    result = {}
-    for case in arguments.cases:
-        kind, targets, method = CASES[case]
+    cases = [(case, models, *CASES[case]) for case in arguments.cases]
+    if arguments.base:
+        with torch.inference_mode():
+            base = load_full_checkpoint(arguments.base)
+        cases.append((BASE_CASE, base, "box", "trained", PLAIN))
+    result: dict[str, dict[str, float]] = {}
+    pictures = {}
+    for case, used, kind, targets, method in cases:
         start = time.monotonic()
+        method = replace(method, steps=arguments.steps, cfg=arguments.cfg)
         asked = questions(scenery, arguments.count, kind, targets)
-        made = answers(models, scenery.names, asked, method)
+        made = answers(used, scenery.names, asked, method)
         result[case] = rates(judge, asked, made)
-        words = ", ".join(f"{key} {value:.4g}" for key, value in result[case].items())
-        print(f"{case}: {words} ({time.monotonic() - start:.0f} s)", flush=True)
+        _say(case, result[case], time.monotonic() - start)
+        pictures[case] = made
         if arguments.sheet:
             path = arguments.sheet.with_stem(f"{arguments.sheet.stem}_{case.replace(', ', '_')}")
             sheet(scenery.names, asked[:50], made[:50]).save(path)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+    asked = questions(scenery, arguments.count, "box")
+    for case in ("box, strength 0", "box, another seed"):
+        if {"box", case} <= pictures.keys():
+            changed = difference(asked, pictures["box"], pictures[case])
+            result[f"box against {case}"] = {"difference": changed}
+            _say(f"box against {case}", {"difference": changed}, 0.0)
+    start = time.monotonic()
+    result["features"] = cosines(models, scenery.names, asked)
+    _say("features", result["features"], time.monotonic() - start)
+    return result
+
+
+def _say(case: str, values: dict[str, float], seconds: float) -> None:
+    words = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+    print(f"{case}: {words} ({seconds:.0f} s)", flush=True)
