@@ -88,3 +88,11 @@ def test_clip_sees_nearly_what_the_nodes_show_it():
     error = (clip_pixels(picture, hole) - expected).abs()
     assert error.mean() < 0.03  # 2 levels of 255
     assert torch.equal(patch_mask(hole), shown.patch_mask)
+
+
+def test_a_log_keeps_some_steps_and_the_last(tmp_path):
+    log = tmp_path / "log.csv"
+    lines = [f"{step},{step / 3}" for step in range(1, 46)]
+    log.write_text("step,loss\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    kept = world_recipe.log_lines("vae", log)
+    assert kept == ["stage,step,loss", "vae,20,6.667", "vae,40,13.33", "vae,45,15"]

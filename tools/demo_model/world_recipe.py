@@ -6,6 +6,7 @@ Every stage continues where it was stopped; what is done is not done again.
 """
 
 import argparse
+import csv
 import dataclasses
 import hashlib
 import json
@@ -83,6 +84,8 @@ SAMPLES = 60_000  # of each pool, that are encoded
 CPU_PICTURES = 10_000
 CPU_SAMPLES = 12_000
 POOLS = ("captions", "objects")
+_LOG = ".log.csv"
+_LOGGED = 20  # steps between lines of the log that is kept beside a model
 _WINDOWED = {"unet": 0.7}  # share of a stage's steps that see the hole and what is near it
 
 
@@ -105,8 +108,9 @@ class Recipe:
         generator = torch.Generator().manual_seed(0)
         self.modules = networks.networks(generator, networks.PHOTOGRAPHS)
         self.architecture = networks.architecture(self.modules["unet"], networks.PHOTOGRAPHS)
-        if arguments.start:
-            self._start(arguments.start)
+        self.start = arguments.start
+        if self.start:
+            self._start(self.start)
         self.texts, self.empty = self._texts(arguments.world)
         scenery = world.load(arguments.world).to(self.device)
         trained_on = np.flatnonzero(~scenery.held_out)
@@ -285,10 +289,29 @@ class Recipe:
         loop.train(training, source, cpu=self.device.type == "cpu", on_step=show)
 
     def write(self, path: Path) -> None:
-        """The whole model in fp16."""
+        """The whole model in fp16, and its log: that of the model it started from comes first."""
         parts = {part: module.state_dict() for part, module in self.modules.items()}
         write(path, parts, self.architecture, torch.float16, self.knowledge)
+        earlier = self.start.with_suffix(_LOG) if self.start else None
+        lines = earlier.read_text("utf-8").splitlines() if earlier and earlier.exists() else []
+        for name in PLANS:
+            log = self.work / name / "log.csv"
+            if log.exists():
+                lines += log_lines(name, log)
+        path.with_suffix(_LOG).write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+def log_lines(stage: str, log: Path) -> list[str]:
+    """Every _LOGGED-th line of a stage's log and its last, under their header."""
+    with log.open(newline="", encoding="utf-8") as file:
+        header, *lines = csv.reader(file)
+    kept = [",".join(["stage", *header])]
+    for line in lines:
+        step, *numbers = line
+        if int(step) % _LOGGED == 0 or line is lines[-1]:
+            kept.append(",".join([stage, step, *(f"{float(number):.4g}" for number in numbers)]))
+    return kept
 
 
 def newest(folder: Path) -> Path | None:
