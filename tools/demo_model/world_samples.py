@@ -239,11 +239,17 @@ class PoolBatches:
             dropped = torch.rand(count, device=device, generator=generator) < DROPPED
             batch |= {
                 "noise": torch.randn(shape, device=device, generator=generator),
-                "timestep": torch.randint(TIMESTEPS, (count,), device=device, generator=generator),
+                "timestep": _timesteps(count, device, generator),
                 "dropped": dropped,
                 "context": torch.where(dropped.view(-1, 1, 1), self.empty_context, context),
             }
         return {key: value[positions.start : positions.stop] for key, value in batch.items()}
+
+
+def _timesteps(count: int, device: torch.device, generator: torch.Generator) -> torch.Tensor:
+    """Timesteps (B,), the noisier the likelier: what is drawn is decided there."""
+    place = torch.rand(count, device=device, generator=generator).sqrt()
+    return (place * TIMESTEPS).long().clamp(max=TIMESTEPS - 1)
 
 
 def _around_holes(batch: Batch, generator: torch.Generator) -> Batch:
