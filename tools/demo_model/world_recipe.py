@@ -2,7 +2,8 @@
 
     python tools/run.py demo_model.world_recipe --world FOLDER [--work runs/world]
 
-Every stage continues where it was stopped; what is done is not done again.
+Every stage continues where it was stopped; what is done is not done again. Several processes share
+the work, a core each, when torchrun starts them; they read the pools that --draw has filled.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -50,6 +52,7 @@ class StagePlan:
         stage: of training/stages.py, or one of its kind.
         rate: of new parts; a stage's pretrained parts have a tenth.
         snr_gamma: see objectives.Diffusion.
+        ema_decay: of an average that is kept beside the weights, to look at them on the way.
     """
 
     stage: Stage
@@ -58,6 +61,7 @@ class StagePlan:
     rate: float
     warmup: int = 100
     snr_gamma: float = 0.0
+    ema_decay: float = 0.0
 
 
 def _pretraining(name: str, *parts: str) -> Stage:
@@ -73,7 +77,7 @@ PLANS = {
     "vae": StagePlan(_pretraining("vae", "vae"), 5000, 64, 1e-3),
     "unet": StagePlan(STAGES["unet"], 5000, 128, 1e-3),
     "sem-inpainter": StagePlan(STAGES["sem-inpainter"], 2500, 128, 1e-3),
-    "ref-adapter-unet": StagePlan(_WITH_UNET, 6000, 128, 1e-3, snr_gamma=1.0),
+    "ref-adapter-unet": StagePlan(_WITH_UNET, 6000, 128, 1e-3, snr_gamma=1.0, ema_decay=0.999),
     "cascade": StagePlan(STAGES["cascade"], 3000, 128, 2e-3, snr_gamma=1.0),
 }
 # What two CPU cores do in hours.
@@ -267,10 +271,11 @@ class Recipe:
         settings = Settings(
             steps=max(plan.steps // self.shorter, 1),
             batch_size=plan.batch_size,
-            micro_batch_size=plan.batch_size,
+            micro_batch_size=plan.batch_size // int(os.environ.get("WORLD_SIZE", "1")),
             warmup=plan.warmup,
             final_rate=0.01,
             snr_gamma=plan.snr_gamma,
+            ema_decay=plan.ema_decay,
             precision=self.precision,
             save_every=500,
             keep=1,
@@ -379,7 +384,8 @@ def main() -> int:
             recipe.pool(pool, with_features=False)
         if not arguments.draw:
             recipe.run(arguments.only)
-            recipe.write(arguments.out)
+            if os.environ.get("RANK", "0") == "0":
+                recipe.write(arguments.out)
     except KeyboardInterrupt:
         print("\nStopped. The same command continues.")
         return 130
