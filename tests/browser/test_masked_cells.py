@@ -9,6 +9,7 @@ from paths import ROOT
 from PIL import Image, ImageDraw, ImageOps
 
 from cat_diffusion.cat_core import preprocess
+from cat_diffusion.cat_core.pictures.crop import crop_around_mask
 
 RENDERERS = ["classic", "nodes2"]
 
@@ -142,6 +143,33 @@ def test_follows_widgets_and_links(canvas, pictures):
     assert len(canvas.errors) > 0
     assert all("gone.png" in error for error in canvas.errors)
     canvas.errors.clear()
+
+
+@pytest.mark.parametrize("kind, size, context", [("large", 128, 1.5), ("small", 64, 2.0)])
+def test_looks_through_a_crop(canvas, pictures, kind, size, context):
+    canvas.build(
+        {
+            "photo": ["LoadImage", {"image": f"{kind}_hole.png"}],
+            "crop": ["CATCropAroundMask", {"size": size, "context": context}],
+            "number": ["PrimitiveInt", {"value": size}],
+            "cat": ["CATSemanticInpaint", {}],
+        },
+        [
+            ["photo", 0, "crop", "image"],
+            ["photo", 1, "crop", "mask"],
+            ["crop", 0, "cat", "image"],
+            ["crop", 1, "cat", "mask"],
+        ],
+    )
+    mask = torch.from_numpy(pictures[kind]).float()[None, None]
+    cropped = crop_around_mask(torch.zeros(1, 3, *mask.shape[2:]), mask, size, context)
+    whole = expected(pictures[kind])
+    square = expected(cropped.sized(size)[1][0, 0].numpy())
+    assert whole.count("1") < square.count("1")
+    shows(canvas, square, wrong=3)  # the browser scales once where the node scales twice
+    canvas.screenshot(f"cells_crop_{kind}")
+    canvas.run("nodes.number.connect(0, nodes.crop, nodes.crop.findInputSlot('size'))")
+    shows(canvas, "", "another node")
 
 
 def test_scenes_of_the_pack(canvas):

@@ -1,8 +1,8 @@
 /**
  * On CAT Semantic Inpaint: the photo with CLIP's 16x16 cells and those that the mask covers, before anything is queued.
  *
- * The mask is read from the picture file behind the input, where a node of FILES stands there. Any other mask exists only once
- * the workflow has run; the node then sends its cells.
+ * The mask is read from the picture file behind the input, where a node of FILES stands there, CAT Crop Around Mask in between or
+ * not. Any other mask exists only once the workflow has run; the node then sends its cells.
  */
 
 import { app } from "/scripts/app.js";
@@ -45,6 +45,7 @@ const FILES = {
         return { url, opaque: url, channel: "alpha" };
     },
 };
+const CROP = "CATCropAroundMask";
 const SAME_CELLS = ["Reroute", "ImageScaleBy", "ImageScaleToTotalPixels"]; // a picture of another size has the same 16x16 cells
 
 /** The picture that a stock loader names, such as "clipspace/a.png [input]". */
@@ -56,24 +57,45 @@ function picture(value, channel) {
     return { url, opaque: `${url}&channel=rgb`, channel };
 }
 
-/** The node behind an input: null if unconnected, undefined if it cannot be found from here (the edge of a subgraph). */
+function value(node, widget) {
+    return node.widgets?.find(({ name }) => name === widget)?.value;
+}
+
+/** What a crop node is set to, or undefined if other nodes decide that. */
+function cropOf(node) {
+    const isLinked = ({ name, link }) => link != null && !["image", "mask"].includes(name);
+    if (node.mode !== 0 || node.inputs.some(isLinked)) return undefined;
+    return { id: node.id, size: value(node, "size"), context: value(node, "context") };
+}
+
+/**
+ * The node behind an input and the crop before it: null if unconnected, undefined if it cannot be found from here, as at the edge of
+ * a subgraph.
+ */
 function behind(node, name) {
     let slot = node.inputs.findIndex((input) => input.name === name);
+    let crop;
     for (let hops = 0; hops < 100; hops++) {
         const link = node.getInputLink(slot);
         if (!link) return hops === 0 ? null : undefined;
         node = node.graph.getNodeById(link.origin_id);
-        if (!SAME_CELLS.includes(node?.type)) return node ?? undefined;
         slot = 0;
+        if (node?.type === CROP && !crop) {
+            crop = cropOf(node);
+            slot = node.inputs.findIndex((input) => input.name === ["image", "mask"][link.origin_slot]);
+            if (!crop || slot < 0) return undefined;
+        } else if (!SAME_CELLS.includes(node?.type)) {
+            return node ? { origin: node, crop } : undefined;
+        }
     }
 }
 
 /** The picture behind an input: null if unconnected, undefined if it is not simply a file. */
 function file(node, name) {
-    const origin = behind(node, name);
-    if (!origin || origin.mode !== 0) return origin && undefined;
-    const value = (widget) => String(origin.widgets?.find(({ name }) => name === widget)?.value ?? "");
-    return FILES[origin.type]?.(value);
+    const found = behind(node, name);
+    if (!found || found.origin.mode !== 0) return found && undefined;
+    const picture = FILES[found.origin.type]?.((widget) => String(value(found.origin, widget) ?? ""));
+    return picture && { ...picture, crop: found.crop };
 }
 
 function load(url) {
@@ -92,15 +114,57 @@ function canvas(width, height) {
     return [made, context];
 }
 
-/** The mask at CLIP's size, one value of 0 to 255 for each of 224x224 pixels, resized by way of 512x512 as the node does. */
-function maskOf(image, channel) {
+/** A mask in grey, white where it masks, in the photo's size. */
+function greyMask(image, channel, photo) {
+    const [grey, context] = canvas((photo ?? image).naturalWidth, (photo ?? image).naturalHeight);
+    context.drawImage(image, 0, 0, grey.width, grey.height);
+    const pixels = context.getImageData(0, 0, grey.width, grey.height);
+    const offset = ["red", "green", "blue", "alpha"].indexOf(channel);
+    for (let i = 0; i < pixels.data.length; i += 4) {
+        const masked = offset === 3 ? 255 - pixels.data[i + 3] : pixels.data[i + offset];
+        pixels.data.set([masked, masked, masked, 255], i);
+    }
+    context.putImageData(pixels, 0, 0);
+    return grey;
+}
+
+/** The square that CAT Crop Around Mask cuts out: cat_core/pictures/crop.py, square_around. */
+function squareAround(grey, { size, context }) {
+    const { width, height } = grey;
+    const { data } = grey.getContext("2d").getImageData(0, 0, width, height);
+    let [left, top, right, bottom] = [width, height, 0, 0];
+    for (let i = 0; i < width * height; i++) {
+        if (data[4 * i] < 2) continue;
+        const [x, y] = [i % width, Math.floor(i / width)];
+        [left, right] = [Math.min(left, x), Math.max(right, x + 1)];
+        [top, bottom] = [Math.min(top, y), Math.max(bottom, y + 1)];
+    }
+    if (right === 0) [left, top, right, bottom] = [width >> 1, height >> 1, (width >> 1) + 1, (height >> 1) + 1];
+    const longer = Math.max(right - left, bottom - top);
+    let side = Math.max(size, longer, Math.round(context * longer));
+    if (side > Math.min(width, height)) side = Math.max(Math.min(width, height), longer);
+    const start = (first, last, length) => {
+        const room = length - side;
+        return Math.min(Math.max(Math.floor((first + last - side) / 2), Math.min(0, room)), Math.max(0, room));
+    };
+    return { left: start(left, right, width), top: start(top, bottom, height), side };
+}
+
+function cut(picture, square) {
+    const [part, context] = canvas(square.side, square.side);
+    context.fillRect(0, 0, square.side, square.side);
+    context.drawImage(picture, -square.left, -square.top);
+    return part;
+}
+
+/** A grey mask at CLIP's size, one value of 0 to 255 for each of 224x224 pixels, resized by way of 512x512 as the node does. */
+function clipMask(grey) {
     const [middle, context512] = canvas(512, 512);
-    context512.drawImage(image, 0, 0, 512, 512);
+    context512.drawImage(grey, 0, 0, 512, 512);
     const [, context224] = canvas(224, 224);
     context224.drawImage(middle, 0, 0, 224, 224);
     const pixels = context224.getImageData(0, 0, 224, 224).data;
-    const offset = ["red", "green", "blue", "alpha"].indexOf(channel);
-    return Uint8ClampedArray.from({ length: 224 * 224 }, (_, i) => (offset === 3 ? 255 - pixels[4 * i + 3] : pixels[4 * i + offset]));
+    return Uint8ClampedArray.from({ length: 224 * 224 }, (_, i) => pixels[4 * i]);
 }
 
 /** Row by row, 1 for each cell with a masked pixel. */
@@ -161,19 +225,24 @@ class Grid {
         this.mount();
         const [mask, photo] = [file(this.node, "mask"), file(this.node, "image")];
         const chinese = app.extensionManager.setting.get("Comfy.Locale")?.startsWith("zh");
-        const state = JSON.stringify([mask?.url, mask?.channel, mask === null, photo?.url, chinese, this.ran]);
+        const state = JSON.stringify([mask, mask === null, photo, chinese, this.ran]);
         if (state === this.state) return;
         this.state = state;
         const opaque = mask && mask.channel !== "alpha";
         const images = await Promise.all([mask, photo].map((found, i) => found && load(i || opaque ? found.opaque : found.url)));
         if (state !== this.state) return;
-        const values = images[0] && maskOf(images[0], mask.channel);
+        let [grey, shown] = [images[0] && greyMask(images[0], mask.channel, images[1]), images[1]];
+        if (grey && mask.crop) {
+            const square = squareAround(grey, mask.crop);
+            [grey, shown] = [cut(grey, square), shown && cut(shown, square)];
+        }
+        const values = grey && clipMask(grey);
         const cells = values ? cellsOf(values) : mask === undefined ? this.ran?.[0] : undefined;
         const count = cells?.replaceAll("0", "").length;
         this.sentence.textContent = this.say(SENTENCES[chinese ? "zh" : "en"], mask, count);
         this.sentence.style.fontWeight = count < FEW ? "bold" : "normal";
         this.element.dataset.cells = cells ?? "";
-        draw(this.canvas, images[1], values, cells);
+        draw(this.canvas, shown, values, cells);
     }
 
     say(sentences, mask, count) {
