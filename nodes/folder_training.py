@@ -20,11 +20,12 @@ from ..cat_core.data.tally import Tally
 from ..cat_core.files import remove_leftovers
 from ..cat_core.pictures import plots
 from ..cat_core.pictures.tensors import channels_last
-from ..cat_core.training import loop, start
+from ..cat_core.training import checkpoints, loop, start
 from ..cat_core.training.batches import Batches
 from ..cat_core.training.settings import Settings, TrainingRun
 from ..cat_core.training.stages import Stage
 from ..cat_core.training.stores import FreshSamples, KeptSamples
+from ..cat_core.weights import trained_stages
 from .host import memory, messages, model_files
 from .host.build import build_cat_model
 from .host.cat_model import CatModel, part_tensors
@@ -91,6 +92,7 @@ class FolderTraining:
             self.path,
             encoders,
             objective=self.stage.objective,
+            reads=self.stage.reads,
             size=size,
             cell=cell,
             tally=self.tally,
@@ -158,13 +160,14 @@ class FolderTraining:
         # execution.py:751 (inference_mode).
         with torch.inference_mode(False), torch.enable_grad(), own_accelerate():
             objective, modules = build()
-            run = TrainingRun(self.stage, modules, objective, self.settings)
+            data = {"manifests": [self.folder], "records": len(self.records), "split": "train"}
+            run = TrainingRun(self.stage, modules, objective, self.settings, data=data)
             try:
                 loop.train(run, source, cpu=memory.on_cpu(), on_step=progress.on_step)
             except memory.Cancelled:
                 done = len(progress.history)
                 if done:
-                    self._save(modules, architecture, done)
+                    self._save(run, architecture, done)
                     messages.say(
                         messages.sentence(
                             "Cancelled after {done} of {steps} steps. {saved} "
@@ -175,21 +178,22 @@ class FolderTraining:
                         )
                     )
                 raise
-            return self._save(modules, architecture, len(progress.history))
+            return self._save(run, architecture, len(progress.history))
 
-    def _save(
-        self, modules: Mapping[str, nn.Module], architecture: Architecture, steps: int
-    ) -> Path:
+    def _save(self, run: TrainingRun, architecture: Architecture, steps: int) -> Path:
         """Write the trained part, and beside it the other one that came in, under a new name."""
         parts = {}
         for part in ("sem_inpainter", "ref_adapter"):
             tensors = part_tensors(self.cat_model, part)
             if tensors:
                 parts[part] = tensors
-        parts[self.part] = modules[self.part].state_dict()
+        parts[self.part] = run.modules[self.part].state_dict()
         header = weights.cat_metadata(
             parts, architecture, licence=self.licence, provenance=self._provenance(steps)
         )
+        earlier = self.cat_model.trained if self.cat_model else ()
+        stages = [*earlier, checkpoints.trained_stage(run, steps)]
+        header |= trained_stages.header(trained_stages.of_parts(stages, parts))
         tensors = weights.flat(parts)
         try:
             path = Path(model_files.new_path(self.filename_prefix))

@@ -143,7 +143,7 @@ def write(
         with replacing_folder(target) as partial:
             parts = {part: run.modules[part].state_dict() for part in run.stage.parts}
             provenance = f"{run.provenance}; stage {run.stage.name}, {step} steps"
-            stage = _trained_stage(run, step, measured or {})
+            stage = trained_stage(run, step, measured or {})
             _write_weights(run, parts, provenance, stage, partial / WEIGHTS)
             state["weights"] = identity.of_file(partial / WEIGHTS)
             if average:
@@ -181,8 +181,14 @@ def remove_old(run: TrainingRun, best: Validated | None = None) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _trained_stage(run: TrainingRun, step: int, measured: Mapping[str, float]) -> TrainedStage:
-    """What a model card says of the run's first `step` steps."""
+def trained_stage(
+    run: TrainingRun, step: int, measured: Mapping[str, float] | None = None
+) -> TrainedStage:
+    """What a model card says of the run's first `step` steps.
+
+    Args:
+        measured: the loss on held-out records.
+    """
     settings = run.settings
     stage = {
         "stage": run.stage.name,

@@ -14,7 +14,7 @@ from ...cat_core import weights
 from ...cat_core.config import ArchitectureError, check_heads, heads_of, sizes, unet_blocks
 from ...cat_core.features import VisualPrompt
 from ...cat_core.models.folded import FoldedRefAdapter
-from ...cat_core.weights import Checkpoint, WeightsError
+from ...cat_core.weights import Checkpoint, WeightsError, trained_stages
 from . import symbols
 from .cat_model import CatModel, require_part
 from .model_files import read_path
@@ -32,6 +32,7 @@ def build_cat_model(file: Checkpoint) -> CatModel:
         sem_inpainter=_sem_inpainter(file) if "sem_inpainter" in file.parts else None,
         ref_adapter=_ref_adapter(file) if "ref_adapter" in file.parts else None,
         knowledge=file.knowledge,
+        trained=trained_stages.of_header(file.metadata),
     )
 
 

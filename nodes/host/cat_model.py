@@ -1,5 +1,6 @@
 """What travels on a CAT_MODEL wire."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import comfy.model_patcher
@@ -9,6 +10,7 @@ from ...cat_core import weights
 from ...cat_core.config import Architecture, SemInpainterConfig
 from ...cat_core.knowledge import Knowledge
 from ...cat_core.models.sem_inpainter import SemInpainterOutput
+from ...cat_core.weights.trained_stages import TrainedStage
 from . import symbols
 from .memory import BATCH, chunks
 
@@ -22,6 +24,7 @@ class CatModel:
     sem_inpainter: comfy.model_patcher.ModelPatcher | None = None
     ref_adapter: comfy.model_patcher.ModelPatcher | None = None
     knowledge: Knowledge = field(default_factory=Knowledge)
+    trained: Sequence[TrainedStage] = ()  # what the file says of its training
 
     def __str__(self):
         parts = [part for part in ("sem_inpainter", "ref_adapter") if getattr(self, part)]

@@ -22,6 +22,7 @@ from cat_diffusion.cat_core.training.batches import Batches
 from cat_diffusion.cat_core.training.settings import Settings, TrainingRun
 from cat_diffusion.cat_core.training.stages import STAGES
 from cat_diffusion.cat_core.training.stores import FreshSamples, KeptSamples
+from cat_diffusion.cat_core.weights import trained_stages
 from cat_diffusion.nodes.folder_training import examples, own_accelerate
 from cat_diffusion.nodes.host import encoders as encoders_module
 from cat_diffusion.nodes.host import model_files
@@ -184,6 +185,10 @@ def test_sem_inpainter_is_what_the_loop_makes_and_learns(sem, direct, place):
     assert file.metadata["license"] == "CC0"
     provenance = "trained in ComfyUI on folder things; stage sem-inpainter, 6 steps"
     assert file.metadata["provenance"] == provenance
+    (stage,) = trained_stages.of_header(file.metadata)
+    assert (stage["stage"], stage["steps"], stage["samples"]) == ("sem-inpainter", 6, 24)
+    assert stage["data"]["manifests"] == ["things"]
+    assert cat_model.trained == [stage]
     assert plot.shape == (1, 2 * plots.HALF, 640, 3)
     assert 0.5 < plot.mean() < 1
     assert plot.std() > 0.05
@@ -248,6 +253,13 @@ def test_a_run_goes_on_from_a_cat_model_and_keeps_its_other_part(sem, models, pl
     assert "from tiny.safetensors" in file.metadata["provenance"]
     for part, module in parts.items():
         assert equal(module.state_dict(), before[part])
+
+
+def test_the_file_tells_of_the_runs_before(sem, place):
+    cat_model, _ = sem(steps=2)
+    sem(cat_model=cat_model, steps=1)
+    file = model_files.read_path(place / "models/sem_00002_.safetensors")
+    assert [stage["steps"] for stage in trained_stages.of_header(file.metadata)] == [2, 1]
 
 
 @pytest.mark.once
