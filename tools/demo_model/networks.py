@@ -84,8 +84,9 @@ PHOTOGRAPHS = Sizes(
     heads=4,
     vae_channels=32,
     vae_multipliers=(1, 1, 2, 4),
-    unet_channels=32,
-    unet_multipliers=(1, 3, 6),
+    # Its norms have 32 groups: of 32 channels each would lose its own mean, and with it the colour.
+    unet_channels=96,
+    unet_multipliers=(1, 1, 2),
     unet_transformers=(0, 1, 1),
 )
 
