@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from cat_diffusion.cat_core.data import manifest
 from cat_diffusion.cat_core.training.settings import Settings
 from cat_diffusion.cat_core.training.stages import STAGES
-from training import cost_plan, counts, presets, stage_run
+from training import cost_plan, counts, presets, stage_parts, stage_run
 
 pytest.importorskip("accelerate")
 
@@ -95,11 +95,11 @@ def test_seconds_follow_from_parts_and_from_data():
 
 
 def test_bytes_and_operations_are_counted(tiny, tiny_file):
-    file = stage_run.load([tiny_file], diffusion=True)
+    file = stage_parts.load([tiny_file], diffusion=True)
     stage = STAGES["ref-adapter"]
     one = counts.counted(stage, file, 1, size=64)
     four = counts.counted(stage, file, 4, size=64)
-    modules, objective = stage_run.build(stage, file)
+    modules, objective = stage_parts.build(stage, file)
     assert one.trained == sum(p.numel() for p in modules["ref_adapter"].parameters())
     assert one.trained + one.frozen == sum(p.numel() for p in objective.parameters())
     assert one.flop == four.flop > 0
@@ -161,7 +161,7 @@ def test_what_does_not_fit_is_followed_by_what_to_change(tiny_file, data, tmp_pa
     settings = Settings(micro_batch_size=4, batch_size=8)
     described = stage_run.StageRun(STAGES["unet"], [tiny_file], data, tmp_path, settings, size=64)
     taken = dataclasses.replace(
-        counts.counted(described.stage, stage_run.load([tiny_file], True), 4, size=64), step=30e9
+        counts.counted(described.stage, stage_parts.load([tiny_file], True), 4, size=64), step=30e9
     )
     text = "\n".join(cost_plan.memory_rows(described, taken, measured(memory=24e9), ""))
     assert "more than 24.0 GB" in text

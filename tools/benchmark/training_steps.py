@@ -17,7 +17,7 @@ from cat_diffusion.cat_core.training.encoding import Preparation
 from cat_diffusion.cat_core.training.settings import Settings, TrainingRun
 from cat_diffusion.cat_core.training.stages import STAGES
 from comfyui import ROOT
-from training import stage_run
+from training import stage_parts
 
 from . import training_samples
 from .rows import Row, rows_in_turn
@@ -70,9 +70,9 @@ def _steps(
     """Each step but the first, which warms up; worker processes prepare the samples."""
     stage = STAGES[name]
     settings = Settings(steps=count, batch_size=1, micro_batch_size=1)
-    file = stage_run.load([arguments.checkpoint], stage.diffusion)
-    modules, objective = stage_run.build(stage, file, checkpointing=True)
-    encoders, store = stage_run.encoded_samples(
+    file = stage_parts.load([arguments.checkpoint], stage.diffusion)
+    modules, objective = stage_parts.build(stage, file, checkpointing=True)
+    encoders, store = stage_parts.encoded_samples(
         file,
         stage.objective,
         folder / "manifest.jsonl",
@@ -80,7 +80,7 @@ def _steps(
         cache=cache,
         how=Preparation(stage.objective, reads=stage.reads),
     )
-    batches = stage_run.batches_for(stage, encoders, store, settings, default_workers())
+    batches = stage_parts.batches_for(stage, encoders, store, settings, default_workers())
     steps = []
 
     def on_step(step, figures):

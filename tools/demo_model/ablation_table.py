@@ -43,7 +43,7 @@ from demo_model.ablation_rows import (
 from evaluation import comparison
 from evaluation.feature_networks import HostClip
 from evaluation.picture_bar import picture_bar
-from training import stage_run
+from training import stage_parts
 
 RESAMPLES = 1000
 FID_RESAMPLES = 100
@@ -194,7 +194,7 @@ def probe(manifest: Path, work: Path, shorter: int) -> dict[str, float]:
     Noise and holes are the same each time, and the U-Net's text stays the object's name throughout.
     """
     file = weights.read(checkpoint(WITH_SEM_INPAINTER, work))
-    encoders, store = stage_run.encoded_samples(
+    encoders, store = stage_parts.encoded_samples(
         file, "diffusion", manifest, split="test", size=networks.SIZE
     )
     modules = start.trainable_parts(file.architecture, file.parts, 0)

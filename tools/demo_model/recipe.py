@@ -36,7 +36,7 @@ from demo_model.demo_stages import (
     train_stage,
     write_parts,
 )
-from training import stage_run
+from training import stage_parts
 
 LOG_EVERY = 10  # steps between the lines of the log that is kept
 SCENES = 10_000
@@ -225,8 +225,8 @@ def _pretrain(
 def _encode(arguments) -> None:
     """What the frozen networks make of the scenes, for all of CAT-Diffusion's own stages."""
     bases = _weights(arguments.work, ("start", "clip", "vae"))
-    stage_run.encoded_samples(
-        stage_run.load(bases, True),
+    stage_parts.encoded_samples(
+        stage_parts.load(bases, True),
         "diffusion",
         arguments.work / "scenes/manifest.jsonl",
         size=networks.SIZE,

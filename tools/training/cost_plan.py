@@ -22,7 +22,7 @@ from cat_diffusion.cat_core.training.encoding import stack
 from cat_diffusion.cat_core.training.settings import Settings, TrainingError, TrainingRun
 from cat_diffusion.cat_core.training.shards import ShardedSamples
 
-from . import stage_run
+from . import stage_parts, stage_run
 from .counts import StageCounts, counted
 from .presets import PRESETS, RESERVE, peak_of
 from .stage_run import StageRun
@@ -145,8 +145,8 @@ def _measured(
 ) -> MeasuredSteps:
     """`measure`, with a folder for the cache."""
     stage = described.stage
-    file = stage_run.load(described.base, stage.diffusion)
-    modules, objective = stage_run.build(
+    file = stage_parts.load(described.base, stage.diffusion)
+    modules, objective = stage_parts.build(
         stage,
         file,
         settings.seed,
@@ -156,7 +156,7 @@ def _measured(
         snr_gamma=settings.snr_gamma,
     )
     start = time.monotonic()
-    encoders, store = stage_run.encoded_samples(
+    encoders, store = stage_parts.encoded_samples(
         file,
         stage.objective,
         described.data,
@@ -178,7 +178,7 @@ def _measured(
     if workers is None:
         workers = default_workers()
     prepared = _prepared_a_second(
-        stage_run.batches_for(stage, encoders, store, settings, workers), settings
+        stage_parts.batches_for(stage, encoders, store, settings, workers), settings
     )
     if is_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -192,7 +192,7 @@ def _measured(
             save_every=1,
             report_to="",
         )
-        batches = stage_run.batches_for(stage, encoders, store, few, workers)
+        batches = stage_parts.batches_for(stage, encoders, store, few, workers)
         figures = _steps(TrainingRun(stage, modules, objective, few), batches, described.cpu)
         seconds[parts] = statistics.median(few.batch_size / rate for rate, _ in figures)
         waiting += [share for _, share in figures]
@@ -250,7 +250,7 @@ def seconds_a_step(measured: MeasuredSteps, settings: Settings, cards: int = 1) 
 
 
 def _counts(described: StageRun) -> StageCounts:
-    file = stage_run.load(described.base, described.stage.diffusion)
+    file = stage_parts.load(described.base, described.stage.diffusion)
     return counted(
         described.stage,
         file,

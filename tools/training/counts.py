@@ -18,7 +18,7 @@ from cat_diffusion.cat_core.training.settings import Settings
 from cat_diffusion.cat_core.training.stages import Stage
 from cat_diffusion.cat_core.weights import Checkpoint
 
-from . import stage_run
+from . import stage_parts
 
 PATCHES = 256  # of CLIP, whose pictures have 224 pixels and patches 14
 TOKENS = 77  # of a text
@@ -66,7 +66,7 @@ def counted(
     size: int = 512,
     masked: bool = False,
     checkpointing: bool = False,
-    lora_rank: int = stage_run.LORA_RANK,
+    lora_rank: int = stage_parts.LORA_RANK,
 ) -> StageCounts:
     """Count a stage that starts from a file; of its tensors only the shapes are looked at.
 
@@ -77,7 +77,7 @@ def counted(
 
     def build() -> nn.Module:
         empty = dataclasses.replace(file, parts=_shapes(file))
-        built, objective = stage_run.build(
+        built, objective = stage_parts.build(
             stage, empty, masked=masked, checkpointing=checkpointing, lora_rank=lora_rank
         )
         for part, module in built.items():
@@ -100,7 +100,7 @@ def counted(
         flop=float(counter.get_total_flops()),
         trained=trained,
         frozen=sum(p.numel() for p in objective.parameters()) - trained,
-        encoders=_bytes(file, stage_run.frozen_parts(stage.objective)),
+        encoders=_bytes(file, stage_parts.frozen_parts(stage.objective)),
         step=live.peak,
     )
 

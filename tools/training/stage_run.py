@@ -1,50 +1,35 @@
 """One stage of training, as tools/train.py runs it: load, build, encode, train."""
 
-import dataclasses
 import gc
 import json
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
-from tqdm import tqdm
 
-from cat_diffusion.cat_core import weights
-from cat_diffusion.cat_core.config import (
-    HEAD_WIDTH,
-    RefAdapterConfig,
-    SemInpainterConfig,
-)
 from cat_diffusion.cat_core.data.manifest_records import ManifestRecords
 from cat_diffusion.cat_core.errors import CatError
 from cat_diffusion.cat_core.files import require_writable
-from cat_diffusion.cat_core.training import checkpoints, identity, loop, start, trackers
-from cat_diffusion.cat_core.training.assemble import assemble
-from cat_diffusion.cat_core.training.batches import Batches, default_workers
+from cat_diffusion.cat_core.training import checkpoints, identity, loop, trackers
+from cat_diffusion.cat_core.training.batches import default_workers
 from cat_diffusion.cat_core.training.encoding import Preparation
 from cat_diffusion.cat_core.training.mixture import Mixture
 from cat_diffusion.cat_core.training.settings import Settings, TrainingError, TrainingRun
-from cat_diffusion.cat_core.training.shards import Alone, Processes, ShardedSamples
+from cat_diffusion.cat_core.training.shards import ShardedSamples
 from cat_diffusion.cat_core.training.stages import STAGES, Stage
-from cat_diffusion.cat_core.training.stores import FreshSamples, SampleStore
+from cat_diffusion.cat_core.training.stores import FreshSamples
 from cat_diffusion.cat_core.training.validation import Validation, validation_batches
 from cat_diffusion.cat_core.weights import Checkpoint, trained_stages
 from cat_diffusion.nodes.host import memory
-from cat_diffusion.nodes.host.build import build_clip, build_clip_vision, build_unet, build_vae
-from cat_diffusion.nodes.host.denoiser import Denoiser, trainable_unet
 from cat_diffusion.nodes.host.encoders import HostEncoders
-from cat_diffusion.nodes.host.unet import vae_cell
 
-from . import presets
+from . import presets, stage_parts
 from .sample_pictures import SamplePictures
 
 OFFICIAL_CAPTION_SHARE = 0.2
-LORA_RANK = 16  # what people give LoRAs of an SD 1.5
 
 
 @dataclass(frozen=True)
@@ -66,7 +51,7 @@ class StageRun:
     weights: Sequence[float] | None = None  # of all manifests; None: each record weighs the same
     masked: bool = False  # the paper's loss for SemInpainter instead of the official code's
     checkpointing: bool = False  # compute activations again
-    lora_rank: int = LORA_RANK  # of the U-Net's LoRA, where the stage trains one
+    lora_rank: int = stage_parts.LORA_RANK  # of the U-Net's LoRA, where the stage trains one
     validate_every: int = 0  # steps between validations; 0 = never
     validation_split: str = "validation"  # of the manifest
     validation_samples: int = 64
@@ -199,10 +184,10 @@ def run(described: StageRun) -> Path | None:
     _require_own_device(processes)
     records = described.records(described.split)
     mixture = Mixture(records.lengths, described.settings.seed, described.weights)
-    file = load(described.base, stage.diffusion)
+    file = stage_parts.load(described.base, stage.diffusion)
     if "unet_lora" in file.parts and stage.diffusion and "unet_lora" not in stage.parts:
         print(f"The LoRA of the files is left out: {stage.name} takes the U-Net without it.")
-    modules, objective = build(
+    modules, objective = stage_parts.build(
         stage,
         file,
         described.settings.seed,
@@ -225,7 +210,7 @@ def run(described: StageRun) -> Path | None:
         earlier=trained_stages.of_parts(trained_stages.of_header(file.metadata), stage.parts),
     )
     checkpoints.refuse_another_run(training)
-    encoders, store = encoded_samples(
+    encoders, store = stage_parts.encoded_samples(
         file,
         stage.objective,
         described.data,
@@ -240,7 +225,7 @@ def run(described: StageRun) -> Path | None:
     workers = described.workers
     if workers is None:
         workers = default_workers(processes_of_this_machine())
-    batches = batches_for(stage, encoders, store, described.settings, workers, mixture)
+    batches = stage_parts.batches_for(stage, encoders, store, described.settings, workers, mixture)
     pictures = None
     if described.samples_every:
         pictures = SamplePictures(
@@ -322,7 +307,7 @@ def identity_of(
     know the files that they were made of.
     """
     stage = described.stage
-    parts = [*frozen_parts(stage.objective), *stage.parts]
+    parts = [*stage_parts.frozen_parts(stage.objective), *stage.parts]
     if stage.diffusion:
         parts.append("unet")
     if stage.prompt:
@@ -345,14 +330,6 @@ def identity_of(
     if described.cache is None:
         facts |= identity.of_sizes(records, records.folder)
     return facts
-
-
-def frozen_parts(objective: str) -> list[str]:
-    """The parts that encode samples for an objective."""
-    parts = ["clip_text", "clip_vision"]
-    if objective == "diffusion":
-        parts.append("vae")
-    return parts
 
 
 def _require_all_it_takes(described: StageRun, processes: int) -> None:
@@ -400,142 +377,3 @@ def processes_of_this_machine() -> int:
 def _is_same(one: torch.device, other: torch.device) -> bool:
     """Whether two names mean one device; without a number it is the first."""
     return one.type == other.type and (one.index or 0) == (other.index or 0)
-
-
-def load(paths: Sequence[Path], diffusion: bool) -> Checkpoint:
-    """Everything that a stage starts from; the CAT parts that the files lack are described."""
-    files = [weights.read(path) for path in paths]
-    file = weights.merge(files)
-    stages = []
-    for part_file in files:
-        stages += trained_stages.of_header(part_file.metadata)
-    metadata = {**file.metadata, **trained_stages.header(stages)}
-    needed = ["clip_text", "clip_vision"]
-    if diffusion:
-        needed += ["unet", "vae"]
-    file.require(*needed)
-    architecture = file.architecture
-    if architecture.sem_inpainter is None:
-        config = _sem_inpainter_config(file)
-        architecture = dataclasses.replace(architecture, sem_inpainter=config)
-    if architecture.ref_adapter is None and "unet" in file.parts:
-        config = _ref_adapter_config(file)
-        architecture = dataclasses.replace(architecture, ref_adapter=config)
-    return dataclasses.replace(file, architecture=architecture, metadata=metadata)
-
-
-def build(
-    stage: Stage,
-    file: Checkpoint,
-    seed: int = 0,
-    *,
-    masked: bool = False,
-    checkpointing: bool = False,
-    snr_gamma: float = 0.0,
-    lora_rank: int = LORA_RANK,
-) -> tuple[dict[str, nn.Module], nn.Module]:
-    """The modules that a stage has a use for, by part, and its objective over them."""
-    modules = start.trainable_parts(file.architecture, file.parts, seed)
-    denoiser = partial(Denoiser, checkpointing=checkpointing)
-    if stage.diffusion:
-        modules["unet"] = trainable_unet(file)
-    if "unet_lora" in stage.parts:
-        lora = start.unet_lora(file.parts, lora_rank, seed)
-        lora.attach(modules["unet"])
-        modules["unet_lora"] = lora
-        denoiser = partial(denoiser, unet_lora=lora)
-    return modules, assemble(stage, modules, denoiser, masked=masked, snr_gamma=snr_gamma)
-
-
-def encoded_samples(
-    file: Checkpoint,
-    objective: str,
-    data: Path,
-    *,
-    split: str = "train",
-    size: int = 512,
-    cache: Path | None = None,
-    processes: Processes | None = None,
-    how: Preparation | None = None,
-    records: ManifestRecords | None = None,
-    most: int | None = None,
-) -> tuple[HostEncoders, SampleStore]:
-    """The frozen networks, and the samples that they encode; a cache is filled first.
-
-    Args:
-        processes: those of the run, which fill the cache together; None means this one alone.
-        how: pictures, flip and captions; None squashes pictures.
-        records: those of `data`, where they have been read.
-        most: no more than so many records; None means all.
-    """
-    how = how or Preparation()
-    records = records or ManifestRecords([data], split)
-    vae = None
-    unet = None
-    cell = 8
-    with torch.inference_mode():
-        clip = build_clip(file)
-        vision = build_clip_vision(file)
-        if objective == "diffusion":
-            vae = build_vae(file)
-            unet = build_unet(file)
-            cell = vae_cell(vae)
-    encoders = HostEncoders(vision, clip, vae, unet)
-    fresh = FreshSamples(
-        records if most is None else records[:most],
-        records.folder,
-        encoders,
-        objective=objective,
-        size=size,
-        cell=cell,
-        pictures=how.pictures,
-        flip=how.flip,
-        caption_share=how.caption_share,
-        reads=how.reads,
-    )
-    if cache is None:
-        return encoders, fresh
-    store = ShardedSamples(cache, fresh, identity.of_parts(file, frozen_parts(objective)))
-    share = len(store.share(processes or Alone()))
-    with torch.inference_mode(), tqdm(total=share, desc="Encoding", unit="shard") as bar:
-        store.fill(on_shard=bar.update, processes=processes)
-    return encoders, store
-
-
-def batches_for(
-    stage: Stage,
-    encoders: HostEncoders,
-    store: SampleStore,
-    settings: Settings,
-    workers: int = 0,
-    mixture: Mixture | None = None,
-) -> Batches:
-    """A run's batches, with the empty text for the dropped samples of diffusion."""
-    with torch.inference_mode():
-        empty_context = encoders.context([""]) if stage.diffusion else None
-    return Batches(store, settings.batch_size, settings.seed, empty_context, workers, mixture)
-
-
-def _sem_inpainter_config(file: Checkpoint) -> SemInpainterConfig:
-    """A SemInpainter to be made anew, as wide and deep as the file's CLIP vision model."""
-    vision = file.parts["clip_vision"]
-    prefix = "vision_model.encoder.layers."
-    width = _width(vision["vision_model.post_layernorm.weight"])
-    layers = {key.split(".")[3] for key in vision if key.startswith(prefix)}
-    return start.sem_inpainter_config(
-        width=width,
-        layers=len(layers),
-        heads=file.architecture.clip_vision_num_heads or max(width // HEAD_WIDTH, 1),
-        text_size=_width(file.parts["clip_text"]["text_model.final_layer_norm.weight"]),
-    )
-
-
-def _ref_adapter_config(file: Checkpoint) -> RefAdapterConfig:
-    """A RefAdapter to be made anew, with one adapter for each transformer block of the U-Net."""
-    visual_size = _width(file.parts["clip_vision"]["vision_model.post_layernorm.weight"])
-    heads = file.architecture.unet_num_heads
-    return start.ref_adapter_config(file.parts["unet"], heads, visual_size)
-
-
-def _width(norm: torch.Tensor) -> int:
-    return norm.shape[0]
