@@ -5,26 +5,24 @@ batches and noise that it would have seen, however many workers prepare them.
 """
 
 import importlib
-import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ..files import InUseError, locked, remove_leftovers
 from . import checkpoints, trackers
 from .average import MovingAverage
 from .batches import BatchSource, Request, Stream
 from .log import TrainingLog
-from .objectives import Batch, combine
+from .optimisation import Optimisation, freeze_others, new_optimiser
 from .settings import Settings, TrainingError, TrainingRun
 from .validation import Validation, ValidationLog
 
@@ -73,8 +71,8 @@ def _train(
 ) -> Path | None:
     """`train`, where nobody else trains in the folder."""
     settings = run.settings
-    _freeze_others(run)
-    optimiser = _optimiser(run, accelerator.device)
+    freeze_others(run)
+    optimiser = new_optimiser(run, accelerator.device)
     average = None
     if settings.ema_decay and accelerator.is_main_process:
         average = MovingAverage(run.modules, run.stage.parts, settings.ema_decay)
@@ -83,7 +81,7 @@ def _train(
     model, prepared = accelerator.prepare(run.objective, optimiser)
     requests = _Requests(settings, first, accelerator.num_processes, accelerator.process_index)
     batches = Stream(source, requests, accelerator.device)
-    optimisation = _Optimisation(run, accelerator, model, prepared)
+    optimisation = Optimisation(run, accelerator, model, prepared)
     if accelerator.scaler is not None and resumed.scaler:
         accelerator.scaler.load_state_dict(resumed.scaler)
     log = None
@@ -198,13 +196,6 @@ def process_state(cpu: bool):
     return PartialState(cpu=cpu, timeout=PATIENCE) if together else PartialState(cpu=cpu)
 
 
-def rate_share(step: int, settings: Settings) -> float:
-    """Share of the stage's rates: a linear rise, times a cosine from 1 to `final_rate`."""
-    rise = min(1.0, (step + 1) / max(settings.warmup, 1))
-    decay = (1 + math.cos(math.pi * step / settings.steps)) / 2
-    return rise * (settings.final_rate + (1 - settings.final_rate) * decay)
-
-
 @dataclass(frozen=True)
 class _Requests:
     """What one process asks of the batch source in the steps of a run."""
@@ -225,91 +216,6 @@ class _Requests:
         first = self.process_index * share
         starts = range(first, first + share, micro)
         return [(step, range(start, start + micro)) for start in starts]
-
-
-class _Optimisation:
-    """Steps of the optimiser, each over a global batch, however it is split."""
-
-    def __init__(self, run: TrainingRun, accelerator, model: nn.Module, optimiser):
-        self.objective = run.objective
-        self.settings = run.settings
-        self.accelerator = accelerator
-        self.model = model  # the objective, as accelerate wraps it
-        self.optimiser = optimiser
-        self.skipped = 0  # steps of this process's life whose gradients were no numbers
-        self.skipped_in_a_row = 0
-
-    def step(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
-        """One step over this process's share of the global batch.
-
-        Returns the global batch's loss, terms and watched means.
-        """
-        totals = self._total_weights(batches)
-        sums: dict[str, torch.Tensor] = {}
-        counts: dict[str, torch.Tensor] = {}  # of the rows behind a watched mean
-        for number, batch in enumerate(batches, 1):
-            # Processes exchange gradients once a step, with those of the last part.
-            is_last = number == len(batches)
-            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                self._accumulate(batch, totals, sums, counts)
-        figures = self._reduced(sums)
-        for name, count in self._reduced(counts).items():
-            figures[name] /= max(count, 1)
-        figures["grad_norm"] = self._clip()
-        self._update(step, figures)
-        figures["skipped"] = self.skipped
-        return figures
-
-    def _clip(self) -> float:
-        """The length of all gradients together, which are shortened where that is asked for."""
-        parameters = []
-        for group in self.optimiser.param_groups:
-            parameters += group["params"]
-        longest = self.settings.max_grad_norm or math.inf
-        return float(self.accelerator.clip_grad_norm_(parameters, longest))
-
-    def _update(self, step: int, figures: Mapping[str, float]) -> None:
-        """Let the optimiser step, unless there is nothing to learn from."""
-        is_finite = math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])
-        for group in self.optimiser.param_groups:
-            group["lr"] = group["rate"] * rate_share(step, self.settings)
-        # fp16's scaler skips by itself, and learns from it which scale numbers bear.
-        if is_finite or self.accelerator.scaler is not None:
-            self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-        self.skipped += not is_finite
-        self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
-
-    def _total_weights(self, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
-        """The weights of each term, summed over the global batch."""
-        totals: dict[str, torch.Tensor] = {}
-        for batch in batches:
-            for name, weight in self.objective.weights(batch).items():
-                _add(totals, name, weight.sum().to(self.accelerator.device))
-        return {name: self.accelerator.reduce(total) for name, total in totals.items()}
-
-    def _accumulate(self, batch: Batch, totals, sums, counts) -> None:
-        """Add a part's gradients to the parameters', its figures to `sums` and `counts`."""
-        batch = {key: value.to(self.accelerator.device) for key, value in batch.items()}
-        with self.accelerator.autocast():
-            terms, watched = self.model(batch)
-        loss = combine(self.objective, terms, totals)
-        # Processes' gradients are averaged, their losses are summed.
-        self.accelerator.backward(loss * self.accelerator.num_processes)
-        _add(sums, "loss", loss)
-        for name, value in terms.items():
-            _add(sums, name, value.sum() / (totals[name] + self.objective.extra[name]))
-        for name, value in watched.items():  # NaN in rows without a mask: nothing to watch
-            _add(sums, name, value.nansum())
-            _add(counts, name, (~value.isnan()).sum())
-
-    def _reduced(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Sums over all processes."""
-        return {name: self.accelerator.reduce(value).item() for name, value in sums.items()}
-
-
-def _add(sums: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
-    sums[name] = sums.get(name, 0) + value.detach().float()
 
 
 def _accelerator(run: TrainingRun, cpu: bool):
@@ -357,7 +263,7 @@ def check_batch_size(settings: Settings, processes: int = 1) -> None:
 
 
 def _check_progress(
-    run: TrainingRun, step: int, figures: Mapping[str, float], optimisation: _Optimisation
+    run: TrainingRun, step: int, figures: Mapping[str, float], optimisation: Optimisation
 ) -> None:
     """Raise TrainingError where too many steps in a row had to be skipped, or the last ones."""
     in_a_row = optimisation.skipped_in_a_row
@@ -371,37 +277,6 @@ def _check_progress(
             f"checkpoint is {checkpoints.newest_name(run.folder)}. Lower the rates, warm up "
             "longer, clip gradients, or use bf16 instead of fp16."
         )
-
-
-def _freeze_others(run: TrainingRun) -> None:
-    """Let the stage's parts learn, and no others."""
-    for part, module in run.modules.items():
-        learns = part in run.stage.parts
-        module.requires_grad_(learns).train(learns)
-
-
-def _optimiser(run: TrainingRun, device: torch.device) -> torch.optim.Optimizer:
-    groups = []
-    for part, rate in run.stage.rates:
-        parameters = list(run.modules[part].parameters())
-        groups.append({"params": parameters, "lr": rate, "rate": rate})
-    decay = run.settings.weight_decay
-    if run.settings.use_8bit_adam:
-        return _bitsandbytes().optim.AdamW8bit(groups, weight_decay=decay)
-    # One kernel for all, without the copies that PyTorch's other ways make of all weights.
-    fused = True if device.type == "cuda" else None
-    return torch.optim.AdamW(groups, weight_decay=decay, fused=fused)
-
-
-def _bitsandbytes():
-    try:
-        return importlib.import_module("bitsandbytes")
-    except ImportError as error:
-        raise TrainingError(
-            f"AdamW in 8 bits needs bitsandbytes, which cannot be imported ({error}). Install it "
-            f'with: "{sys.executable}" -m pip install bitsandbytes; or train without '
-            "--use-8bit-adam."
-        ) from error
 
 
 class _Interrupt:

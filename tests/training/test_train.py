@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 from cat_diffusion.cat_core import weights
 from cat_diffusion.cat_core.data import manifest
-from cat_diffusion.cat_core.training.loop import rate_share
+from cat_diffusion.cat_core.training.optimisation import rate_share
 from cat_diffusion.cat_core.training.settings import Settings
 
 pytest.importorskip("accelerate")

@@ -107,7 +107,7 @@ SCENES = {
 }
 
 
-class World:
+class Sources:
     """Things and photographs of a folder that `world_sources` filled."""
 
     def __init__(self, folder: Path):
@@ -183,14 +183,14 @@ def _star(box: tuple[int, int, int, int]) -> list[tuple[float, float]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--world", type=Path, required=True, help="folder of things, photographs")
-    world = World(parser.parse_args().world)
+    sources = Sources(parser.parse_args().world)
     made, hole = DEMO_PHOTO
     folder = ROOT / "web/photographs/temple"
     folder.mkdir(parents=True, exist_ok=True)
-    world.picture(made).save(folder / "photo.jpg", quality=90, subsampling=0)
+    sources.picture(made).save(folder / "photo.jpg", quality=90, subsampling=0)
     mask(hole, made.size).save(folder / "mask.png", optimize=True)
     for name, (made, hole) in SCENES.items():
-        scene = world.picture(made)
+        scene = sources.picture(made)
         scene.putalpha(ImageOps.invert(mask(hole, made.size)))
         scene.save(ROOT / f"web/scenes/{name}.png", optimize=True)
     return 0
