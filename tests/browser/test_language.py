@@ -65,3 +65,31 @@ def test_the_open_note_is_in_the_pages_language(canvas, renderer, locale, word):
         assert (word in text) is not is_collapsed
     canvas.until("(text) => document.body.innerText.includes(text)", word)
     canvas.screenshot(f"note_{renderer}_{locale}")
+
+
+WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+SAME = {"SD 1.5", "ControlNet"}  # in both languages
+
+
+def test_titles_are_in_the_pages_language_and_come_back(canvas):
+    canvas.speak("zh")
+    in_chinese = {}
+    for name in WORKFLOWS:
+        workflow = json.loads((ROOT / f"workflows/{name}.json").read_text("utf-8"))
+        canvas.drop(name, workflow)
+        in_chinese[name] = canvas.run("() => app.graph.serialize()")
+        assert not own_titles(workflow) & own_titles(in_chinese[name])
+    canvas.screenshot("titles_zh")
+    canvas.speak("en")
+    for name in WORKFLOWS:
+        workflow = json.loads((ROOT / f"workflows/{name}.json").read_text("utf-8"))
+        canvas.drop(name, in_chinese[name])
+        assert own_titles(workflow) <= own_titles(canvas.run("() => app.graph.serialize()"))
+
+
+def own_titles(workflow):
+    """The titles of a workflow's groups and nodes that are not the same in both languages."""
+    titles = {group["title"] for group in workflow["groups"]}
+    titles |= {node["title"] for node in workflow["nodes"] if node.get("title")}
+    notes = {node["title"] for node in workflow["nodes"] if node["type"] == "MarkdownNote"}
+    return titles - notes - SAME
