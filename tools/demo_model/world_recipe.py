@@ -68,6 +68,9 @@ def _pretraining(name: str, *parts: str) -> Stage:
     return Stage(name, "pretraining", tuple((part, NEW) for part in parts))
 
 
+# So that every timestep's prediction of the picture, and not of the noise, counts about alike: what
+# is drawn is decided where noise is all there is, and an error there is small as one of the noise.
+SNR_GAMMA = 0.05
 # The U-Net has seen too little to be called pretrained: it learns as fast as RefAdapter.
 _WITH_UNET = dataclasses.replace(
     STAGES["ref-adapter-unet"], rates=(("ref_adapter", NEW), ("unet", NEW))
@@ -75,16 +78,18 @@ _WITH_UNET = dataclasses.replace(
 PLANS = {
     "clip": StagePlan(_pretraining("clip", "clip_text", "clip_vision"), 4000, 128, 1e-3),
     "vae": StagePlan(_pretraining("vae", "vae"), 5000, 64, 1e-3),
-    "unet": StagePlan(STAGES["unet"], 5000, 128, 1e-3, snr_gamma=1.0, ema_decay=0.999),
+    "unet": StagePlan(STAGES["unet"], 5000, 128, 1e-3, snr_gamma=SNR_GAMMA, ema_decay=0.999),
     "sem-inpainter": StagePlan(STAGES["sem-inpainter"], 2500, 128, 1e-3),
-    "ref-adapter-unet": StagePlan(_WITH_UNET, 6000, 128, 1e-3, snr_gamma=1.0, ema_decay=0.999),
-    "cascade": StagePlan(STAGES["cascade"], 3000, 128, 2e-3, snr_gamma=1.0),
+    "ref-adapter-unet": StagePlan(
+        _WITH_UNET, 6000, 128, 1e-3, snr_gamma=SNR_GAMMA, ema_decay=0.999
+    ),
+    "cascade": StagePlan(STAGES["cascade"], 3000, 128, 2e-3, snr_gamma=SNR_GAMMA),
 }
 # What two CPU cores do in hours.
 CPU_PLANS = {
     "clip": dataclasses.replace(PLANS["clip"], steps=1500, batch_size=32),
     "vae": dataclasses.replace(PLANS["vae"], steps=2000, batch_size=8),
-    "unet": dataclasses.replace(PLANS["unet"], steps=6000, batch_size=16),
+    "unet": dataclasses.replace(PLANS["unet"], steps=5000, batch_size=16),
     "sem-inpainter": dataclasses.replace(PLANS["sem-inpainter"], steps=1200, batch_size=32),
     "ref-adapter-unet": dataclasses.replace(PLANS["ref-adapter-unet"], steps=12_000, batch_size=16),
     "cascade": dataclasses.replace(PLANS["cascade"], steps=2000, batch_size=16),
