@@ -39,7 +39,6 @@ TOOLS = {
     "demo_model.random_checkpoint": Tool("write random weights in the official layout"),
     "benchmark.load_once": Tool("load a checkpoint once, and say what it took", gpu=True),
     "release.workflows": Tool("write the example workflows and their thumbnails", ("train",)),
-    "release.demo_photos": Tool("make the pictures that the demo model shows its work on"),
     "release.node_pictures": Tool("draw the pictures of the help pages"),
 }
 

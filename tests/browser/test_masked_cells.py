@@ -151,6 +151,7 @@ def test_looks_through_a_crop(canvas, pictures, kind, size, context):
         {
             "photo": ["LoadImage", {"image": f"{kind}_hole.png"}],
             "crop": ["CATCropAroundMask", {"size": size, "context": context}],
+            "scaled": ["ImageScaleBy", {"scale_by": 2.0}],
             "number": ["PrimitiveInt", {"value": size}],
             "cat": ["CATSemanticInpaint", {}],
         },
@@ -168,6 +169,13 @@ def test_looks_through_a_crop(canvas, pictures, kind, size, context):
     assert whole.count("1") < square.count("1")
     shows(canvas, square, wrong=3)  # the browser scales once where the node scales twice
     canvas.screenshot(f"cells_crop_{kind}")
+    canvas.run("""() => {
+        nodes.photo.connect(0, nodes.scaled, 0);
+        nodes.scaled.connect(0, nodes.crop, 0);
+    }""")
+    shows(canvas, "", "another node")  # of another size, the photo has another square
+    canvas.run("nodes.photo.connect(0, nodes.crop, 0)")
+    shows(canvas, square, wrong=3)
     canvas.run("nodes.number.connect(0, nodes.crop, nodes.crop.findInputSlot('size'))")
     shows(canvas, "", "another node")
 

@@ -34,7 +34,7 @@ from cat_diffusion.nodes.visual_prompt import (
     CATVisualPromptPreview,
 )
 
-pytestmark = [pytest.mark.once, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 NODES = [
     CATLoadCheckpoint,

@@ -3,7 +3,7 @@
     python tools/run.py demo_model.world_recipe --world FOLDER [--work runs/world]
 
 Every stage continues where it was stopped; what is done is not done again. Several processes share
-the work, a core each, when torchrun starts them; they read the pools that --draw has filled.
+the work, a core each, when torchrun starts them; what they read is best filled before, by --draw.
 """
 
 import argparse
@@ -126,7 +126,7 @@ class Recipe:
         generator = torch.Generator().manual_seed(0)
         self.modules = networks.networks(generator, networks.PHOTOGRAPHS)
         self.architecture = networks.architecture(self.modules["unet"], networks.PHOTOGRAPHS)
-        self.start = arguments.start
+        self.start = arguments.pretrained
         if self.start:
             self._start(self.start)
         self.texts, self.empty = self._texts(arguments.world)
@@ -371,7 +371,10 @@ def main() -> int:
         "--set", nargs="*", default=[], metavar="STAGE:STEPS:BATCH", help="a stage's numbers"
     )
     parser.add_argument(
-        "--start", type=Path, metavar="FILE", help="a model to go on from, instead of fresh weights"
+        "--pretrained",
+        type=Path,
+        metavar="FILE",
+        help="a model to go on from, instead of fresh weights",
     )
     parser.add_argument("--compile", action="store_true", help="compile the U-Net, for a GPU")
     parser.add_argument("--threads", type=int, help="CPU threads")

@@ -23,7 +23,7 @@ const CHINESE = {
 };
 
 /** Of groups and nodes in the example workflows. */
-const TITLES = {
+const TITLES = new Map(Object.entries({
     "Model files": "模型文件",
     "1 Photo and mask": "1 照片和遮罩",
     "1 Picture with a hole": "1 有洞的图片",
@@ -80,8 +80,8 @@ const TITLES = {
     "Soft edge": "柔和边缘",
     "What is under its mask (type its name)": "遮罩下的物体（输入名称）",
     "Your checkpoint": "你的 Checkpoint",
-};
-const ENGLISH_TITLES = Object.fromEntries(Object.entries(TITLES).map(([english, chinese]) => [chinese, english]));
+}));
+const ENGLISH_TITLES = new Map([...TITLES].map(([english, chinese]) => [chinese, english]));
 
 const LANGUAGE = "cat-diffusion language"; // a note's property, "en" or "zh"
 
@@ -106,7 +106,7 @@ app.registerExtension({
         if (open && collapsed?.properties[LANGUAGE] === language()) exchange(open, collapsed);
         if (!open) return; // not one of the pack's
         const titles = language() === "zh" ? TITLES : ENGLISH_TITLES;
-        for (const titled of [...app.graph.groups, ...app.graph.nodes]) titled.title = titles[titled.title] ?? titled.title;
+        for (const titled of [...app.graph.groups, ...app.graph.nodes]) titled.title = titles.get(titled.title) ?? titled.title;
     },
 
     nodeCreated(node) {

@@ -65,7 +65,7 @@ function value(node, widget) {
 function cropOf(node) {
     const isLinked = ({ name, link }) => link != null && !["image", "mask"].includes(name);
     if (node.mode !== 0 || node.inputs.some(isLinked)) return undefined;
-    return { id: node.id, size: value(node, "size"), context: value(node, "context") };
+    return { size: value(node, "size"), context: value(node, "context") };
 }
 
 /**
@@ -84,7 +84,8 @@ function behind(node, name) {
             crop = cropOf(node);
             slot = node.inputs.findIndex((input) => input.name === ["image", "mask"][link.origin_slot]);
             if (!crop || slot < 0) return undefined;
-        } else if (!SAME_CELLS.includes(node?.type)) {
+        } else if (crop ? node?.type !== "Reroute" : !SAME_CELLS.includes(node?.type)) {
+            // Scaled before it is cropped, a picture would have another square.
             return node ? { origin: node, crop } : undefined;
         }
     }
@@ -223,7 +224,9 @@ class Grid {
     /** Look at what is behind the inputs; draw again only if it is something else than before. */
     async refresh() {
         this.mount();
-        const [mask, photo] = [file(this.node, "mask"), file(this.node, "image")];
+        const photo = file(this.node, "image");
+        let mask = file(this.node, "mask");
+        if (mask?.crop && !photo?.crop) mask = undefined; // the photo's size decides the square
         const chinese = app.extensionManager.setting.get("Comfy.Locale")?.startsWith("zh");
         const state = JSON.stringify([mask, mask === null, photo, chinese, this.ran]);
         if (state === this.state) return;
