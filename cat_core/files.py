@@ -117,11 +117,16 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
 
 
 def require_writable(folder: Path) -> None:
-    """Raise OSError unless a file can be made in a folder, which is made where it is missing."""
-    probe = folder / "probe"
-    with replacing(probe) as partial:
-        partial.write_text("x")
-    probe.unlink()
+    """Raise OSError unless a file can be made in a folder, which is made where it is missing.
+
+    Several processes may ask at the same time: each makes a file of its own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = _partial(folder / "probe")
+    try:
+        probe.write_text("x", encoding="utf-8")
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def _partial(path: Path) -> Path:

@@ -119,3 +119,28 @@ with files.locked(Path(sys.argv[1])):
 def test_texts_are_utf_8_with_plain_line_ends(tmp_path):
     files.write_text(tmp_path / "x.txt", "猫\n")
     assert (tmp_path / "x.txt").read_bytes() == "猫\n".encode()
+
+
+def test_several_processes_may_ask_whether_a_folder_can_be_written(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from cat_diffusion.cat_core import files
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(1000):
+    files.require_writable(Path(sys.argv[1]))
+"""
+    start = f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import comfyui\n{code}"
+    words = [sys.executable, "-c", start, str(tmp_path / "new")]
+    pipe = subprocess.PIPE
+    asking = [
+        subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(2)
+    ]
+    for process in asking:
+        assert process.stdout.readline() == "ready\n"
+    for process in asking:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert [process.communicate()[1] for process in asking] == ["", ""]
+    assert os.listdir(tmp_path / "new") == []
