@@ -290,6 +290,12 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         "bitsandbytes",
     )
     parser.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="several processes: each keeps a piece of what is trained, of its gradients and of "
+        "AdamW's states, where one GPU is too small for all of cascade; checkpoints are the same",
+    )
+    parser.add_argument(
         "--dynamo-backend",
         default="no",
         metavar="NAME",

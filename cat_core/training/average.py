@@ -1,11 +1,13 @@
 """The moving average of a run's weights, which often gives better pictures than the last ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from ..config import Tensors
+from .fsdp import piece
 
 
 class MovingAverage:
@@ -34,6 +36,23 @@ class MovingAverage:
                 average = self.averages[part][name].to(parameter.device)
                 self.averages[part][name] = average.lerp_(parameter, share)
 
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the modules work with the averages until the block ends."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for part, module in self.modules.items():
+            for name, parameter in module.named_parameters():
+                weights = parameter.detach().clone()
+                parameter.copy_(self.averages[part][name])
+                self.averages[part][name] = weights
+
     def state_dicts(self) -> dict[str, Tensors]:
         """The parts' tensors, with averages in the place of parameters."""
         parts: dict[str, Tensors] = {}
@@ -47,7 +66,8 @@ class MovingAverage:
             saved = parts.get(part, {})
             for name, parameter in module.named_parameters():
                 value = saved.get(name, parameter.detach())
-                self.averages[part][name] = value.to(parameter, copy=True)
+                value = piece(value, parameter)
+                self.averages[part][name] = value.to(parameter.device, parameter.dtype, copy=True)
 
 
 def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ from ..config import Tensors
 from ..files import replacing_folder, write_text
 from ..weights import trained_stages
 from ..weights.trained_stages import TrainedStage
-from . import identity
+from . import fsdp, identity
 from .average import MovingAverage
 from .settings import Settings, TrainingError, TrainingRun
 
@@ -69,6 +69,37 @@ class Resumed:
     scaler: Mapping[str, Any] = field(default_factory=dict)  # fp16's state
     damaged: Mapping[Path, str] = field(default_factory=dict)  # newer checkpoint -> what is wrong
     sentences: Sequence[str] = ()  # that the user should read
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run has learned so far, whole, however its processes share it."""
+
+    parts: Mapping[str, Tensors]
+    optimiser: Mapping[str, Any]  # its state
+    averages: Mapping[str, Tensors] = field(default_factory=dict)  # by part, where there are any
+    decay: float = 0.0  # of the averages
+
+    @classmethod
+    def of(
+        cls,
+        run: TrainingRun,
+        optimiser: torch.optim.Optimizer,
+        average: MovingAverage | None = None,
+        keep: bool = True,
+    ) -> "Trained":
+        """What the processes have now; with FSDP all of them have to ask.
+
+        Args:
+            keep: this process is to write it.
+        """
+        parts = {part: run.modules[part].state_dict() for part in run.stage.parts}
+        return cls(
+            fsdp.whole(parts, keep),
+            fsdp.whole(optimiser.state_dict(), keep),
+            fsdp.whole(average.state_dicts(), keep) if average else {},
+            average.decay if average else 0.0,
+        )
 
 
 class Validated(NamedTuple):
@@ -117,9 +148,8 @@ def read_state(checkpoint: Path, mapped: bool = False) -> dict:
 def write(
     run: TrainingRun,
     step: int,
-    optimiser: torch.optim.Optimizer,
+    trained: Trained,
     scaler,
-    average: MovingAverage | None = None,
     measured: Mapping[str, float] | None = None,
 ) -> None:
     """Write the checkpoint of a run's first `step` steps.
@@ -136,21 +166,19 @@ def write(
         "stage": run.stage.name,
         "settings": asdict(run.settings),
         "identity": _identity(run),
-        "optimiser": optimiser.state_dict(),
+        "optimiser": trained.optimiser,
         "scaler": scaler.state_dict() if scaler else {},
     }
     try:
         with replacing_folder(target) as partial:
-            parts = {part: run.modules[part].state_dict() for part in run.stage.parts}
             provenance = f"{run.provenance}; stage {run.stage.name}, {step} steps"
             stage = trained_stage(run, step, measured or {})
-            _write_weights(run, parts, provenance, stage, partial / WEIGHTS)
+            _write_weights(run, trained.parts, provenance, stage, partial / WEIGHTS)
             state["weights"] = identity.of_file(partial / WEIGHTS)
-            if average:
-                averages = average.state_dicts()
-                note = f"{provenance}, moving average of {average.decay}"
-                stage |= {"moving_average": average.decay}
-                _write_weights(run, averages, note, stage, partial / EMA)
+            if trained.averages:
+                note = f"{provenance}, moving average of {trained.decay}"
+                stage |= {"moving_average": trained.decay}
+                _write_weights(run, trained.averages, note, stage, partial / EMA)
                 state["ema"] = identity.of_file(partial / EMA)
             torch.save(state, partial / STATE)
     # PyTorch says that a disk is full with a RuntimeError.
@@ -269,13 +297,32 @@ def _load(run: TrainingRun, optimiser: torch.optim.Optimizer, parts: dict, state
     """Put a checkpoint into modules and optimiser."""
     try:
         for part in run.stage.parts:
-            run.modules[part].load_state_dict(parts[part])
-        optimiser.load_state_dict(state["optimiser"])
+            module = run.modules[part]
+            current = module.state_dict()
+            own = {}
+            for name, value in parts[part].items():
+                own[name] = fsdp.piece(value, current.get(name, value))
+            module.load_state_dict(own)
+        optimiser.load_state_dict(_own_state(optimiser, state["optimiser"]))
     except (RuntimeError, ValueError, KeyError) as error:
         raise TrainingError(
             f"The checkpoint of step {state['step']} in {run.folder} does not fit the modules that "
             f"are trained ({error}). Give the same --base files, or another folder to start anew."
         ) from error
+
+
+def _own_state(optimiser: torch.optim.Optimizer, state: dict) -> dict:
+    """What this process keeps of an optimiser's whole state."""
+    parameters = []
+    for group in optimiser.param_groups:
+        parameters += group["params"]
+    own: dict[int, dict] = {}
+    for number, values in state["state"].items():
+        own[number] = {}
+        for name, value in values.items():
+            is_tensor = isinstance(value, torch.Tensor)
+            own[number][name] = fsdp.piece(value, parameters[number]) if is_tensor else value
+    return {**state, "state": own}
 
 
 def set_aside(run: TrainingRun, resumed: Resumed) -> None:

@@ -16,9 +16,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..files import InUseError, locked, remove_leftovers
-from . import checkpoints, trackers
+from . import checkpoints, fsdp, trackers
 from .average import MovingAverage
 from .batches import BatchSource, Request, Stream
 from .log import TrainingLog
@@ -44,7 +45,8 @@ def train(
 
     Args:
         cpu: do not use a GPU even if there is one.
-        validation: of the main process, for a run with a folder; None measures nothing.
+        validation: of the main process, with FSDP of all, for a run with a folder; None measures
+            nothing.
         on_step: called in the main process after each step, with the number of steps done and their
             figures; what it raises ends the run between two steps.
     Returns:
@@ -55,6 +57,7 @@ def train(
     """
     accelerator = _accelerator(run, cpu)
     check_batch_size(run.settings, accelerator.num_processes)
+    fsdp.refuse(run.settings, accelerator.num_processes)
     with ExitStack() as stack:
         if run.folder and accelerator.is_main_process:
             stack.enter_context(_own_folder(run.folder))
@@ -71,14 +74,22 @@ def _train(
 ) -> Path | None:
     """`train`, where nobody else trains in the folder."""
     settings = run.settings
+    objective: nn.Module = run.objective  # pyright: ignore - a module besides
     freeze_others(run)
+    if settings.fsdp:
+        fsdp.shard(objective, accelerator)
     optimiser = new_optimiser(run, accelerator.device)
     average = None
-    if settings.ema_decay and accelerator.is_main_process:
+    # With FSDP, of each process's pieces.
+    if settings.ema_decay and (accelerator.is_main_process or settings.fsdp):
         average = MovingAverage(run.modules, run.stage.parts, settings.ema_decay)
     resumed = checkpoints.resume(run, optimiser, average)
     first = resumed.step
-    model, prepared = accelerator.prepare(run.objective, optimiser)
+    if settings.fsdp:
+        model = objective
+        prepared = accelerator.prepare(optimiser)
+    else:
+        model, prepared = accelerator.prepare(objective, optimiser)
     requests = _Requests(settings, first, accelerator.num_processes, accelerator.process_index)
     batches = Stream(source, requests, accelerator.device)
     optimisation = Optimisation(run, accelerator, model, prepared)
@@ -119,19 +130,23 @@ def _train(
             is_best = False
             ends = False
             # Before the checkpoint, so that a run which goes on from it knows what was measured.
-            if validation and judge and validation.is_due(done, settings.steps):
-                measured = validation.measure(done)
-                judge.add(done, measured)
-                _track(accelerator, "validation/", done, measured)
-                is_best = settings.keep_best and judge.is_best
-                ends = judge.is_out_of_patience()
+            if validation and validation.is_due(done, settings.steps):
+                measured = validation.measure(average)
+                if judge:
+                    judge.add(done, measured)
+                    _track(accelerator, "validation/", done, measured)
+                    is_best = settings.keep_best and judge.is_best
+                    ends = judge.is_out_of_patience()
             stops, is_best, ends = _anywhere(accelerator, interrupt.asked, is_best, ends)
             is_due = done % settings.save_every == 0 or done == settings.steps
             if run.folder and is_good and (is_due or stops or is_best or ends):
                 accelerator.wait_for_everyone()
-                if accelerator.is_main_process:
+                is_main = accelerator.is_main_process
+                if is_main or settings.fsdp:
+                    trained = checkpoints.Trained.of(run, optimiser, average, keep=is_main)
+                if is_main:
                     last = judge.last if judge else None
-                    checkpoints.write(run, done, optimiser, accelerator.scaler, average, last)
+                    checkpoints.write(run, done, trained, accelerator.scaler, last)
                     best = judge.best() if judge and settings.keep_best else None
                     checkpoints.remove_old(run, best)
                 accelerator.wait_for_everyone()

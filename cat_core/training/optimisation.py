@@ -4,11 +4,12 @@ import importlib
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
+from . import fsdp
 from .objectives import Batch, combine
 from .settings import Settings, TrainingError, TrainingRun
 
@@ -36,7 +37,7 @@ class Optimisation:
         for number, batch in enumerate(batches, 1):
             # Processes exchange gradients once a step, with those of the last part.
             is_last = number == len(batches)
-            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+            with self._exchanging(is_last):
                 self._accumulate(batch, totals, sums, counts)
         figures = self._reduced(sums)
         for name, count in self._reduced(counts).items():
@@ -46,13 +47,20 @@ class Optimisation:
         figures["skipped"] = self.skipped
         return figures
 
+    def _exchanging(self, is_last: bool) -> AbstractContextManager:
+        """The block whose gradients are exchanged, or kept for those that follow."""
+        if fsdp.is_sharded(self.model):
+            self.model.set_requires_gradient_sync(is_last)  # pyright: ignore - FSDP's own
+            return nullcontext()
+        return nullcontext() if is_last else self.accelerator.no_sync(self.model)
+
     def _clip(self) -> float:
         """The length of all gradients together, which are shortened where that is asked for."""
         parameters = []
         for group in self.optimiser.param_groups:
             parameters += group["params"]
         longest = self.settings.max_grad_norm or math.inf
-        return float(self.accelerator.clip_grad_norm_(parameters, longest))
+        return float(fsdp.whole(self.accelerator.clip_grad_norm_(parameters, longest)))
 
     def _update(self, step: int, figures: Mapping[str, float]) -> None:
         """Let the optimiser step, unless there is nothing to learn from."""

@@ -34,6 +34,7 @@ class Settings:
     snr_gamma: float = 0.0  # see objectives.Diffusion; 0 = all timesteps weigh the same
     use_8bit_adam: bool = False  # bitsandbytes' AdamW, with states of a byte
     dynamo_backend: str = "no"  # what torch.compile compiles with, as accelerate names it
+    fsdp: bool = False  # each process keeps a piece of what is trained, see fsdp.py
     precision: str = "no"  # "no" (fp32), "bf16" or "fp16"
     seed: int = 0
     save_every: int = 500

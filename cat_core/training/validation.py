@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 from ..data.manifest import ManifestError
+from . import fsdp
+from .average import MovingAverage
 from .batches import Batches
 from .checkpoints import Validated, path_of
 from .log import FigureTable
@@ -29,11 +31,17 @@ class Validation:
         """Whether to measure after a step of a run whose last step is known."""
         return step == last or step % self.every == 0
 
-    def measure(self, step: int) -> dict[str, float]:
-        """The loss, and what the objective watches, over all batches."""
+    def measure(self, average: MovingAverage | None = None) -> dict[str, float]:
+        """The loss, and what the objective watches, over all batches.
+
+        Args:
+            average: of the weights; its figures come besides, named ema_loss and the like.
+        """
         figures = losses(self.objective, self.batches)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        print(f"\nvalidation after {step} steps: {shown}", flush=True)
+        if average:
+            with average.in_place():
+                averaged = losses(self.objective, self.batches)
+            figures |= {f"ema_{name}": value for name, value in averaged.items()}
         return figures
 
 
@@ -53,12 +61,15 @@ class ValidationLog(FigureTable):
             self._remember(int(row[0]), _figures(self.columns, row))
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
-        """Write what was measured after a step."""
+        """Write and print what was measured after a step."""
         super().add(step, figures)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        print(f"\nvalidation after {step} steps: {shown}", flush=True)
         self._remember(step, figures)
 
     def _remember(self, step: int, figures: Mapping[str, float]) -> None:
-        loss = figures.get("loss", math.nan)
+        # The average is what a run with one is for.
+        loss = figures.get("ema_loss", figures.get("loss", math.nan))
         self.last = {"step": step, **figures}
         self.history.append(Validated(step, loss if math.isfinite(loss) else math.inf))
 
@@ -147,6 +158,7 @@ def losses(objective: torch.nn.Module, batches: Sequence[Batch]) -> dict[str, fl
             watched.setdefault(name, []).append(value)
     for module, training in was_training.items():
         module.training = training
+    fsdp.forget_whole(objective)
     figures = {"loss": loss.item()}
     for name, values in watched.items():
         figures[name] = torch.cat(values).nanmean().item()

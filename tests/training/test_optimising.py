@@ -181,6 +181,18 @@ def test_an_average_begins_with_the_weights_where_none_was_saved(tiny):
     assert not torch.equal(average.state_dicts()["x"]["weight"], module.weight)
 
 
+def test_an_average_takes_the_place_of_the_weights_and_gives_it_back():
+    module = nn.Linear(2, 2)
+    average = MovingAverage({"x": module}, ["x"], 0.5)
+    first = module.weight.detach().clone()
+    module.weight.data += 1
+    with pytest.raises(KeyError), average.in_place():
+        assert torch.equal(module.weight, first)
+        raise KeyError
+    assert torch.equal(module.weight, first + 1)
+    assert torch.equal(average.state_dicts()["x"]["weight"], first)
+
+
 def test_convert_takes_the_average_where_it_is_asked_to(make_run, tmp_path):
     path = train(make_run(ema_decay=0.75, steps=1))
     words = [sys.executable, ROOT / "tools/convert.py", path, "--use-ema"]

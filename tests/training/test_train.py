@@ -3,7 +3,6 @@
 Every stage, interruption, several processes.
 """
 
-import csv
 import dataclasses
 import os
 import signal
@@ -15,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from paths import ROOT
-from PIL import Image, ImageDraw
+from PIL import Image
+from tiny_runs import SQUASHED, command, log_rows, losses, train
 
 from cat_diffusion.cat_core import weights
 from cat_diffusion.cat_core.data import manifest
@@ -26,52 +26,6 @@ pytest.importorskip("accelerate")
 
 SIDE = 256  # pixels of a picture on a sheet
 TITLE = 20  # pixels of the line above a row of pictures
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A manifest of 20 small pictures with masks or boxes, one corrupt and one without a hole."""
-    folder = tmp_path_factory.mktemp("data")
-    records = []
-    for i in range(20):
-        rng = np.random.default_rng(i)
-        picture = Image.fromarray(rng.integers(0, 255, (40, 48, 3), np.uint8)).resize((96, 80))
-        mask = Image.new("L", (96, 80))
-        ImageDraw.Draw(mask).ellipse((10 + i, 10, 40 + i, 50), fill=255)
-        picture.save(folder / f"{i}.png")
-        mask.save(folder / f"{i}_mask.png")
-        where = {"mask": f"{i}_mask.png"} if i % 3 else {"box": (0.1, 0.2, 0.5, 0.7)}
-        records.append(manifest.Record(f"s{i}", f"{i}.png", label=("spoon", "cup")[i % 2], **where))
-    (folder / "7.png").write_bytes((folder / "7.png").read_bytes()[:100])
-    picture.save(folder / "free.png")
-    records.append(manifest.Record("free", "free.png", caption="an empty table"))
-    manifest.write(folder / "manifest.jsonl", records)
-    return folder / "manifest.jsonl"
-
-
-def command(stage, base, data, run, *more):
-    bases = base if isinstance(base, list) else [base]
-    words = [sys.executable, ROOT / "tools/train.py", stage, "--base", *bases]
-    words += ["--data", data, "--run", run, "--cpu", "--size", "64", "--save-every", "2"]
-    words += ["--batch-size", "4", "--micro-batch-size", "2", *more]
-    return list(map(str, words))
-
-
-def train(*arguments, code=0, **kwargs):
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, **kwargs)
-    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-3000:]
-    return done
-
-
-def log_rows(run):
-    with open(run / "log.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def losses(run):
-    rows = log_rows(run)
-    assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
-    return [float(row["loss"]) for row in rows]
 
 
 def names(paths):
@@ -95,9 +49,6 @@ def uninterrupted(tiny_file, data, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "whole"
     train("sem-inpainter", tiny_file, data, run, "--steps", 6)
     return run
-
-
-SQUASHED = ("--pictures", "squash")
 
 
 @pytest.fixture(scope="module")

@@ -139,11 +139,13 @@ class FixedValidation:
         self.measured = []
 
     def is_due(self, step, last):
+        self.step = step
         return step in self.losses
 
-    def measure(self, step):
-        self.measured.append(step)
-        return {"loss": self.losses[step]}
+    def measure(self, average):
+        self.measured.append(self.step)
+        loss = self.losses[self.step]
+        return {"loss": loss, "ema_loss": 1 - loss} if average else {"loss": loss}
 
 
 LOSSES = {1: 0.5, 2: 0.25, 3: float("nan"), 4: 0.75, 5: 0.5, 6: 0.5}
@@ -205,6 +207,12 @@ def test_the_best_checkpoint_stays_beside_the_last_ones(train_plain):
     folder, _, _ = train_plain("plain", keep_best=False)
     assert checkpoints_in(folder) == [6]
     assert not (folder / "best.json").exists()
+
+
+def test_the_average_is_judged_where_there_is_one(train_plain):
+    folder, _, _ = train_plain(ema_decay=0.5)
+    assert json.loads((folder / "best.json").read_text())["step"] == 4
+    assert [row["ema_loss"] for row in rows(folder / "validation.csv")][:2] == ["0.5", "0.75"]
 
 
 def test_a_better_step_is_kept_even_where_none_was_to_be_saved(train_plain):

@@ -13,7 +13,7 @@ import torch
 from cat_diffusion.cat_core.data.manifest_records import ManifestRecords
 from cat_diffusion.cat_core.errors import CatError
 from cat_diffusion.cat_core.files import require_writable
-from cat_diffusion.cat_core.training import checkpoints, identity, loop, trackers
+from cat_diffusion.cat_core.training import checkpoints, fsdp, identity, loop, trackers
 from cat_diffusion.cat_core.training.batches import default_workers
 from cat_diffusion.cat_core.training.encoding import Preparation
 from cat_diffusion.cat_core.training.mixture import Mixture
@@ -114,6 +114,7 @@ def asked_for(arguments) -> StageRun:
         snr_gamma=arguments.snr_gamma,
         use_8bit_adam=arguments.use_8bit_adam,
         dynamo_backend=arguments.dynamo_backend,
+        fsdp=arguments.fsdp,
         precision=arguments.precision,
         seed=arguments.seed,
         save_every=arguments.save_every,
@@ -227,7 +228,11 @@ def run(described: StageRun) -> Path | None:
         workers = default_workers(processes_of_this_machine())
     batches = stage_parts.batches_for(stage, encoders, store, described.settings, workers, mixture)
     pictures = None
-    if described.samples_every:
+    is_main = processes.process_index == 0
+    if described.samples_every and described.settings.fsdp:
+        if is_main:
+            print("No sample pictures are drawn: with --fsdp no process has all of the weights.")
+    elif described.samples_every:
         pictures = SamplePictures(
             stage=stage,
             file=file,
@@ -238,7 +243,7 @@ def run(described: StageRun) -> Path | None:
             seed=described.settings.seed,
         )
     validation = None
-    if described.validate_every and processes.process_index == 0:
+    if described.validate_every and (is_main or described.settings.fsdp):
         held_out = validation_batches(
             validation_samples(described, encoders, fresh.cell),
             batches.empty_context,
@@ -246,7 +251,7 @@ def run(described: StageRun) -> Path | None:
             micro_batch_size=described.settings.micro_batch_size,
         )
         validation = Validation(objective, held_out, described.validate_every)
-    if described.cache and not described.samples_every:
+    if described.cache and not pictures:
         # The frozen networks have done their work: their memory is wanted.
         del file, encoders, fresh.encoders
         memory.clear_memory()
@@ -336,6 +341,7 @@ def _require_all_it_takes(described: StageRun, processes: int) -> None:
     """Raise TrainingError for what would end the run after hours of encoding."""
     loop.check_batch_size(described.settings, processes)
     loop.check_precision(described.settings.precision, described.cpu)
+    fsdp.refuse(described.settings, processes)
     trackers.require(described.settings.report_to)
     for folder in (described.folder, described.cache):
         if folder is None:
