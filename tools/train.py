@@ -20,6 +20,7 @@ from pathlib import Path
 from comfyui import launch  # which makes the checkout known as cat_diffusion
 
 # isort: split
+from cat_diffusion.cat_core.training.shard_file import DTYPES
 from cat_diffusion.cat_core.training.stages import PICTURES, STAGES
 from training import presets
 
@@ -187,6 +188,13 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
         "--cache",
         type=Path,
         help="folder for encoded samples; filled first, then used instead of pictures",
+    )
+    parser.add_argument(
+        "--cache-dtype",
+        choices=DTYPES,
+        default=DTYPES[0],
+        help="of CLIP's features of pictures in a new cache: int8 takes half the disk and rounds "
+        "them by up to 1/254 of the largest number in each column",
     )
 
 

@@ -18,6 +18,7 @@ from .stages import LATENTS, PREDICTED, TAUGHT
 # What one picture that CLIP sees gives.
 OF_WHOLE = frozenset({"teacher_patches", "teacher_image", "whole_tokens"})
 OF_SEEN = frozenset({"patches", "image", "observed_tokens"})
+OF_SEQUENCES = frozenset({"teacher_patches", "whole_tokens", "patches", "observed_tokens"})
 
 Sample = dict[str, torch.Tensor]  # one sample, without batch dimension
 

@@ -12,10 +12,12 @@ from safetensors.torch import save_file
 from ..data import members
 from ..data.masks import VARIANTS
 from . import identity
-from .encoding import Sample
+from .encoding import OF_SEQUENCES, Sample
 
 BOTH = "both"  # a shard's kind for what is the same in every variant
 ROWS = "records"  # a shard's tensor that says which records a kind's rows are
+DTYPES = ("fp16", "int8")  # that features of pictures are held in, the rest in fp16
+STEPS = ":steps"  # follows the name of a tensor in int8: what 1 is worth in each of its columns
 HEADER = "about"  # one entry, since the order of several changes from file to file
 UNREADABLE = (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError)
 
@@ -43,11 +45,14 @@ class Shard:
         self.file = safetensors.safe_open(path, framework="pt")
         self.keys: dict[str, list[str]] = {kind: [] for kind in (*VARIANTS, BOTH)}
         self.rows: dict[str, dict[int, int]] = {}  # kind -> record -> row
+        self.steps: dict[str, torch.Tensor] = {}  # of tensors in int8
         for name in self.file.keys():  # noqa: SIM118 - an open file is no mapping
             kind, key = name.split(".")
             if key == ROWS:
                 records = self.file.get_tensor(name).tolist()
                 self.rows[kind] = {record: row for row, record in enumerate(records)}
+            elif key.endswith(STEPS):
+                self.steps[name.removesuffix(STEPS)] = self.file.get_tensor(name)
             elif reads is None or key in reads:
                 self.keys[kind].append(key)
 
@@ -78,18 +83,44 @@ class Shard:
         sample = {}
         for key in self.keys[kind]:
             row = self.rows[kind][index]
-            sample[key] = self.file.get_slice(f"{kind}.{key}")[row]
+            name = f"{kind}.{key}"
+            value = self.file.get_slice(name)[row]
+            if name in self.steps:
+                value = (value.float() * self.steps[name]).half()
+            sample[key] = value
         return sample
 
 
-def save_shard(path: Path, rows: Rows, about: About) -> None:
+def save_shard(path: Path, rows: Rows, about: About, dtype: str = "fp16") -> None:
     """Write what `Shard` opens.
 
     Args:
         rows: all of a kind have the same keys.
+        dtype: one of DTYPES.
     """
     header = json.dumps([about.files, about.contents, sorted(about.held)])
-    save_file(_stacked(rows), path, metadata={HEADER: header})
+    tensors = _stacked(rows)
+    if dtype == "int8":
+        tensors = _in_bytes(tensors)
+    save_file(tensors, path, metadata={HEADER: header})
+
+
+def _in_bytes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same with features of pictures in int8, in steps of each column's own.
+
+    Some columns of CLIP's features are tens of times as large as the others, always the same ones.
+    """
+    smaller = {}
+    for name, tensor in tensors.items():
+        if name.split(".")[1] not in OF_SEQUENCES:
+            smaller[name] = tensor
+            continue
+        values = tensor.float()
+        largest = values.flatten(0, -2).abs().amax(0)
+        steps = largest.clamp_min(torch.finfo(torch.float32).tiny) / 127
+        smaller[name] = (values / steps).round().to(torch.int8)
+        smaller[f"{name}{STEPS}"] = steps
+    return smaller
 
 
 def _stacked(rows: Rows) -> dict[str, torch.Tensor]:

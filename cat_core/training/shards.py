@@ -23,7 +23,18 @@ from . import identity
 from .encoding import Sample, encode_holes, encode_whole, stack
 from .objectives import Batch
 from .settings import TrainingError
-from .shard_file import BOTH, UNREADABLE, About, Rows, Shard, Stamp, has_changed, save_shard, stamp
+from .shard_file import (
+    BOTH,
+    DTYPES,
+    UNREADABLE,
+    About,
+    Rows,
+    Shard,
+    Stamp,
+    has_changed,
+    save_shard,
+    stamp,
+)
 from .stages import LATENTS
 from .stores import FreshSamples
 
@@ -65,6 +76,8 @@ class ShardedSamples:
     Args:
         encoders: what the frozen networks are, see identity.of_parts. A cache that other ones
             filled is refused.
+        dtype: one of shard_file.DTYPES; int8 halves features of pictures, and rounds them by up to
+            1/254 of the largest number in each of their columns.
     Raises:
         ManifestError: the folder holds what other networks or settings gave.
         TrainingError: nothing can be written there.
@@ -72,17 +85,25 @@ class ShardedSamples:
 
     per_shard = 64
 
-    def __init__(self, folder: Path, fresh: FreshSamples, encoders: identity.Facts):
+    def __init__(
+        self, folder: Path, fresh: FreshSamples, encoders: identity.Facts, dtype: str = "fp16"
+    ):
         self.folder = folder
         self.fresh = fresh
         self.shards: OrderedDict[int, Shard] = OrderedDict()  # open ones, the latest used last
         self.reads = fresh.how.keys
-        wanted = {"version": VERSION, "preprocessing": identity.PREPROCESSING, **encoders}
+        self.dtype = dtype
+        wanted = {
+            "version": VERSION,
+            "preprocessing": identity.PREPROCESSING,
+            "dtype": dtype,
+            **encoders,
+        }
         if self.reads & LATENTS:
             wanted |= {"size": fresh.size, "cell": fresh.cell}
         wanted |= identity.of_preparation(fresh.how)
         path = folder / "cache.json"
-        facts = self._facts(path) if path.exists() else {}
+        facts = {"dtype": DTYPES[0]} | self._facts(path) if path.exists() else {}
         self.is_older = path.exists() and facts.get("version") != VERSION
         if self.is_older:
             facts = {}
@@ -292,7 +313,7 @@ class ShardedSamples:
         path = self._path(number)
         files = {name: files[name] for name in sorted(names)}
         with self._writing(path), replacing(path) as unfinished:
-            save_shard(unfinished, rows, About(files, contents, everything))
+            save_shard(unfinished, rows, About(files, contents, everything), self.dtype)
 
     def _encode(self, indices: Sequence[int], reads: frozenset[str], rows: Rows) -> list[int]:
         """Encode keys of records into rows; returns those that cannot be used: they have none."""
@@ -323,7 +344,7 @@ class ShardedSamples:
         return lost
 
     def _add(self, rows: Rows, indices: Sequence[int], kind: str, batch: Batch) -> None:
-        """Records' encoded parts as a shard holds them, in half precision."""
+        """Records' encoded parts as a shard gives them, in half precision."""
         for index in indices:
             rows.setdefault((kind, index), {})
         for key, values in batch.items():

@@ -20,6 +20,7 @@ from cat_diffusion.cat_core.pictures.tensors import channels_first
 from cat_diffusion.cat_core.training.batches import Batches, Stream, default_workers
 from cat_diffusion.cat_core.training.encoding import Preparation, prepare
 from cat_diffusion.cat_core.training.settings import TrainingError
+from cat_diffusion.cat_core.training.shard_file import DTYPES, About, Shard, save_shard
 from cat_diffusion.cat_core.training.shards import ShardedSamples
 from cat_diffusion.cat_core.training.stores import FreshSamples
 from training import tar_shards
@@ -160,6 +161,30 @@ def test_workers_read_the_same_cache(fresh, tmp_path):
     fresh_batch = batches(fresh)(*REQUESTS[0])
     for key, value in alone[0].items():
         assert torch.allclose(value, fresh_batch[key].to(value), rtol=1e-3), key
+
+
+def test_bytes_round_each_column_of_features_by_its_own_measure(tmp_path):
+    sizes = torch.tensor([100.0, 1.0, 0.0])
+    rng = torch.Generator().manual_seed(0)
+    features = (torch.randn(2, 64, 3, generator=rng) * sizes).half()
+    rows = {}
+    for index in range(2):
+        rows["both", index] = {"teacher_patches": features[index], "text": features[index, 0]}
+        rows["box", index] = {"patch_mask": torch.ones(1, 4, 4, dtype=torch.uint8)}
+    about = About({}, {}, frozenset())
+    for dtype in DTYPES:
+        save_shard(tmp_path / dtype, rows, about, dtype)
+    for index in range(2):
+        kept = Shard(tmp_path / "fp16").sample(index, "box")
+        small = Shard(tmp_path / "int8").sample(index, "box")
+        assert kept.keys() == small.keys() == {"teacher_patches", "text", "patch_mask"}
+        assert torch.equal(small["text"], kept["text"])
+        assert small["teacher_patches"].dtype == torch.float16
+        largest = features.float().abs().amax((0, 1))
+        error = (small["teacher_patches"].float() - features[index].float()).abs().amax(0)
+        # Half a step, and what half precision rounds besides.
+        assert (error <= largest * (1 / 254 + 2**-11)).all()
+        assert error[0] > 0
 
 
 def test_what_a_started_worker_gets_needs_no_networks(fresh):

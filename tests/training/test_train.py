@@ -150,6 +150,23 @@ def test_the_cache_is_filled_once_and_gives_the_same_losses(
     assert stamps(cache) == shards
 
 
+def test_a_cache_in_bytes_is_smaller_and_gives_nearly_the_same_losses(
+    whole_pictures, tiny_file, data, tmp_path
+):
+    size = {}
+    for dtype in ("fp16", "int8"):
+        cache = tmp_path / dtype
+        more = ["--steps", 2, "--cache", cache, "--cache-dtype", dtype, *SQUASHED]
+        train("sem-inpainter", tiny_file, data, tmp_path / f"run-{dtype}", *more)
+        size[dtype] = sum(path.stat().st_size for path in cache.glob("shard-*"))
+    assert size["int8"] < 0.6 * size["fp16"]
+    assert losses(tmp_path / "run-int8") == pytest.approx(losses(whole_pictures)[:2], rel=1e-2)
+    assert losses(tmp_path / "run-int8") != losses(tmp_path / "run-fp16")
+    more = ["--steps", 2, "--cache", tmp_path / "int8", *SQUASHED]
+    refused = train("sem-inpainter", tiny_file, data, tmp_path / "other", *more, code=1)
+    assert "dtype was int8, is fp16" in refused.stderr
+
+
 def test_stages_share_a_cache_and_add_what_they_read(whole_pictures, tiny_file, data, tmp_path):
     more = ["--steps", 2, "--cache", tmp_path / "cache", *SQUASHED]
     train("cascade-sem-inpainter", tiny_file, data, tmp_path / "cascade", *more)

@@ -168,6 +168,7 @@ def _measured(
         how=described.how,
         records=records,
         most=SAMPLES,
+        cache_dtype=described.cache_dtype,
     )
     encoding = (time.monotonic() - start) / len(store) if cache else 0.0
     used = sum(path.stat().st_size for path in cache.glob("shard-*")) if cache else 0

@@ -95,6 +95,7 @@ def encoded_samples(
     how: Preparation | None = None,
     records: ManifestRecords | None = None,
     most: int | None = None,
+    cache_dtype: str = "fp16",
 ) -> tuple[HostEncoders, SampleStore]:
     """The frozen networks, and the samples that they encode; a cache is filled first.
 
@@ -103,6 +104,7 @@ def encoded_samples(
         how: pictures, flip and captions; None squashes pictures.
         records: those of `data`, where they have been read.
         most: no more than so many records; None means all.
+        cache_dtype: one of shard_file.DTYPES.
     """
     how = how or Preparation()
     records = records or ManifestRecords([data], split)
@@ -131,7 +133,8 @@ def encoded_samples(
     )
     if cache is None:
         return encoders, fresh
-    store = ShardedSamples(cache, fresh, identity.of_parts(file, frozen_parts(objective)))
+    networks = identity.of_parts(file, frozen_parts(objective))
+    store = ShardedSamples(cache, fresh, networks, cache_dtype)
     share = len(store.share(processes or Alone()))
     with torch.inference_mode(), tqdm(total=share, desc="Encoding", unit="shard") as bar:
         store.fill(on_shard=bar.update, processes=processes)

@@ -43,6 +43,7 @@ class StageRun:
     settings: Settings
     split: str = "train"  # of the manifest
     cache: Path | None = None  # folder for encoded samples
+    cache_dtype: str = "fp16"  # one of shard_file.DTYPES
     size: int = 512  # side of the pictures for the VAE, in pixels
     pictures: str = "squash"  # one of stages.PICTURES
     flip: bool = False  # mirror half of the crops
@@ -133,6 +134,7 @@ def asked_for(arguments) -> StageRun:
         settings=settings,
         split=arguments.split,
         cache=arguments.cache,
+        cache_dtype=arguments.cache_dtype,
         size=arguments.size,
         pictures=arguments.pictures,
         flip=arguments.random_flip,
@@ -221,6 +223,7 @@ def run(described: StageRun) -> Path | None:
         processes=processes,
         how=described.how,
         records=records,
+        cache_dtype=described.cache_dtype,
     )
     fresh = store.fresh if isinstance(store, ShardedSamples) else store
     workers = described.workers
