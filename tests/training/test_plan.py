@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from cat_diffusion.cat_core.data import manifest
 from cat_diffusion.cat_core.training.settings import Settings
 from cat_diffusion.cat_core.training.stages import STAGES
-from training import cost_plan, counts, presets, stage_parts, stage_run
+from training import cost_plan, counts, measured_steps, presets, stage_parts, stage_run
 
 pytest.importorskip("accelerate")
 
@@ -84,14 +84,14 @@ def measured(**changes):
         "peak": 8e9,
         "memory": 12e9,
     }
-    return cost_plan.MeasuredSteps(**defaults | changes)
+    return measured_steps.MeasuredSteps(**defaults | changes)
 
 
 def test_seconds_follow_from_parts_and_from_data():
     settings = Settings(batch_size=64)
-    assert cost_plan.seconds_a_step(measured(), settings) == 0.5 + 16 * 0.25
-    assert cost_plan.seconds_a_step(measured(), settings, cards=8) == 0.5 + 2 * 0.25
-    assert cost_plan.seconds_a_step(measured(prepared=8.0), settings) == 64 / 8
+    assert measured_steps.seconds_a_step(measured(), settings) == 0.5 + 16 * 0.25
+    assert measured_steps.seconds_a_step(measured(), settings, cards=8) == 0.5 + 2 * 0.25
+    assert measured_steps.seconds_a_step(measured(prepared=8.0), settings) == 64 / 8
 
 
 def test_bytes_and_operations_are_counted(tiny, tiny_file):
