@@ -6,22 +6,21 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import safetensors
 import torch
 
 from ..data.crops import Chance
-from ..data.manifest import ManifestError, Record
+from ..data.manifest import ManifestError
 from ..data.masks import VARIANTS
 from ..errors import few
 from ..files import InUseError, locked, remove_leftovers, replacing, write_text
 from . import identity
 from .encoding import Sample, encode_holes, encode_whole, stack
 from .objectives import Batch
+from .processes import Alone, Processes
 from .settings import TrainingError
 from .shard_file import (
     BOTH,
@@ -36,36 +35,14 @@ from .shard_file import (
     stamp,
 )
 from .stages import LATENTS
-from .stores import FreshSamples
+from .stores import EncodedSamples, FreshSamples
 
 AT_ONCE = 8  # samples that go through the frozen networks when a shard is filled
 MOST_OPEN = 64  # shards; each is a mapping of a file, of which a process may have 65,530 on Linux
 VERSION = 4  # of a cache's facts and shards; the first one had no number
 
 
-class Processes(Protocol):
-    """The processes that fill a cache together, as accelerate's PartialState tells of them."""
-
-    num_processes: int
-    process_index: int
-
-    def wait_for_everyone(self) -> None:
-        """Return when all have called this."""
-        ...
-
-
-@dataclass
-class Alone:
-    """One process, which waits for nobody."""
-
-    num_processes: int = 1
-    process_index: int = 0
-
-    def wait_for_everyone(self) -> None:
-        """Return at once."""
-
-
-class ShardedSamples:
+class ShardedSamples(EncodedSamples):
     """Encoded once, kept on disk in half precision: what the samples' objective reads, no more.
 
     Training then opens no picture and runs no encoder. Shards are whole or not there, so an
@@ -88,8 +65,8 @@ class ShardedSamples:
     def __init__(
         self, folder: Path, fresh: FreshSamples, encoders: identity.Facts, dtype: str = "fp16"
     ):
+        super().__init__(fresh)
         self.folder = folder
-        self.fresh = fresh
         self.shards: OrderedDict[int, Shard] = OrderedDict()  # open ones, the latest used last
         self.reads = fresh.how.keys
         self.dtype = dtype
@@ -138,13 +115,6 @@ class ShardedSamples:
                 f"Cannot write {path} ({error}). The shards before it are whole. Free disk space "
                 "or check permissions, and start the same command again; it continues from there."
             ) from error
-
-    def __len__(self):
-        return len(self.fresh)
-
-    @property
-    def records(self) -> Sequence[Record]:
-        return self.fresh.records
 
     def remedy(self, index: int) -> str:
         """What to do about a sample that is no number."""
@@ -381,14 +351,6 @@ class ShardedSamples:
                 self.shards.popitem(last=False)
         self.shards.move_to_end(number)
         return self.shards[number]
-
-    @property
-    def unusable(self) -> dict[int, str]:
-        return self.fresh.unusable
-
-    def skip(self, index: int, reason: str) -> None:
-        """Count a record that cannot be used, once."""
-        self.fresh.skip(index, reason)
 
     def batch(self, indices: Sequence[int], inputs: Batch, device: torch.device) -> Batch:
         """Encoded samples in full precision again, for which they travel in half."""

@@ -136,15 +136,11 @@ class FreshSamples:
         )
 
 
-class KeptSamples:
-    """Encoded once, kept in memory as it is: for small folders.
-
-    4 MB a record for stage 1 with CLIP ViT-L/14.
-    """
+class EncodedSamples:
+    """What is encoded once of other samples: their records, and those that cannot be used."""
 
     def __init__(self, fresh: FreshSamples):
         self.fresh = fresh
-        self.kept: dict[tuple[int, str], Sample | None] = {}
 
     def __len__(self):
         return len(self.fresh)
@@ -152,6 +148,25 @@ class KeptSamples:
     @property
     def records(self) -> Sequence[Record]:
         return self.fresh.records
+
+    @property
+    def unusable(self) -> dict[int, str]:
+        return self.fresh.unusable
+
+    def skip(self, index: int, reason: str) -> None:
+        """Count a record that cannot be used, once."""
+        self.fresh.skip(index, reason)
+
+
+class KeptSamples(EncodedSamples):
+    """Encoded once, kept in memory as it is: for small folders.
+
+    4 MB a record for stage 1 with CLIP ViT-L/14.
+    """
+
+    def __init__(self, fresh: FreshSamples):
+        super().__init__(fresh)
+        self.kept: dict[tuple[int, str], Sample | None] = {}
 
     def remedy(self, index: int) -> str:
         """What to do about a sample that is no number."""
@@ -177,14 +192,6 @@ class KeptSamples:
             # One tensor for all variants: CLIP's features of the whole picture are the largest.
             sample |= {key: value for key, value in twin.items() if _is_of_whole_picture(key)}
         return sample
-
-    @property
-    def unusable(self) -> dict[int, str]:
-        return self.fresh.unusable
-
-    def skip(self, index: int, reason: str) -> None:
-        """Count a record that cannot be used, once."""
-        self.fresh.skip(index, reason)
 
     def batch(self, indices: Sequence[int], inputs: Batch, device: torch.device) -> Batch:
         """Encoded samples are what is wanted."""

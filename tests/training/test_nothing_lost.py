@@ -20,8 +20,9 @@ from cat_diffusion.cat_core.models.sem_inpainter import SemInpainter
 from cat_diffusion.cat_core.training import checkpoints, identity, loop, shards
 from cat_diffusion.cat_core.training.batches import Batches
 from cat_diffusion.cat_core.training.log import TrainingLog
+from cat_diffusion.cat_core.training.processes import Alone
 from cat_diffusion.cat_core.training.settings import Settings, TrainingError, TrainingRun
-from cat_diffusion.cat_core.training.shards import Alone, ShardedSamples
+from cat_diffusion.cat_core.training.shards import ShardedSamples
 from cat_diffusion.cat_core.training.stages import STAGES
 from cat_diffusion.cat_core.training.stores import FreshSamples
 from cat_diffusion.cat_core.weights import Checkpoint

@@ -17,8 +17,9 @@ from cat_diffusion.cat_core.training.assemble import assemble
 from cat_diffusion.cat_core.training.batches import Batches
 from cat_diffusion.cat_core.training.encoding import Preparation
 from cat_diffusion.cat_core.training.mixture import Mixture
+from cat_diffusion.cat_core.training.processes import Alone, Processes
 from cat_diffusion.cat_core.training.settings import Settings
-from cat_diffusion.cat_core.training.shards import Alone, Processes, ShardedSamples
+from cat_diffusion.cat_core.training.shards import ShardedSamples
 from cat_diffusion.cat_core.training.stages import Stage
 from cat_diffusion.cat_core.training.stores import FreshSamples, SampleStore
 from cat_diffusion.cat_core.weights import Checkpoint, trained_stages
