@@ -15,7 +15,7 @@ from pictures import cut, mask, picture
 from PIL import Image
 
 from cat_diffusion.cat_core.data import manifest
-from cat_diffusion.cat_core.evaluation import breakdown, estimates, measure, report
+from cat_diffusion.cat_core.evaluation import breakdown, estimates, measure, report, tables
 from cat_diffusion.cat_core.evaluation.estimates import Estimate, Line
 from cat_diffusion.cat_core.evaluation.metrics import EvaluationError
 from cat_diffusion.cat_core.evaluation.results import Results, SampleSet, square_around_hole
@@ -103,8 +103,8 @@ def test_every_metric_sees_what_it_should(result_folder):
         # The object fills the crop.
         assert lines["local_fid", name].estimate.value > fid.estimate.value
         assert similarity.difference.high < 0
-        assert report.verdict(similarity) == "worse"
-        assert report.verdict(fid) == "worse"
+        assert tables.verdict(similarity) == "worse"
+        assert tables.verdict(fid) == "worse"
     assert lines["background_max", "grey"].estimate == Estimate(0, 0, 0)
     assert lines["background_max", "spot"].estimate.value == pytest.approx(9 / 8)
     assert any("8 pictures with 27-wide features" in note for note in notes)
@@ -290,13 +290,13 @@ def test_a_missing_library_leaves_fid_out(result_folder, monkeypatch):
 
 def test_verdicts_follow_the_interval_and_the_metric():
     def verdict(metric, *difference):
-        return report.verdict(Line(metric, "x", 8, Estimate(1), Estimate(*difference)))
+        return tables.verdict(Line(metric, "x", 8, Estimate(1), Estimate(*difference)))
 
     assert verdict("fid", -2, -3, -1) == verdict("clip_score", 2, 1, 3) == "better"
     assert verdict("fid", 2, 1, 3) == verdict("clip_score", -2, -3, -1) == "worse"
     assert verdict("fid", -2, -5, 1) == verdict("fid", -2) == ""
     assert verdict("diversity_pixels", 2, 1, 3) == ""
-    assert report.verdict(Line("fid", "x", 8, Estimate(1))) == ""
+    assert tables.verdict(Line("fid", "x", 8, Estimate(1))) == ""
 
 
 def test_means_are_broken_down_by_name_and_by_size_of_hole(result_folder, monkeypatch):
@@ -331,7 +331,7 @@ def test_means_are_broken_down_by_name_and_by_size_of_hole(result_folder, monkey
 
 def test_latex_is_escaped():
     lines = [Line("fid", "50_%&", 8, Estimate(1.5))]
-    text = report.latex(lines, ["50_%&"], {})
+    text = tables.latex(lines, ["50_%&"], {})
     assert r"50\_\%\& \\" in text
     assert r"FID $\downarrow$ & 1.5 \\" in text
 

@@ -17,7 +17,7 @@ from cat_diffusion.cat_core import files, preprocess
 from cat_diffusion.cat_core.data import chosen
 from cat_diffusion.cat_core.data.masks import HOLES
 from cat_diffusion.cat_core.errors import CatError
-from cat_diffusion.cat_core.evaluation import breakdown, estimates, metrics, report
+from cat_diffusion.cat_core.evaluation import breakdown, estimates, metrics, report, tables
 from cat_diffusion.cat_core.evaluation.estimates import Line
 from cat_diffusion.cat_core.evaluation.measure import Measured, measure
 from cat_diffusion.cat_core.evaluation.metrics import EvaluationError, Missing
@@ -103,23 +103,23 @@ def evaluate(arguments) -> None:
         "CLIP score by": arguments.clip_score or "none",
         **_asked_for(arguments),
     }
-    print("\n" + report.table(lines), *notes, sep="\n")
+    print("\n" + tables.table(lines), *notes, sep="\n")
     if arguments.json:
         found = everything(measured, facts=facts, notes=notes, lines=lines, histogram=histogram)
         write(arguments.json, json.dumps(found, indent=1) + "\n")
     if arguments.csv:
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([report.COLUMNS, *report.rows(lines)])
+        csv.writer(text, lineterminator="\n").writerows([tables.COLUMNS, *tables.rows(lines)])
         write(arguments.csv, text.getvalue())
     breakdowns = {
         "By hole": breakdown.by_hole_size(measured, arguments.resamples, arguments.seed),
         "By name": breakdown.by_label(measured, arguments.resamples, arguments.seed),
     }
     if arguments.markdown:
-        text = report.markdown(lines, measured.names, facts, notes, breakdowns)
+        text = tables.markdown(lines, measured.names, facts, notes, breakdowns)
         write(arguments.markdown, text)
     if arguments.latex:
-        write(arguments.latex, report.latex(lines, measured.names, breakdowns))
+        write(arguments.latex, tables.latex(lines, measured.names, breakdowns))
     if arguments.html:
         path = arguments.html / "index.html"
         page = report.page(measured, lines, notes, facts, histogram, arguments.seed, breakdowns)
