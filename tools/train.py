@@ -20,8 +20,7 @@ from pathlib import Path
 from comfyui import launch  # which makes the checkout known as cat_diffusion
 
 # isort: split
-from cat_diffusion.cat_core.training.shard_file import DTYPES
-from cat_diffusion.cat_core.training.stages import PICTURES, STAGES
+from cat_diffusion.cat_core.training.stages import CACHE_DTYPES, PICTURES, STAGES
 from training import presets
 
 
@@ -59,6 +58,8 @@ def with_preset(parser: argparse.ArgumentParser, arguments: argparse.Namespace):
         chosen = presets.choices(arguments.preset, arguments.stage)
     except presets.PresetError as error:
         parser.error(str(error))
+    if arguments.fsdp:
+        chosen["use_8bit_adam"] = False  # which does not go with it
     if chosen.pop("is_cached"):
         chosen["cache"] = Path(arguments.run or "", "cache")
     parser.set_defaults(**chosen)
@@ -191,8 +192,8 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--cache-dtype",
-        choices=DTYPES,
-        default=DTYPES[0],
+        choices=CACHE_DTYPES,
+        default=CACHE_DTYPES[0],
         help="of CLIP's features of pictures in a new cache: int8 takes half the disk and rounds "
         "them by up to 1/254 of the largest number in each column",
     )

@@ -279,5 +279,9 @@ def _as_it_is(prepared):
 
 
 def _start_worker(number: int) -> None:
-    """Leave Ctrl-C to the main process, which ends its step first and needs samples for that."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave signals to the main process, which ends its step first and needs samples for that.
+
+    Terminals send theirs to all processes of a command, and so do the schedulers of clusters.
+    """
+    for wish in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(wish, signal.SIG_IGN)

@@ -190,17 +190,23 @@ def write(
         ) from error
 
 
-def remove_old(run: TrainingRun, best: Validated | None = None) -> None:
+def remove_old(run: TrainingRun, best: Validated | None = None, is_average: bool = False) -> None:
     """Remove all checkpoints but the latest ones and the best one, which best.json then names.
 
     Args:
         best: that of the lowest validation loss, None where there is none or none is kept.
+        is_average: that loss is the moving average's.
     """
     assert run.folder is not None
     kept = None
     if best:
         kept = path_of(run.folder, best.step)
-        facts = {"checkpoint": kept.name, "step": best.step, "validation_loss": best.loss}
+        facts = {
+            "checkpoint": kept.name,
+            "file": EMA if is_average else WEIGHTS,
+            "step": best.step,
+            "validation_loss": best.loss,
+        }
         # A disk that is full is told by what is written next.
         with suppress(OSError):
             write_text(run.folder / BEST, json.dumps(facts, indent=1) + "\n")

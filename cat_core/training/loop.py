@@ -62,7 +62,22 @@ def train(
         if run.folder and accelerator.is_main_process:
             stack.enter_context(_own_folder(run.folder))
         stack.callback(trackers.finish, accelerator)
-        return _train(run, source, accelerator, validation, on_step)
+        try:
+            return _train(run, source, accelerator, validation, on_step)
+        except RuntimeError as error:
+            if accelerator.num_processes == 1 or not _is_of_another_process(error):
+                raise
+            raise TrainingError(
+                f"Another process of the run has ended, and this one cannot go on alone ({error}). "
+                f"The newest checkpoint is {checkpoints.newest_name(run.folder)}: start the same "
+                "command again, which goes on from there."
+            ) from error
+
+
+def _is_of_another_process(error: RuntimeError) -> bool:
+    """Whether an error says that a process which was waited for is gone."""
+    of_backend = getattr(torch.distributed, "DistBackendError", ())
+    return isinstance(error, of_backend) or "by peer" in str(error)
 
 
 def _train(
@@ -109,7 +124,7 @@ def _train(
         _say_ended(accelerator, settings, first)
         return _newest_weights(run)
 
-    with _Interrupt() as interrupt:
+    with _Interrupt(accelerator.is_main_process) as interrupt:
         for step in range(first, settings.steps):
             start = time.monotonic()
             waited = batches.waited
@@ -147,8 +162,10 @@ def _train(
                 if is_main:
                     last = judge.last if judge else None
                     checkpoints.write(run, done, trained, accelerator.scaler, last)
-                    best = judge.best() if judge and settings.keep_best else None
-                    checkpoints.remove_old(run, best)
+                    if judge and settings.keep_best:
+                        checkpoints.remove_old(run, judge.best(), judge.judges_average)
+                    else:
+                        checkpoints.remove_old(run)
                 accelerator.wait_for_everyone()
             if on_step and accelerator.is_main_process:
                 on_step(done, figures)
@@ -299,6 +316,9 @@ class _Interrupt:
 
     asked = False
 
+    def __init__(self, says_so: bool):
+        self.says_so = says_so
+
     def __enter__(self):
         self.previous = {}
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -310,11 +330,12 @@ class _Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print(
-            "\nStopping after this step; the run will be saved. "
-            "Press Ctrl-C again to stop at once.",
-            flush=True,
-        )
+        if self.says_so:
+            print(
+                "\nStopping after this step; the run will be saved. "
+                "Press Ctrl-C again to stop at once.",
+                flush=True,
+            )
 
     def __exit__(self, *_):
         for number, handler in self.previous.items():

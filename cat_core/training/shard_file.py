@@ -16,7 +16,6 @@ from .encoding import OF_SEQUENCES, Sample
 
 BOTH = "both"  # a shard's kind for what is the same in every variant
 ROWS = "records"  # a shard's tensor that says which records a kind's rows are
-DTYPES = ("fp16", "int8")  # that features of pictures are held in, the rest in fp16
 STEPS = ":steps"  # follows the name of a tensor in int8: what 1 is worth in each of its columns
 HEADER = "about"  # one entry, since the order of several changes from file to file
 UNREADABLE = (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError)
@@ -96,7 +95,7 @@ def save_shard(path: Path, rows: Rows, about: About, dtype: str = "fp16") -> Non
 
     Args:
         rows: all of a kind have the same keys.
-        dtype: one of DTYPES.
+        dtype: one of stages.CACHE_DTYPES.
     """
     header = json.dumps([about.files, about.contents, sorted(about.held)])
     tensors = _stacked(rows)

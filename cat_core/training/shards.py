@@ -24,7 +24,6 @@ from .processes import Alone, Processes
 from .settings import TrainingError
 from .shard_file import (
     BOTH,
-    DTYPES,
     UNREADABLE,
     About,
     Rows,
@@ -34,7 +33,7 @@ from .shard_file import (
     save_shard,
     stamp,
 )
-from .stages import LATENTS
+from .stages import CACHE_DTYPES, LATENTS
 from .stores import EncodedSamples, FreshSamples
 
 AT_ONCE = 8  # samples that go through the frozen networks when a shard is filled
@@ -53,8 +52,8 @@ class ShardedSamples(EncodedSamples):
     Args:
         encoders: what the frozen networks are, see identity.of_parts. A cache that other ones
             filled is refused.
-        dtype: one of shard_file.DTYPES; int8 halves features of pictures, and rounds them by up to
-            1/254 of the largest number in each of their columns.
+        dtype: one of stages.CACHE_DTYPES; int8 halves features of pictures, and rounds them by up
+            to 1/254 of the largest number in each of their columns.
     Raises:
         ManifestError: the folder holds what other networks or settings gave.
         TrainingError: nothing can be written there.
@@ -80,7 +79,7 @@ class ShardedSamples(EncodedSamples):
             wanted |= {"size": fresh.size, "cell": fresh.cell}
         wanted |= identity.of_preparation(fresh.how)
         path = folder / "cache.json"
-        facts = {"dtype": DTYPES[0]} | self._facts(path) if path.exists() else {}
+        facts = {"dtype": CACHE_DTYPES[0]} | self._facts(path) if path.exists() else {}
         self.is_older = path.exists() and facts.get("version") != VERSION
         if self.is_older:
             facts = {}

@@ -17,6 +17,7 @@ PROMPTS = {
 }
 
 PICTURES = ("crop", "squash")  # how training pictures of any proportion become square: crops.py
+CACHE_DTYPES = ("fp16", "int8")  # that a cache holds features of pictures in, the rest in fp16
 
 
 @dataclass(frozen=True)

@@ -45,10 +45,16 @@ class Validation:
         return figures
 
 
+LOSS = "loss"
+AVERAGE_LOSS = "ema_loss"  # by which a run with an average is judged
+
+
 class ValidationLog(FigureTable):
     """RUN/validation.csv, and what follows from its lines: the best step, and whether to end.
 
-    Nothing else remembers it, so a run that goes on knows as much as one that never stopped.
+    Nothing else remembers it, so a run that goes on knows as much as one that never stopped. All
+    lines are judged by the same column, also in a file that an older version began without the
+    average's.
     """
 
     def __init__(self, folder: Path, first: int, settings: Settings):
@@ -68,10 +74,14 @@ class ValidationLog(FigureTable):
         self._remember(step, figures)
 
     def _remember(self, step: int, figures: Mapping[str, float]) -> None:
-        # The average is what a run with one is for.
-        loss = figures.get("ema_loss", figures.get("loss", math.nan))
+        loss = figures.get(AVERAGE_LOSS if self.judges_average else LOSS, math.nan)
         self.last = {"step": step, **figures}
         self.history.append(Validated(step, loss if math.isfinite(loss) else math.inf))
+
+    @property
+    def judges_average(self) -> bool:
+        """Whether losses are the moving average's, and not those of the weights themselves."""
+        return AVERAGE_LOSS in self.columns
 
     @property
     def is_best(self) -> bool:

@@ -20,8 +20,9 @@ from cat_diffusion.cat_core.pictures.tensors import channels_first
 from cat_diffusion.cat_core.training.batches import Batches, Stream, default_workers
 from cat_diffusion.cat_core.training.encoding import Preparation, prepare
 from cat_diffusion.cat_core.training.settings import TrainingError
-from cat_diffusion.cat_core.training.shard_file import DTYPES, About, Shard, save_shard
+from cat_diffusion.cat_core.training.shard_file import About, Shard, save_shard
 from cat_diffusion.cat_core.training.shards import ShardedSamples
+from cat_diffusion.cat_core.training.stages import CACHE_DTYPES
 from cat_diffusion.cat_core.training.stores import FreshSamples
 from training import tar_shards
 
@@ -172,7 +173,7 @@ def test_bytes_round_each_column_of_features_by_its_own_measure(tmp_path):
         rows["both", index] = {"teacher_patches": features[index], "text": features[index, 0]}
         rows["box", index] = {"patch_mask": torch.ones(1, 4, 4, dtype=torch.uint8)}
     about = About({}, {}, frozenset())
-    for dtype in DTYPES:
+    for dtype in CACHE_DTYPES:
         save_shard(tmp_path / dtype, rows, about, dtype)
     for index in range(2):
         kept = Shard(tmp_path / "fp16").sample(index, "box")

@@ -5,9 +5,10 @@ import re
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
-from tiny_runs import SQUASHED, command, log_rows, losses, train
+from tiny_runs import SQUASHED, command, log_rows, losses, train, wait_for
 
 from cat_diffusion.cat_core import weights
 from cat_diffusion.cat_core.training import checkpoints, fsdp
@@ -20,18 +21,24 @@ SHARED += ("--ema-decay", "0.5", "--validate-every", "2", "--validation-split", 
 SHARED += ("--validation-samples", "4", "--samples-every", "0")
 
 
-def train_in_two(stage, base, data, run, *more):
+def begin_in_two(stage, base, data, run, *more):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     _, *arguments = command(stage, base, data, run, *more, "--fsdp")
     arguments[arguments.index("--run")] = "--output-dir"
-    done = subprocess.run(
+    return subprocess.Popen(
         [*launch, *arguments],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+
+
+def train_in_two(*arguments):
+    process = begin_in_two(*arguments)
+    output, errors = process.communicate()
+    assert process.returncode == 0, output + errors
+    return output
 
 
 def tensors(run, name):
@@ -63,6 +70,20 @@ def test_two_processes_in_pieces_are_one(tiny_file, data, tmp_path):
     lines = [(run / "validation.csv").read_text().splitlines() for run in (one, two)]
     assert lines[0][0] == lines[1][0]
     assert {"loss", "ema_loss"} <= set(lines[0][0].split(","))
+
+
+@pytest.mark.once
+def test_a_process_that_is_killed_is_a_sentence_of_the_other(tiny_file, data, tmp_path):
+    run = tmp_path / "run"
+    process = begin_in_two("sem-inpainter", tiny_file, data, run, "--steps", "100000", *SHARED)
+    wait_for(lambda: (run / "checkpoint-00000002").exists())
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    workers[1].kill()
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "error: Another process of the run has ended" in errors, output + errors
+    assert "start the same command again, which goes on from there" in errors
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 from paths import ROOT
 from PIL import Image
-from tiny_runs import SQUASHED, command, log_rows, losses, train
+from tiny_runs import SQUASHED, command, log_rows, losses, train, wait_for
 
 from cat_diffusion.cat_core import weights
 from cat_diffusion.cat_core.data import manifest
@@ -35,12 +34,6 @@ def names(paths):
 def stamps(cache):
     """When each shard was written."""
     return {path: path.stat().st_mtime_ns for path in cache.glob("shard-*")}
-
-
-def wait_for(happened):
-    end = time.monotonic() + 120
-    while not happened() and time.monotonic() < end:
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -89,18 +82,32 @@ def test_after_kill_9_the_same_losses_follow(uninterrupted, tiny_file, data, tmp
     assert losses(run) == losses(uninterrupted)
 
 
-def test_ctrl_c_saves_and_leaves(uninterrupted, tiny_file, data, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_leaves(uninterrupted, tiny_file, data, tmp_path, number):
+    """As terminals and schedulers stop a job: all its processes at once, workers too."""
     run = tmp_path / "stopped"
     log = run / "log.csv"
     many = 100_000
     process = subprocess.Popen(
-        command("sem-inpainter", tiny_file, data, run, "--steps", many, "--save-every", many),
+        command(
+            "sem-inpainter",
+            tiny_file,
+            data,
+            run,
+            "--steps",
+            many,
+            "--save-every",
+            many,
+            "--dataloader-num-workers",
+            1,
+        ),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
     wait_for(lambda: log.exists() and len(log.read_text().splitlines()) > 3)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "The same command continues" in output

@@ -202,7 +202,12 @@ def test_the_best_checkpoint_stays_beside_the_last_ones(train_plain):
     folder, _, _ = train_plain()
     assert checkpoints_in(folder) == [2, 6]
     best = json.loads((folder / "best.json").read_text())
-    assert best == {"checkpoint": "checkpoint-00000002", "step": 2, "validation_loss": 0.25}
+    assert best == {
+        "checkpoint": "checkpoint-00000002",
+        "file": "weights.safetensors",
+        "step": 2,
+        "validation_loss": 0.25,
+    }
     weights.read(folder / best["checkpoint"] / "weights.safetensors").require("sem_inpainter")
     folder, _, _ = train_plain("plain", keep_best=False)
     assert checkpoints_in(folder) == [6]
@@ -211,8 +216,23 @@ def test_the_best_checkpoint_stays_beside_the_last_ones(train_plain):
 
 def test_the_average_is_judged_where_there_is_one(train_plain):
     folder, _, _ = train_plain(ema_decay=0.5)
-    assert json.loads((folder / "best.json").read_text())["step"] == 4
+    best = json.loads((folder / "best.json").read_text())
+    assert (best["step"], best["file"]) == (4, "ema.safetensors")
     assert [row["ema_loss"] for row in rows(folder / "validation.csv")][:2] == ["0.5", "0.75"]
+
+
+def test_a_file_that_knows_no_averages_goes_on_by_the_weights_own_losses(train_plain):
+    """As versions began it that measured nothing else."""
+    falling = {step: 1 - step / 10 for step in range(1, 7)}
+    folder, _, _ = train_plain(ema_decay=0.5, patience=2, steps=3, measured=falling)
+    lines = (folder / "validation.csv").read_text().splitlines()
+    (folder / "validation.csv").write_text(
+        "".join(f"{line.rpartition(',')[0]}\n" for line in lines)
+    )
+    folder, measured, _ = train_plain(ema_decay=0.5, patience=2, measured=falling)
+    assert measured == [4, 5, 6]
+    best = json.loads((folder / "best.json").read_text())
+    assert (best["step"], best["file"]) == (6, "weights.safetensors")
 
 
 def test_a_better_step_is_kept_even_where_none_was_to_be_saved(train_plain):

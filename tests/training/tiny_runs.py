@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+import time
 
 from paths import ROOT
 
@@ -32,3 +33,9 @@ def losses(run):
     rows = log_rows(run)
     assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
     return [float(row["loss"]) for row in rows]
+
+
+def wait_for(happened):
+    end = time.monotonic() + 120
+    while not happened() and time.monotonic() < end:
+        time.sleep(0.02)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from cat_diffusion.cat_core.errors import CatError
-from cat_diffusion.cat_core.training import loop
+from cat_diffusion.cat_core.training import fsdp, loop
 from cat_diffusion.cat_core.training.settings import Settings, TrainingError
 
 from . import stage_parts, stage_run
@@ -53,6 +53,7 @@ def lines(described: StageRun, preset: str = "", price: float | None = None) -> 
         price: of an hour of the machine, in whatever money.
     """
     cards = PRESETS[preset].cards if preset else 1
+    fsdp.refuse(described.settings, max(cards, 2))  # of several, which a plan counts
     share = described.settings.batch_size / cards
     if share % described.settings.micro_batch_size:
         raise TrainingError(
@@ -165,7 +166,7 @@ def _smaller(described: StageRun) -> Iterator[str]:
         yield "--cache with --samples-every 0, which lets go of CLIP and VAE"
     elif described.samples_every:
         yield "--samples-every 0, which lets go of CLIP and VAE"
-    if not settings.use_8bit_adam:
+    if not settings.use_8bit_adam and not settings.fsdp:
         yield "--use-8bit-adam"
     if settings.ema_decay:
         yield "no --use-ema"

@@ -105,7 +105,7 @@ def encoded_samples(
         how: pictures, flip and captions; None squashes pictures.
         records: those of `data`, where they have been read.
         most: no more than so many records; None means all.
-        cache_dtype: one of shard_file.DTYPES.
+        cache_dtype: one of stages.CACHE_DTYPES.
     """
     how = how or Preparation()
     records = records or ManifestRecords([data], split)

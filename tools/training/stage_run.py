@@ -43,7 +43,7 @@ class StageRun:
     settings: Settings
     split: str = "train"  # of the manifest
     cache: Path | None = None  # folder for encoded samples
-    cache_dtype: str = "fp16"  # one of shard_file.DTYPES
+    cache_dtype: str = "fp16"  # one of stages.CACHE_DTYPES
     size: int = 512  # side of the pictures for the VAE, in pixels
     pictures: str = "squash"  # one of stages.PICTURES
     flip: bool = False  # mirror half of the crops
@@ -81,15 +81,23 @@ class StageRun:
 
 
 def command(arguments) -> int:
-    """Run the stage that the arguments name; returns the exit code."""
+    """Run the stage that the arguments name; returns the exit code.
+
+    Of several processes the first one speaks for all, but each says what ends it.
+    """
+    process = int(os.environ.get("RANK", "0"))
     try:
-        print(f"\nCAT weights: {run(asked_for(arguments))}")
-        _print_best(arguments.run / checkpoints.BEST)
+        file = run(asked_for(arguments))
+        if process == 0:
+            print(f"\nCAT weights: {file}")
+            _print_best(arguments.run / checkpoints.BEST)
     except KeyboardInterrupt:
-        print(f"\nStopped. The same command continues from {arguments.run}.")
+        if process == 0:
+            print(f"\nStopped. The same command continues from {arguments.run}.")
         return 130
     except CatError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+        whose = f" in process {process + 1}" if process else ""
+        print(f"\nerror{whose}: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -98,7 +106,8 @@ def _print_best(path: Path) -> None:
     """Say which checkpoint is the best one, where it is kept."""
     if path.is_file():
         best = json.loads(path.read_text(encoding="utf-8"))
-        file = path.with_name(best["checkpoint"]) / checkpoints.WEIGHTS
+        # Older versions knew no other file.
+        file = path.with_name(best["checkpoint"]) / best.get("file", checkpoints.WEIGHTS)
         print(f"Lowest validation loss, {best['validation_loss']:.4g}: {file}")
 
 
