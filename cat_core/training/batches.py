@@ -22,6 +22,7 @@ from .objectives import Batch
 from .settings import TrainingError
 from .stores import SampleStore, chance_of
 
+GRACE = 10  # seconds that a worker goes on for after it was told to end
 TIMESTEPS = 1000  # of Stable Diffusion's noise schedule
 # Share of samples that lose text and visual prompt together, for classifier-free guidance.
 DROPPED = 0.1
@@ -281,7 +282,14 @@ def _as_it_is(prepared):
 def _start_worker(number: int) -> None:
     """Leave signals to the main process, which ends its step first and needs samples for that.
 
-    Terminals send theirs to all processes of a command, and so do the schedulers of clusters.
+    Terminals send theirs to all processes of a command, and so do the schedulers of clusters. Who
+    means a worker alone gets his way too, a while later.
     """
-    for wish in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(wish, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGALRM"):  # not on Windows, which sends nobody SIGTERM
+        signal.signal(signal.SIGTERM, _end_later)
+
+
+def _end_later(*_) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.alarm(GRACE)
