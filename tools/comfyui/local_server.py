@@ -114,7 +114,6 @@ class LocalServer:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = base / "server.log"
-        self.client = uuid.uuid4().hex
         root = Path(comfyui or os.environ[launch.COMFYUI])
         self.command = [sys.executable, str(root / "main.py")]
         self.command += ["--listen", "127.0.0.1", "--port", str(self.port)]
@@ -195,8 +194,9 @@ class LocalServer:
 
     async def _run(self, prompt, on_event) -> PromptResult:
         listener = _Listener()
-        url = f"{self.url}/ws?clientId={self.client}"
-        body = {"prompt": prompt, "client_id": self.client}
+        client = uuid.uuid4().hex  # of its own: the server tells each client of its prompts alone
+        url = f"{self.url}/ws?clientId={client}"
+        body = {"prompt": prompt, "client_id": client}
         async with (
             aiohttp.ClientSession() as session,
             session.ws_connect(url, max_msg_size=0) as messages,
