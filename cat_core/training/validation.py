@@ -16,6 +16,8 @@ from .objectives import Batch, Objective, combine
 from .settings import Settings
 from .stores import FreshSamples
 
+LOSS = "loss"
+AVERAGE_LOSS = "ema_loss"  # by which a run with an average is judged
 SEED = 0  # the same timesteps, noise and crops for every run
 
 
@@ -43,10 +45,6 @@ class Validation:
                 averaged = losses(self.objective, self.batches)
             figures |= {f"ema_{name}": value for name, value in averaged.items()}
         return figures
-
-
-LOSS = "loss"
-AVERAGE_LOSS = "ema_loss"  # by which a run with an average is judged
 
 
 class ValidationLog(FigureTable):
